@@ -1,0 +1,87 @@
+"""Connections: the one place that opens them, and the role and settings that they have."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import psycopg
+from psycopg.rows import TupleRow
+
+from engine.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    import sqlalchemy
+
+Connection = psycopg.Connection[TupleRow]
+
+ENGINE_ROLE = "oms_engine"
+CONNECT_TIMEOUT_SECONDS = 10
+LOCK_TIMEOUT_MS = 30_000
+POOL_SIZE_MAX = 5
+
+
+def open_connection(dsn: str, *, role: str | None = None) -> Connection:
+    """A connection in autocommit: every write names its own transaction.
+
+    ``role`` is what it acts as; a login that may not is refused. Raises ConfigurationError in one
+    sentence where the server can't be reached.
+    """
+    try:
+        conn = psycopg.connect(
+            dsn,
+            autocommit=True,
+            application_name="oms",
+            connect_timeout=CONNECT_TIMEOUT_SECONDS,
+            options=f"-c timezone=UTC -c lock_timeout={LOCK_TIMEOUT_MS}",
+        )
+    except psycopg.OperationalError as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ConfigurationError(
+            f"can't connect to Postgres: {reason}; check DB_DSN or run `oms db start`"
+        ) from error
+    if role is not None:
+        _act_as(conn, role)
+    return conn
+
+
+def _act_as(conn: Connection, role: str) -> None:
+    """Act with the least rights that serve; without the role, with the login's own."""
+    row = conn.execute(
+        "SELECT pg_has_role(current_user, oid, 'MEMBER') FROM pg_roles WHERE rolname = %s", [role]
+    ).fetchone()
+    if row is not None and row[0]:
+        conn.execute(f"SET ROLE {role}")
+
+
+@contextmanager
+def connected(dsn: str, *, role: str | None = ENGINE_ROLE) -> Iterator[Connection]:
+    """A connection for the length of a block, as the engine's role."""
+    with open_connection(dsn, role=role) as conn:
+        yield conn
+
+
+def pool(dsn: str, *, role: str | None = ENGINE_ROLE) -> sqlalchemy.Engine:
+    """A pool for programs that stay up; a connection that broke is replaced."""
+    import sqlalchemy
+
+    return sqlalchemy.create_engine(
+        "postgresql+psycopg://",
+        creator=lambda: open_connection(dsn, role=role),
+        isolation_level="AUTOCOMMIT",
+        pool_pre_ping=True,
+        pool_size=POOL_SIZE_MAX,
+        max_overflow=0,
+    )
+
+
+@contextmanager
+def pooled(engine: sqlalchemy.Engine) -> Iterator[Connection]:
+    """A psycopg connection borrowed from a pool."""
+    borrowed = engine.raw_connection()
+    try:
+        driver: Any = borrowed.driver_connection
+        yield driver
+    finally:
+        borrowed.close()

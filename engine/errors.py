@@ -1,0 +1,302 @@
+"""What can go wrong, as types.
+
+EngineError
+├── BadInput               what came from outside can't be used; nothing was written
+├── ConfigurationError     the machine, the server or a setting isn't as it must be
+├── StrategyFailed         a strategy raised, or asked for what can't be; the run is in ERROR
+├── DatabaseUnavailable    the connection is gone; whether a COMMIT took effect is unknown
+├── Retryable              serialization failure, deadlock or lock timeout: run the unit again
+└── RuleViolation          the database refused a write that would break the books
+    ├── RunNotRunning          the run is not RUNNING
+    ├── RunAlreadyRunning      the user already has a RUNNING run
+    ├── IllegalRunMove         no such move of a run's status
+    ├── IllegalOrderMove       no such move of an order's status
+    ├── OrderNotOpen           a trade on an order that can't trade any more
+    ├── NotOurNumber           a number that the database computes was written by hand
+    ├── BooksDisagree          a number contradicts the rows that it follows from
+    ├── ChainBroken            a ledger row that doesn't follow from the one before it
+    ├── TimeMovesForward       a logical time before the run's last one
+    ├── HistoryIsFixed         history was to be edited
+    ├── AlreadyHappened        it is in the ledger already
+    ├── UnknownReference       a row names another that doesn't exist
+    └── InvalidValue           a value that no row may hold
+
+The database says which rule it was by SQLSTATE and constraint name; RULES turns that into a type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import psycopg
+
+
+class EngineError(Exception):
+    """Everything that this project raises on purpose."""
+
+
+class BadInput(EngineError):
+    """What came from outside can't be used; nothing was written."""
+
+
+class ConfigurationError(EngineError):
+    """The machine, the server or a setting isn't as it must be."""
+
+
+class StrategyFailed(EngineError):
+    """A strategy raised, or asked for what can't be; its run is in ERROR."""
+
+
+class DatabaseUnavailable(EngineError):
+    """The connection is gone; whether a COMMIT took effect is unknown: ask with the same key."""
+
+
+class Retryable(EngineError):
+    """Serialization failure, deadlock or lock timeout: run the whole unit again."""
+
+
+class RuleViolation(EngineError):
+    """The database refused a write that would break the books.
+
+    ``constraint`` is the rule's stable name, ``sqlstate`` its code, ``hint`` what to do.
+    """
+
+    def __init__(self, message: str, constraint: str, sqlstate: str, hint: str) -> None:
+        super().__init__(f"{message}. {hint}" if hint else message)
+        self.constraint = constraint
+        self.sqlstate = sqlstate
+        self.hint = hint
+
+
+class RunNotRunning(RuleViolation):
+    """The run is not RUNNING."""
+
+
+class RunAlreadyRunning(RuleViolation):
+    """The user already has a RUNNING run."""
+
+
+class IllegalRunMove(RuleViolation):
+    """No such move of a run's status."""
+
+
+class IllegalOrderMove(RuleViolation):
+    """No such move of an order's status."""
+
+
+class OrderNotOpen(RuleViolation):
+    """A trade on an order that can't trade any more."""
+
+
+class NotOurNumber(RuleViolation):
+    """A number that the database computes was written by hand."""
+
+
+class BooksDisagree(RuleViolation):
+    """A number contradicts the rows that it follows from."""
+
+
+class ChainBroken(RuleViolation):
+    """A ledger row that doesn't follow from the one before it."""
+
+
+class TimeMovesForward(RuleViolation):
+    """A logical time before the run's last one."""
+
+
+class HistoryIsFixed(RuleViolation):
+    """History was to be edited."""
+
+
+class AlreadyHappened(RuleViolation):
+    """It is in the ledger already."""
+
+
+class UnknownReference(RuleViolation):
+    """A row names another that doesn't exist."""
+
+
+class InvalidValue(RuleViolation):
+    """A value that no row may hold."""
+
+
+class Rule(NamedTuple):
+    """What a constraint's violation is, and a hint where the database gives none."""
+
+    kind: type[RuleViolation]
+    hint: str = ""
+
+
+# Our own SQLSTATEs carry the meaning; they are told apart before any constraint's name.
+SQLSTATES: dict[str, type[RuleViolation]] = {
+    "23T01": IllegalOrderMove,
+    "23T02": IllegalRunMove,
+    "23T03": RunNotRunning,
+    "23T04": NotOurNumber,
+    "23T05": OrderNotOpen,
+    "23T06": ChainBroken,
+    "23T07": TimeMovesForward,
+    "23T08": BooksDisagree,
+    "23T09": HistoryIsFixed,
+}
+
+_TEXT = "Use the format that the message names."
+_RANGE = "Quantities and prices have at most 8 decimals and stay below 10^15."
+_WORD = "Use one of the words that the schema lists."
+_ROW = "Write the row that it names first."
+
+# Constraints that Postgres itself enforces. A test compares this with the catalog.
+RULES: dict[str, Rule] = {
+    "strategy_run_one_running_per_user": Rule(RunAlreadyRunning, "Stop the running one first."),
+    "event_ledger_once_per_logical_time": Rule(AlreadyHappened, "Nothing needs to be written."),
+    "event_ledger_occasion_once": Rule(AlreadyHappened, "Nothing needs to be written."),
+    "mtm_ledger_one_per_logical_time": Rule(AlreadyHappened, "Nothing needs to be written."),
+    "orders_client_order_id_once": Rule(AlreadyHappened, "Use a new client_order_id."),
+    "orders_not_overfilled_on_paper": Rule(OrderNotOpen, "Trade at most what is left of it."),
+    "orders_status_agrees_with_fills": Rule(BooksDisagree, "Executions move an order."),
+    "strategy_run_cash_not_negative_in_cash_account": Rule(
+        BooksDisagree, "Spend at most the cash, or use a MARGIN account."
+    ),
+    "execution_price_positive": Rule(InvalidValue),
+    **dict.fromkeys(
+        (
+            "app_user_name_printable",
+            "event_ledger_event_type_format",
+            "execution_commission_currency_format",
+            "instrument_currency_format",
+            "instrument_symbol_format",
+            "orders_symbol_format",
+            "position_symbol_format",
+            "sip_plan_plan_format",
+            "strategy_run_currency_format",
+            "risk_limit_symbol_upper",
+        ),
+        Rule(InvalidValue, _TEXT),
+    ),
+    **dict.fromkeys(
+        (
+            "corporate_action_ratio_positive",
+            "execution_commission_in_range",
+            "execution_price_in_range",
+            "execution_quantity_positive",
+            "instrument_quantity_decimals_in_range",
+            "orders_filled_quantity_not_negative",
+            "orders_prices_in_range",
+            "orders_quantity_in_range",
+            "orders_quantity_positive_unless_rejected",
+            "orders_trail_in_range",
+            "position_mark_price_in_range",
+            "position_quantity_in_range",
+            "price_bar_high_is_highest",
+            "price_bar_low_is_lowest",
+            "price_bar_prices_finite",
+            "price_bar_volume_not_negative",
+            "sip_plan_amount_positive",
+            "sip_plan_day_of_month_in_range",
+            "strategy_run_cash_in_range",
+            "strategy_run_initial_cash_in_range",
+            "event_ledger_seq_positive",
+            "event_ledger_hash_is_sha256",
+        ),
+        Rule(InvalidValue, _RANGE),
+    ),
+    **dict.fromkeys(
+        (
+            "app_user_kind_known",
+            "corporate_action_kind_known",
+            "orders_order_type_known",
+            "orders_side_known",
+            "orders_time_in_force_known",
+            "risk_limit_kind_known",
+            "sip_plan_missed_policy_known",
+            "sip_plan_status_known",
+            "strategy_run_account_type_known",
+            "strategy_run_status_known",
+            "strategy_run_tick_at_known",
+        ),
+        Rule(InvalidValue, _WORD),
+    ),
+    **dict.fromkeys(
+        (
+            "calendar_session_open_before_close",
+            "engine_state_state_is_object",
+            "engine_status_error_has_time",
+            "event_ledger_payload_is_object",
+            "orders_reject_has_source_and_code",
+            "orders_status_after_birth",
+            "position_holding_has_mark",
+            "position_mark_has_time",
+            "price_bar_starts_before_it_ends",
+            "risk_limit_has_what_its_kind_needs",
+            "sip_plan_ends_after_it_starts",
+            "strategy_run_paper_is_object",
+            "strategy_run_parameters_is_object",
+            "strategy_run_stopped_at_iff_over",
+        ),
+        Rule(InvalidValue, "The row's values don't fit together."),
+    ),
+    **dict.fromkeys(
+        (
+            "corporate_action_symbol_known",
+            "engine_state_belongs_to_run",
+            "engine_status_belongs_to_run",
+            "event_ledger_belongs_to_run",
+            "execution_belongs_to_order",
+            "mtm_ledger_belongs_to_run",
+            "order_transition_from_known",
+            "order_transition_to_known",
+            "orders_belongs_to_run",
+            "position_belongs_to_run",
+            "price_bar_symbol_known",
+            "risk_limit_belongs_to_run",
+            "risk_limit_belongs_to_user",
+            "run_transition_from_known",
+            "run_transition_to_known",
+            "sip_plan_belongs_to_run",
+            "sip_plan_symbol_known",
+            "split_applied_belongs_to_run",
+            "split_applied_is_announced",
+            "strategy_run_belongs_to_user",
+        ),
+        Rule(UnknownReference, _ROW),
+    ),
+}
+
+_RETRYABLE = ("40001", "40P01", "55P03")
+
+
+def typed(error: psycopg.Error) -> EngineError | None:
+    """The typed error that a database error stands for; ``None`` where it is a bug of ours."""
+    state, diag = error.sqlstate, error.diag
+    if state is None or state[:2] == "08" or state[:4] == "57P0":
+        return DatabaseUnavailable(f"the database went away: {error}".strip())
+    if state in _RETRYABLE:
+        return Retryable(f"{diag.message_primary}; run it again")
+    name = diag.constraint_name or ""
+    if state in SQLSTATES:
+        return SQLSTATES[state](diag.message_primary or "", name, state, diag.message_hint or "")
+    if name in RULES:
+        rule = RULES[name]
+        message = f"{diag.message_primary} {diag.message_detail or ''}".strip().rstrip(".")
+        return rule.kind(message, name, state, diag.message_hint or rule.hint)
+    if name.endswith("_pkey"):
+        return AlreadyHappened(
+            diag.message_detail or diag.message_primary or "", name, state, "It is there already."
+        )
+    if state == "42501":
+        return ConfigurationError(f"{diag.message_primary}; connect as a role that may do this")
+    return None
+
+
+@contextmanager
+def translated() -> Iterator[None]:
+    """Raise database errors as types of this module; what is none of them passes unchanged."""
+    try:
+        yield
+    except psycopg.Error as error:
+        meaning = typed(error)
+        if meaning is None:
+            raise
+        raise meaning from error

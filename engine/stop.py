@@ -1,0 +1,41 @@
+"""Stopping a run: the strategy is told, then the database ends it and its pending orders."""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+from engine import ledger
+from engine.books import read_books
+from engine.clock import utc_now
+from engine.db.connect import Connection
+from engine.errors import translated
+from engine.market.view import look
+from engine.reference import Reference
+from engine.runs import Run, lock_run, set_status
+from engine.tick import Work, strategy_of
+
+
+def stop_run(conn: Connection, user_id: UUID, run_id: UUID) -> Run:
+    """Stop a run: STOPPED, its pending paper orders CANCELED, the events written, in one step.
+
+    Waits for a tick that is under way. The strategy's ``on_stop`` is called first; what it raises
+    is noted in the ledger and stops nothing. Raises IllegalRunMove when the run has ended already,
+    and BadInput for an unknown run.
+    """
+    with translated(), conn.transaction():
+        run = lock_run(conn, user_id, run_id)
+        if run.status == "RUNNING":
+            _tell_strategy(conn, run)
+        return set_status(conn, user_id, run_id, "STOPPED")
+
+
+def _tell_strategy(conn: Connection, run: Run) -> None:
+    books = read_books(conn, run)
+    at = books.last_tick or utc_now()
+    reference = Reference(conn, run.calendar)
+    try:
+        work = Work(conn, run, strategy_of(run), reference, books, look(reference, at, {}))
+        work.strategy.on_stop(work.context())
+    except Exception as error:  # a user's code; stopping must not depend on it
+        event = ledger.Event("STRATEGY_FAILED_TO_STOP", "", {"error": repr(error)})
+        ledger.append(conn, run.user_id, run.run_id, at, [event])

@@ -1,0 +1,157 @@
+"""What a strategy is: hooks that see a read-only context and return intents.
+
+A strategy never touches the database, the clock or a broker. It is called with a ``Context`` and
+answers with ``Intent`` values; the engine turns them into orders, in one transaction with
+everything else of the tick. What it wants to keep from tick to tick it returns as ``Remember``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from datetime import date, datetime
+from decimal import Decimal
+from typing import Any, ClassVar
+from uuid import UUID
+
+from pydantic import BaseModel, ConfigDict
+
+from engine.market.model import Bar, Session
+from engine.orders.model import Fill, Order, OrderType, Side, TimeInForce
+
+
+class Parameters(BaseModel):
+    """Base of a strategy's parameters: typed, checked when the run is made, no unknown names."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """A position: units, cost per unit and last mark in the run's currency."""
+
+    symbol: str
+    quantity: Decimal
+    avg_cost: Decimal | None
+    mark_price: Decimal | None
+
+
+@dataclass(frozen=True, slots=True)
+class SipDue:
+    """An occasion of an investment plan that is due; ``amount`` is in the run's currency."""
+
+    plan: str
+    symbol: str
+    amount: Decimal
+    missed_policy: str
+    occasion: str
+    planned_on: date
+    session: Session
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What a strategy may know at ``logical_time``; all of it read-only.
+
+    ``bars`` and ``prices`` hold what the tick was given, by symbol. ``cash`` is in the run's
+    currency, ``available_cash`` is what open buy orders leave of it, ``equity`` is cash and
+    positions at the tick's prices. ``session`` is the session that is open or was last open,
+    ``market_open`` whether it is open now. ``now`` is the wall clock of a live tick and
+    ``logical_time`` in a replay.
+    """
+
+    user_id: UUID
+    run_id: UUID
+    logical_time: datetime
+    now: datetime
+    session: Session | None
+    market_open: bool
+    bars: Mapping[str, Bar]
+    prices: Mapping[str, Decimal]
+    quantity_decimals: Mapping[str, int]
+    cash: Decimal
+    available_cash: Decimal
+    equity: Decimal
+    positions: Mapping[str, Holding]
+    open_orders: tuple[Order, ...]
+    state: Mapping[str, Any]
+    sips_due: tuple[SipDue, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PlaceOrder:
+    """Buy or sell. ``occasion`` names the plan's occasion that the order is for, if any."""
+
+    symbol: str
+    side: Side
+    quantity: Decimal
+    order_type: OrderType = OrderType.MARKET
+    time_in_force: TimeInForce = TimeInForce.DAY
+    limit_price: Decimal | None = None
+    stop_price: Decimal | None = None
+    trail_amount: Decimal | None = None
+    trail_percent: Decimal | None = None
+    expire_at: datetime | None = None
+    client_order_id: str | None = None
+    occasion: SipDue | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CancelOrder:
+    """Cancel an open order of this run."""
+
+    order_id: UUID
+
+
+@dataclass(frozen=True, slots=True)
+class Remember:
+    """Replace the strategy's state; JSON values only. Decimals go in as strings."""
+
+    state: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Announce:
+    """Write an event into the ledger, at most once per logical time and subject."""
+
+    event_type: str
+    subject: str = ""
+    payload: Mapping[str, Any] = field(default_factory=dict)
+
+
+Intent = PlaceOrder | CancelOrder | Remember | Announce
+Intents = Iterable[Intent] | None
+
+
+class Strategy:
+    """Base of every strategy. Override the hooks you need; each returns intents or ``None``.
+
+    Order of calls in a tick: ``on_start`` (first tick only), ``on_fill`` for resting orders that
+    the tick's prices filled, ``on_bar`` per symbol in alphabetical order, ``on_tick``, then
+    ``on_fill`` for what these orders filled. ``on_stop`` is called when the run is stopped and
+    may place nothing any more.
+    """
+
+    Parameters: ClassVar[type[Parameters]] = Parameters
+
+    def __init__(self, parameters: Any) -> None:
+        self.parameters = parameters
+
+    def symbols(self) -> frozenset[str]:
+        """Symbols whose prices every tick needs, besides those held, ordered or planned."""
+        return frozenset()
+
+    def on_start(self, context: Context) -> Intents:
+        """Called at the run's first tick, before anything else."""
+
+    def on_tick(self, context: Context) -> Intents:
+        """Called once a tick."""
+
+    def on_bar(self, context: Context, bar: Bar) -> Intents:
+        """Called for each bar that the tick was given."""
+
+    def on_fill(self, context: Context, fill: Fill) -> Intents:
+        """Called for each fill."""
+
+    def on_stop(self, context: Context) -> None:
+        """Called once, when the run is stopped."""

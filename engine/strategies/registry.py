@@ -1,0 +1,50 @@
+"""Finds a strategy by name and checks its parameters."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from engine.errors import BadInput
+from engine.strategies.base import Strategy
+from engine.strategies.rebalance import Rebalance
+from engine.strategies.sip import Sip
+
+SHIPPED: Mapping[str, type[Strategy]] = {"sip": Sip, "rebalance": Rebalance}
+
+
+def find(name: str) -> type[Strategy]:
+    """The strategy called ``name``: a shipped one, or ``package.module:Class``.
+
+    Raises BadInput where there is none.
+    """
+    if name in SHIPPED:
+        return SHIPPED[name]
+    module_name, colon, class_name = name.partition(":")
+    if not colon:
+        raise BadInput(
+            f"unknown strategy {name!r}; choose {' or '.join(sorted(SHIPPED))}, "
+            "or name your own as package.module:Class"
+        )
+    try:
+        found = getattr(importlib.import_module(module_name), class_name, None)
+    except Exception as error:  # whatever a user's module raises on import is the user's to read
+        raise BadInput(f"strategy {name!r} can't be imported: {error!r}") from error
+    if not (isinstance(found, type) and issubclass(found, Strategy)):
+        raise BadInput(f"{name!r} is no subclass of engine.strategies.base.Strategy")
+    return found
+
+
+def make(name: str, parameters: Mapping[str, Any]) -> Strategy:
+    """A strategy with its parameters checked. Raises BadInput, naming the parameter."""
+    kind = find(name)
+    try:
+        return kind(kind.Parameters.model_validate(dict(parameters)))
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, e['loc'])) or 'parameters'}: {e['msg']}" for e in error.errors()
+        )
+        raise BadInput(f"the parameters of strategy {name!r} don't fit: {problems}") from error

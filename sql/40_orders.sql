@@ -1,0 +1,309 @@
+-- Orders: what was asked for, and what became of it. One model for every broker; paper is a broker.
+-- What an honest program may get wrong (a quantity, the cash, a limit) is stored as REJECTED with
+-- its reason; what no honest program would send raises.
+
+CREATE TABLE order_status (
+    status  text    NOT NULL,
+    is_open boolean NOT NULL,
+    why     text    NOT NULL,
+    CONSTRAINT order_status_pkey PRIMARY KEY (status)
+);
+
+COMMENT ON TABLE order_status IS 'The states of an order.';
+
+INSERT INTO order_status (status, is_open, why) VALUES
+    ('NEW', true, 'Committed, nothing sent.'),
+    ('PENDING', true, 'Held in our own book: resting at the paper broker, throttled, or out of session.'),
+    ('PENDING_SUBMIT', true, 'Sent, outcome unknown.'),
+    ('ROUTED', true, 'The broker works it.'),
+    ('PARTIALLY_FILLED', true, 'Something is filled, something still works.'),
+    ('PENDING_CANCEL', true, 'A cancel is on its way.'),
+    ('PENDING_MODIFY', true, 'A modification is on its way.'),
+    ('FILLED', false, 'Filled in whole.'),
+    ('CANCELED', false, 'Ended by a cancel.'),
+    ('REJECTED', false, 'Refused: by validation, risk, compliance or the broker.'),
+    ('EXPIRED', false, 'Ended by its time in force.');
+
+CREATE TABLE order_transition (
+    from_status text NOT NULL,
+    to_status   text NOT NULL,
+    why         text NOT NULL,
+    CONSTRAINT order_transition_pkey PRIMARY KEY (from_status, to_status),
+    CONSTRAINT order_transition_from_known
+        FOREIGN KEY (from_status) REFERENCES order_status (status),
+    CONSTRAINT order_transition_to_known FOREIGN KEY (to_status) REFERENCES order_status (status)
+);
+
+COMMENT ON TABLE order_transition IS 'The moves that an order''s status may make; no other is possible.';
+
+INSERT INTO order_transition (from_status, to_status, why) VALUES
+    ('NEW', 'PENDING', 'It rests in our own book, or waits for the session or the throttle.'),
+    ('NEW', 'PENDING_SUBMIT', 'It was sent.'),
+    ('NEW', 'ROUTED', 'The broker took it at once.'),
+    ('NEW', 'PARTIALLY_FILLED', 'First fill.'),
+    ('NEW', 'FILLED', 'Filled at once.'),
+    ('NEW', 'CANCELED', 'Cancelled before it was sent, or IOC and FOK that found no fill.'),
+    ('NEW', 'REJECTED', 'Refused after it was stored.'),
+    ('NEW', 'EXPIRED', 'Its time ran out before it was sent.'),
+    ('PENDING', 'PENDING_SUBMIT', 'Released and sent.'),
+    ('PENDING', 'ROUTED', 'Released, and the broker took it at once.'),
+    ('PENDING', 'PARTIALLY_FILLED', 'First fill of a resting order.'),
+    ('PENDING', 'FILLED', 'A resting order was filled in whole.'),
+    ('PENDING', 'CANCELED', 'Cancelled while it rested.'),
+    ('PENDING', 'REJECTED', 'The cash or a limit no longer allows it when it would fill.'),
+    ('PENDING', 'EXPIRED', 'Its time in force ended.'),
+    ('PENDING_SUBMIT', 'ROUTED', 'The broker acknowledged it.'),
+    ('PENDING_SUBMIT', 'PARTIALLY_FILLED', 'A fill came before the acknowledgement.'),
+    ('PENDING_SUBMIT', 'FILLED', 'The fill came before the acknowledgement.'),
+    ('PENDING_SUBMIT', 'CANCELED', 'The broker ended it.'),
+    ('PENDING_SUBMIT', 'REJECTED', 'The broker refused it.'),
+    ('PENDING_SUBMIT', 'EXPIRED', 'It expired at the broker.'),
+    ('PENDING_SUBMIT', 'PENDING_CANCEL', 'A cancel follows the submit.'),
+    ('PENDING_SUBMIT', 'NEW', 'It certainly never reached the broker.'),
+    ('ROUTED', 'PARTIALLY_FILLED', 'First fill.'),
+    ('ROUTED', 'FILLED', 'Filled in whole.'),
+    ('ROUTED', 'CANCELED', 'Cancelled at the broker.'),
+    ('ROUTED', 'REJECTED', 'The broker took it back.'),
+    ('ROUTED', 'EXPIRED', 'It expired at the broker.'),
+    ('ROUTED', 'PENDING_CANCEL', 'A cancel was sent.'),
+    ('ROUTED', 'PENDING_MODIFY', 'A modification was sent.'),
+    ('PARTIALLY_FILLED', 'FILLED', 'The last fill.'),
+    ('PARTIALLY_FILLED', 'CANCELED', 'The rest was cancelled.'),
+    ('PARTIALLY_FILLED', 'REJECTED', 'The cash no longer allows the rest.'),
+    ('PARTIALLY_FILLED', 'EXPIRED', 'The rest expired.'),
+    ('PARTIALLY_FILLED', 'PENDING_CANCEL', 'A cancel of the rest was sent.'),
+    ('PARTIALLY_FILLED', 'PENDING_MODIFY', 'A modification of the rest was sent.'),
+    ('PENDING_CANCEL', 'CANCELED', 'The cancel was confirmed.'),
+    ('PENDING_CANCEL', 'PARTIALLY_FILLED', 'A fill overtook the cancel, or the cancel was refused.'),
+    ('PENDING_CANCEL', 'FILLED', 'The last fill overtook the cancel.'),
+    ('PENDING_CANCEL', 'ROUTED', 'The cancel was refused.'),
+    ('PENDING_CANCEL', 'REJECTED', 'The broker refused the order itself.'),
+    ('PENDING_CANCEL', 'EXPIRED', 'It expired before the cancel.'),
+    ('PENDING_MODIFY', 'ROUTED', 'The modification was confirmed or refused.'),
+    ('PENDING_MODIFY', 'PARTIALLY_FILLED', 'A fill came meanwhile.'),
+    ('PENDING_MODIFY', 'FILLED', 'The last fill came meanwhile.'),
+    ('PENDING_MODIFY', 'CANCELED', 'The broker ended it meanwhile.'),
+    ('PENDING_MODIFY', 'REJECTED', 'The broker refused the order itself.'),
+    ('PENDING_MODIFY', 'EXPIRED', 'It expired meanwhile.'),
+    ('PENDING_MODIFY', 'PENDING_CANCEL', 'A cancel follows the modification.'),
+    ('CANCELED', 'FILLED', 'The broker had filled it before the cancel reached it.'),
+    ('CANCELED', 'PARTIALLY_FILLED', 'A fill from before the cancel arrived late.'),
+    ('EXPIRED', 'FILLED', 'The broker had filled it before it expired.'),
+    ('EXPIRED', 'PARTIALLY_FILLED', 'A fill from before the expiry arrived late.'),
+    ('REJECTED', 'FILLED', 'The rejection was a guess, the fill is a fact.'),
+    ('REJECTED', 'PARTIALLY_FILLED', 'The rejection was a guess, the fill is a fact.'),
+    ('REJECTED', 'ROUTED', 'The rejection was a guess; the broker works it.');
+
+CREATE TABLE orders (
+    user_id          uuid        NOT NULL,
+    run_id           uuid        NOT NULL,
+    order_id         uuid        NOT NULL DEFAULT gen_random_uuid(),
+    client_order_id  text,
+    broker           text        NOT NULL DEFAULT 'paper',
+    symbol           text        NOT NULL,
+    side             text        NOT NULL,
+    quantity         numeric     NOT NULL,
+    order_type       text        NOT NULL DEFAULT 'MARKET',
+    time_in_force    text        NOT NULL DEFAULT 'DAY',
+    limit_price      numeric,
+    stop_price       numeric,
+    trail_amount     numeric,
+    trail_percent    numeric,
+    expire_at        timestamptz,
+    triggered_at     timestamptz,
+    reference_price  numeric,
+    status           text        NOT NULL DEFAULT 'NEW',
+    status_at        timestamptz NOT NULL,
+    status_reason    text,
+    reject_source    text,
+    reject_code      text,
+    filled_quantity  numeric     NOT NULL DEFAULT 0,
+    filled_notional  numeric     NOT NULL DEFAULT 0,
+    logical_time     timestamptz NOT NULL,
+    recorded_at      timestamptz NOT NULL DEFAULT now(),
+    avg_fill_price   numeric     GENERATED ALWAYS AS (
+        CASE WHEN filled_quantity > 0 THEN round(filled_notional / filled_quantity, 10) END) STORED,
+    reserved_cash    numeric     GENERATED ALWAYS AS (
+        CASE WHEN side = 'BUY'
+              AND status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
+             THEN (quantity - filled_quantity)
+                  * coalesce(limit_price, stop_price, reference_price, 0)
+             ELSE 0 END) STORED,
+    CONSTRAINT orders_pkey PRIMARY KEY (user_id, run_id, order_id),
+    CONSTRAINT orders_belongs_to_run FOREIGN KEY (user_id, run_id)
+        REFERENCES strategy_run (user_id, run_id) ON DELETE CASCADE,
+    CONSTRAINT orders_symbol_format CHECK (symbol ~ '^[A-Z0-9][A-Z0-9._=^/ -]{0,31}$'),
+    CONSTRAINT orders_side_known CHECK (side IN ('BUY', 'SELL')),
+    CONSTRAINT orders_order_type_known
+        CHECK (order_type IN ('MARKET', 'LIMIT', 'STOP', 'STOP_LIMIT', 'TRAIL')),
+    CONSTRAINT orders_time_in_force_known
+        CHECK (time_in_force IN ('DAY', 'GTC', 'IOC', 'FOK', 'GTD', 'OPG', 'CLS')),
+    CONSTRAINT orders_quantity_positive_unless_rejected
+        CHECK (quantity > 0 OR status = 'REJECTED'),
+    CONSTRAINT orders_quantity_in_range
+        CHECK (abs(quantity) < 1e15 AND min_scale(quantity) <= 8),
+    CONSTRAINT orders_prices_in_range CHECK (
+        abs(coalesce(limit_price, 0)) < 1e15 AND min_scale(coalesce(limit_price, 0)) <= 8
+        AND abs(coalesce(stop_price, 0)) < 1e15 AND min_scale(coalesce(stop_price, 0)) <= 8
+        AND abs(coalesce(reference_price, 0)) < 1e15
+        AND min_scale(coalesce(reference_price, 0)) <= 8),
+    CONSTRAINT orders_trail_in_range CHECK (
+        coalesce(trail_amount, 1) > 0 AND coalesce(trail_amount, 1) < 1e15
+        AND coalesce(trail_percent, 1) > 0 AND coalesce(trail_percent, 1) < 100
+        OR status = 'REJECTED'),
+    CONSTRAINT orders_filled_quantity_not_negative CHECK (filled_quantity >= 0),
+    CONSTRAINT orders_not_overfilled_on_paper
+        CHECK (filled_quantity <= quantity OR broker <> 'paper' OR status = 'REJECTED'),
+    CONSTRAINT orders_status_agrees_with_fills CHECK (
+        CASE WHEN status = 'FILLED' THEN filled_quantity >= quantity
+             WHEN status = 'PARTIALLY_FILLED'
+             THEN filled_quantity > 0 AND filled_quantity < quantity
+             WHEN status IN ('NEW', 'PENDING', 'PENDING_SUBMIT', 'ROUTED')
+             THEN filled_quantity = 0
+             WHEN status = 'REJECTED' THEN true
+             ELSE filled_quantity < quantity END),
+    CONSTRAINT orders_reject_has_source_and_code CHECK (
+        CASE WHEN status = 'REJECTED'
+             THEN reject_code IS NOT NULL
+                  AND reject_source IN ('VALIDATION', 'RISK', 'COMPLIANCE', 'BROKER')
+             ELSE reject_code IS NULL AND reject_source IS NULL END),
+    CONSTRAINT orders_status_after_birth CHECK (status_at >= logical_time)
+) WITH (fillfactor = 70);
+
+-- This prevents the same client order from being taken twice.
+CREATE UNIQUE INDEX orders_client_order_id_once
+    ON orders (user_id, run_id, client_order_id) WHERE client_order_id IS NOT NULL;
+
+-- The book of open orders: matched at every tick, summed by the risk gate.
+CREATE INDEX orders_open_idx ON orders (user_id, run_id, symbol)
+    WHERE status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED');
+
+COMMENT ON TABLE orders IS 'Orders of every run and broker.';
+COMMENT ON COLUMN orders.quantity IS 'Units ordered; positive unless the order was rejected for it.';
+COMMENT ON COLUMN orders.trail_amount IS 'TRAIL: distance of the stop from the best price, in currency.';
+COMMENT ON COLUMN orders.trail_percent IS 'TRAIL: distance of the stop from the best price, in percent.';
+COMMENT ON COLUMN orders.expire_at IS 'Last moment at which it may fill; NULL: no end.';
+COMMENT ON COLUMN orders.triggered_at IS 'Logical time at which its stop was reached.';
+COMMENT ON COLUMN orders.reference_price IS
+    'Price on which it was decided; values a MARKET order for the risk gate.';
+COMMENT ON COLUMN orders.status_at IS 'Logical time at which it came into its status.';
+COMMENT ON COLUMN orders.status_reason IS 'Why it is in its status, in words or a code.';
+COMMENT ON COLUMN orders.reject_code IS 'Stable code of a rejection, e.g. INSUFFICIENT_CASH.';
+COMMENT ON COLUMN orders.filled_quantity IS 'Sum of its executions; computed by the database.';
+COMMENT ON COLUMN orders.filled_notional IS 'Sum of quantity x price of its executions, exact.';
+COMMENT ON COLUMN orders.avg_fill_price IS 'Volume-weighted average price, 10 decimals.';
+COMMENT ON COLUMN orders.reserved_cash IS 'Cash that an open buy order holds back.';
+COMMENT ON COLUMN orders.logical_time IS 'Logical time of the tick that placed it.';
+
+-- Words as people type them become the stored words; 90_risk.sql decides afterwards.
+CREATE FUNCTION orders_prepare_insert() RETURNS trigger
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+DECLARE
+    run strategy_run;
+BEGIN
+    run := run_lock_running(NEW.user_id, NEW.run_id, 'orders');
+    NEW.broker := run.broker;
+    NEW.symbol := upper(btrim(NEW.symbol));
+    NEW.side := upper(btrim(NEW.side));
+    NEW.order_type := upper(btrim(NEW.order_type));
+    NEW.time_in_force := upper(btrim(NEW.time_in_force));
+    IF NEW.order_type IN ('MOC', 'LOC') THEN
+        NEW.time_in_force := 'CLS';
+    END IF;
+    NEW.order_type := CASE WHEN NEW.order_type IN ('MKT', 'MOC') THEN 'MARKET'
+                           WHEN NEW.order_type IN ('LMT', 'LOC') THEN 'LIMIT'
+                           WHEN NEW.order_type = 'STP' THEN 'STOP'
+                           WHEN NEW.order_type = 'STP_LMT' THEN 'STOP_LIMIT'
+                           ELSE NEW.order_type END;
+    IF NEW.logical_time IS NULL THEN
+        NEW.logical_time := run_last_time(NEW.user_id, NEW.run_id);
+    END IF;
+    NEW.status_at := NEW.logical_time;
+    IF NEW.status NOT IN ('NEW', 'PENDING', 'REJECTED') THEN
+        RAISE EXCEPTION 'an order can not be born %', NEW.status
+            USING ERRCODE = '23T01', CONSTRAINT = 'orders_status_transition', TABLE = 'orders',
+                  COLUMN = 'status', HINT = 'Insert it NEW; executions and moves do the rest.';
+    ELSIF NEW.filled_quantity <> 0 OR NEW.filled_notional <> 0 THEN
+        RAISE EXCEPTION 'an order''s filled quantity follows from its executions'
+            USING ERRCODE = '23T04', CONSTRAINT = 'orders_filled_from_executions',
+                  TABLE = 'orders', COLUMN = 'filled_quantity',
+                  HINT = 'Insert executions; the database sums them.';
+    END IF;
+    RETURN NEW;
+END $$;
+
+CREATE FUNCTION orders_check_update() RETURNS trigger
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
+    PERFORM run_lock_running(NEW.user_id, NEW.run_id, 'orders');
+    IF (NEW.user_id, NEW.run_id, NEW.order_id, NEW.broker, NEW.symbol, NEW.side, NEW.logical_time,
+        NEW.client_order_id, NEW.order_type, NEW.time_in_force, NEW.recorded_at)
+       IS DISTINCT FROM
+       (OLD.user_id, OLD.run_id, OLD.order_id, OLD.broker, OLD.symbol, OLD.side, OLD.logical_time,
+        OLD.client_order_id, OLD.order_type, OLD.time_in_force, OLD.recorded_at) THEN
+        RAISE EXCEPTION 'order % keeps its identity, symbol, side, type and time', OLD.order_id
+            USING ERRCODE = '23T09', CONSTRAINT = 'orders_terms_fixed', TABLE = 'orders',
+                  HINT = 'Cancel it and place another.';
+    ELSIF OLD.status IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
+          AND NEW.status = OLD.status THEN
+        RAISE EXCEPTION 'order % is %, so it can not be changed', OLD.order_id, OLD.status
+            USING ERRCODE = '23T09', CONSTRAINT = 'orders_closed_fixed', TABLE = 'orders',
+                  HINT = 'A closed order is history; place another.';
+    ELSIF pg_trigger_depth() = 1
+          AND (NEW.filled_quantity, NEW.filled_notional, NEW.quantity)
+              IS DISTINCT FROM (OLD.filled_quantity, OLD.filled_notional, OLD.quantity) THEN
+        RAISE EXCEPTION 'the quantities of order % follow from its placing and its executions',
+            OLD.order_id
+            USING ERRCODE = '23T04', CONSTRAINT = 'orders_filled_from_executions',
+                  TABLE = 'orders', COLUMN = 'filled_quantity',
+                  HINT = 'Insert executions; the database sums them.';
+    ELSIF pg_trigger_depth() = 1 AND NEW.status <> OLD.status
+          AND NEW.status IN ('FILLED', 'PARTIALLY_FILLED') THEN
+        RAISE EXCEPTION 'order % becomes % by its executions', OLD.order_id, NEW.status
+            USING ERRCODE = '23T01', CONSTRAINT = 'orders_status_transition', TABLE = 'orders',
+                  COLUMN = 'status', HINT = 'Insert the execution; the database moves the order.';
+    END IF;
+    RETURN NEW;
+END $$;
+
+-- What a paper order may not do although the table of moves, which is for every broker, allows it:
+-- come back from its end. Our own book has no late messages.
+CREATE FUNCTION orders_check_move() RETURNS trigger
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
+    IF NOT EXISTS (SELECT FROM order_transition
+                   WHERE from_status = OLD.status AND to_status = NEW.status)
+       OR (NEW.broker = 'paper' AND OLD.status IN ('CANCELED', 'EXPIRED', 'REJECTED')) THEN
+        RAISE EXCEPTION 'order % cannot go from % to %', OLD.order_id, OLD.status, NEW.status
+            USING ERRCODE = '23T01', CONSTRAINT = 'orders_status_transition', TABLE = 'orders',
+                  COLUMN = 'status', HINT = 'order_transition lists the allowed moves.';
+    END IF;
+    IF NEW.status_at = OLD.status_at THEN
+        NEW.status_at := greatest(OLD.status_at, run_last_time(NEW.user_id, NEW.run_id));
+    END IF;
+    RETURN NEW;
+END $$;
+
+CREATE TRIGGER orders_a_prepare_insert BEFORE INSERT ON orders
+    FOR EACH ROW EXECUTE FUNCTION orders_prepare_insert();
+CREATE TRIGGER orders_a_check_update BEFORE UPDATE ON orders
+    FOR EACH ROW EXECUTE FUNCTION orders_check_update();
+CREATE TRIGGER orders_b_check_move BEFORE UPDATE ON orders
+    FOR EACH ROW WHEN (OLD.status IS DISTINCT FROM NEW.status)
+    EXECUTE FUNCTION orders_check_move();
+CREATE TRIGGER orders_z_refuse_delete BEFORE DELETE ON orders
+    FOR EACH ROW WHEN (pg_trigger_depth() = 0) EXECUTE FUNCTION history_refuse_change('orders');
+CREATE TRIGGER orders_z_refuse_truncate BEFORE TRUNCATE ON orders
+    FOR EACH STATEMENT EXECUTE FUNCTION history_refuse_change('orders');
+
+-- The names that people's SQL uses for paper runs.
+CREATE VIEW paper_order AS
+    SELECT user_id, run_id, order_id, client_order_id, broker, symbol, side, quantity, order_type,
+           time_in_force, limit_price, stop_price, trail_amount, trail_percent, expire_at,
+           triggered_at, reference_price, status, status_at, status_reason, reject_source,
+           reject_code, filled_quantity, avg_fill_price, reserved_cash, logical_time, recorded_at
+    FROM orders
+    WHERE broker = 'paper'
+    WITH CHECK OPTION;
+
+COMMENT ON VIEW paper_order IS 'The orders of paper runs.';

@@ -1,0 +1,194 @@
+-- Risk: limits are rows, per user or per run, and decided here when an order arrives, so that an
+-- order from psql meets them too. A refusal is stored on the order: source, code, limit and value.
+
+CREATE TABLE risk_limit (
+    user_id     uuid        NOT NULL,
+    limit_id    uuid        NOT NULL DEFAULT gen_random_uuid(),
+    run_id      uuid,
+    kind        text        NOT NULL,
+    symbol      text,
+    limit_value numeric,
+    created_at  timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT risk_limit_pkey PRIMARY KEY (user_id, limit_id),
+    CONSTRAINT risk_limit_belongs_to_user
+        FOREIGN KEY (user_id) REFERENCES app_user (user_id) ON DELETE CASCADE,
+    CONSTRAINT risk_limit_belongs_to_run FOREIGN KEY (user_id, run_id)
+        REFERENCES strategy_run (user_id, run_id) ON DELETE CASCADE,
+    CONSTRAINT risk_limit_kind_known CHECK (kind IN (
+        'MAX_POSITION', 'MAX_ORDER_QUANTITY', 'MAX_ORDER_NOTIONAL',
+        'FORBIDDEN_SYMBOL', 'ALLOWED_SYMBOL')),
+    CONSTRAINT risk_limit_has_what_its_kind_needs CHECK (
+        CASE WHEN kind IN ('FORBIDDEN_SYMBOL', 'ALLOWED_SYMBOL')
+             THEN symbol IS NOT NULL AND limit_value IS NULL
+             ELSE limit_value >= 0 AND limit_value < 1e20 AND limit_value IS NOT NULL END),
+    CONSTRAINT risk_limit_symbol_upper CHECK (symbol = upper(symbol))
+);
+
+COMMENT ON TABLE risk_limit IS 'Limits that every order of a user, or of one run, must meet.';
+COMMENT ON COLUMN risk_limit.run_id IS 'The run that it holds for; NULL: all runs of the user.';
+COMMENT ON COLUMN risk_limit.symbol IS 'The symbol that it holds for; NULL: every symbol.';
+COMMENT ON COLUMN risk_limit.limit_value IS
+    'Units (MAX_POSITION, MAX_ORDER_QUANTITY) or currency (MAX_ORDER_NOTIONAL).';
+
+-- The limits that hold for a run are looked up by its user.
+CREATE INDEX risk_limit_run_idx ON risk_limit (user_id, run_id, kind);
+
+-- What makes an order nonsense in itself.
+CREATE FUNCTION orders_validation_code(o orders) RETURNS text
+LANGUAGE sql IMMUTABLE AS $$
+    SELECT CASE
+        WHEN o.quantity <= 0 THEN 'QUANTITY_NOT_POSITIVE'
+        WHEN o.order_type IN ('LIMIT', 'STOP_LIMIT') AND o.limit_price IS NULL
+            THEN 'LIMIT_PRICE_MISSING'
+        WHEN o.order_type NOT IN ('LIMIT', 'STOP_LIMIT') AND o.limit_price IS NOT NULL
+            THEN 'LIMIT_PRICE_NOT_ALLOWED'
+        WHEN o.order_type IN ('STOP', 'STOP_LIMIT') AND o.stop_price IS NULL
+            THEN 'STOP_PRICE_MISSING'
+        WHEN o.order_type IN ('MARKET', 'LIMIT') AND o.stop_price IS NOT NULL
+            THEN 'STOP_PRICE_NOT_ALLOWED'
+        WHEN o.order_type = 'TRAIL'
+             AND (o.trail_amount IS NULL) = (o.trail_percent IS NULL)
+            THEN 'TRAIL_NEEDS_AMOUNT_OR_PERCENT'
+        WHEN o.order_type <> 'TRAIL' AND num_nonnulls(o.trail_amount, o.trail_percent) > 0
+            THEN 'TRAIL_NOT_ALLOWED'
+        WHEN o.trail_amount <= 0 OR o.trail_percent <= 0 OR o.trail_percent >= 100
+            THEN 'TRAIL_OUT_OF_RANGE'
+        WHEN o.time_in_force = 'GTD' AND o.expire_at IS NULL THEN 'EXPIRE_AT_MISSING'
+        WHEN o.time_in_force IN ('OPG', 'CLS') AND o.order_type NOT IN ('MARKET', 'LIMIT')
+            THEN 'ORDER_TYPE_NOT_ALLOWED_IN_AUCTION'
+    END
+$$;
+
+COMMENT ON FUNCTION orders_validation_code IS 'Why an order is nonsense in itself, or NULL.';
+
+CREATE FUNCTION orders_price_code(o orders) RETURNS text
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT 'PRICE_NOT_POSITIVE'
+    WHERE least(o.limit_price, o.stop_price) <= 0
+      AND NOT EXISTS (SELECT FROM instrument i
+                      WHERE i.symbol = o.symbol AND i.negative_price_allowed)
+$$;
+
+COMMENT ON FUNCTION orders_price_code IS 'Why an order''s prices can not be, or NULL.';
+
+-- Holdings with what open orders of the same side would add to them.
+CREATE FUNCTION orders_exposure(o orders) RETURNS numeric
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT coalesce((SELECT p.quantity FROM position p
+                     WHERE p.user_id = o.user_id AND p.run_id = o.run_id AND p.symbol = o.symbol), 0)
+         + coalesce((SELECT sum(w.quantity - w.filled_quantity) FROM orders w
+                     WHERE w.user_id = o.user_id AND w.run_id = o.run_id AND w.symbol = o.symbol
+                       AND w.side = o.side
+                       AND w.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')), 0)
+           * CASE WHEN o.side = 'BUY' THEN 1 ELSE -1 END
+$$;
+
+COMMENT ON FUNCTION orders_exposure IS 'Position plus open orders of an order''s side and symbol.';
+
+-- The cash that open buy orders of a run hold back.
+CREATE FUNCTION run_reserved_cash(of_user uuid, of_run uuid) RETURNS numeric
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT coalesce(sum(reserved_cash), 0) FROM orders
+    WHERE user_id = of_user AND run_id = of_run
+      AND status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
+$$;
+
+COMMENT ON FUNCTION run_reserved_cash IS 'Cash held back by a run''s open buy orders.';
+
+-- What a symbol costs as far as a run can know: its own mark, else the last imported close.
+CREATE FUNCTION orders_known_price(o orders) RETURNS numeric
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT coalesce(
+        (SELECT p.mark_price FROM position p
+         WHERE p.user_id = o.user_id AND p.run_id = o.run_id AND p.symbol = o.symbol),
+        (SELECT b.close FROM price_bar b
+         WHERE b.symbol = o.symbol AND b.bar_end <= o.logical_time
+         ORDER BY b.bar_end DESC LIMIT 1))
+$$;
+
+COMMENT ON FUNCTION orders_known_price IS 'The last price of an order''s symbol that its run knows.';
+
+-- The first limit that an order breaks, with the limit and the value, or no row.
+CREATE FUNCTION orders_broken_limit(o orders, price numeric, exposure numeric)
+RETURNS TABLE (code text, limit_value numeric, value numeric)
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    WITH here AS (
+        SELECT l.kind, l.symbol, l.limit_value FROM risk_limit l
+        WHERE l.user_id = o.user_id AND (l.run_id IS NULL OR l.run_id = o.run_id)
+    ), broken AS (
+        SELECT 'FORBIDDEN_SYMBOL' AS code, NULL::numeric AS limit_value, NULL::numeric AS value
+        FROM here h WHERE h.kind = 'FORBIDDEN_SYMBOL' AND h.symbol = o.symbol
+        UNION ALL
+        SELECT 'SYMBOL_NOT_ALLOWED', NULL, NULL
+        FROM here h WHERE h.kind = 'ALLOWED_SYMBOL'
+        HAVING count(*) > 0 AND NOT bool_or(h.symbol = o.symbol)
+        UNION ALL
+        SELECT h.kind, h.limit_value, v.value
+        FROM here h
+        CROSS JOIN LATERAL (SELECT CASE h.kind
+            WHEN 'MAX_ORDER_QUANTITY' THEN o.quantity
+            WHEN 'MAX_ORDER_NOTIONAL' THEN o.quantity * abs(price)
+            WHEN 'MAX_POSITION'
+            THEN abs(exposure + CASE WHEN o.side = 'BUY' THEN o.quantity ELSE -o.quantity END)
+            END AS value) v
+        WHERE h.kind IN ('MAX_ORDER_QUANTITY', 'MAX_ORDER_NOTIONAL', 'MAX_POSITION')
+          AND (h.symbol IS NULL OR h.symbol = o.symbol)
+          -- What can't be valued can't be shown to be within a limit.
+          AND (v.value > h.limit_value OR v.value IS NULL)
+    )
+    SELECT b.code, b.limit_value, b.value FROM broken b ORDER BY b.code, b.limit_value LIMIT 1
+$$;
+
+COMMENT ON FUNCTION orders_broken_limit IS 'The first risk_limit that an order breaks, or no row.';
+
+CREATE FUNCTION orders_pass_gate() RETURNS trigger
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+DECLARE
+    run       strategy_run;
+    price     numeric;
+    exposure  numeric;
+    available numeric;
+    broken    record;
+    code      text := coalesce(orders_validation_code(NEW), orders_price_code(NEW));
+BEGIN
+    IF code IS NOT NULL THEN
+        NEW.status := 'REJECTED';
+        NEW.reject_source := 'VALIDATION';
+        NEW.reject_code := code;
+        RETURN NEW;
+    END IF;
+    SELECT * INTO run FROM strategy_run WHERE user_id = NEW.user_id AND run_id = NEW.run_id;
+    IF NEW.reference_price IS NULL THEN
+        NEW.reference_price := orders_known_price(NEW);
+    END IF;
+    price := coalesce(NEW.limit_price, NEW.stop_price, NEW.reference_price);
+    exposure := orders_exposure(NEW);
+    SELECT * INTO broken FROM orders_broken_limit(NEW, price, exposure);
+    IF FOUND THEN
+        NEW.status_reason := format('%s: limit %s, would be %s', broken.code,
+                                    trim_scale(broken.limit_value), trim_scale(broken.value));
+        NEW.reject_code := broken.code;
+    ELSIF run.account_type = 'CASH' AND NEW.side = 'SELL' AND NEW.quantity > exposure THEN
+        NEW.status_reason := format('INSUFFICIENT_POSITION: holds %s, would sell %s',
+                                    trim_scale(exposure), trim_scale(NEW.quantity));
+        NEW.reject_code := 'INSUFFICIENT_POSITION';
+    ELSIF run.account_type = 'CASH' AND NEW.side = 'BUY' THEN
+        available := run.cash - run_reserved_cash(NEW.user_id, NEW.run_id);
+        IF NEW.quantity * price > available THEN
+            NEW.status_reason := format('INSUFFICIENT_CASH: has %s, needs %s',
+                                        trim_scale(available), trim_scale(NEW.quantity * price));
+            NEW.reject_code := 'INSUFFICIENT_CASH';
+        END IF;
+    END IF;
+    IF NEW.reject_code IS NOT NULL THEN
+        NEW.status := 'REJECTED';
+        NEW.reject_source := 'RISK';
+    END IF;
+    RETURN NEW;
+END $$;
+
+COMMENT ON FUNCTION orders_pass_gate IS
+    'Trigger: decides when an order arrives; a refusal is stored as REJECTED.';
+
+CREATE TRIGGER orders_b_pass_gate BEFORE INSERT ON orders
+    FOR EACH ROW WHEN (NEW.status <> 'REJECTED') EXECUTE FUNCTION orders_pass_gate();

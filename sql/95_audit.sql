@@ -1,0 +1,233 @@
+-- The audit: views that must return no rows. Each finding names the user, the run, what it is
+-- about and what is wrong. They read history only, take no locks and change nothing.
+
+CREATE VIEW audit_orphan AS
+    SELECT c.user_id, c.run_id, c.subject, 'belongs to no run' AS finding
+    FROM (
+        SELECT user_id, run_id, 'engine_state' AS subject FROM engine_state
+        UNION ALL SELECT user_id, run_id, 'engine_status' FROM engine_status
+        UNION ALL SELECT user_id, run_id, 'orders ' || order_id FROM orders
+        UNION ALL SELECT user_id, run_id, 'execution ' || execution_id FROM execution
+        UNION ALL SELECT user_id, run_id, 'position ' || symbol FROM position
+        UNION ALL SELECT user_id, run_id, 'mtm_ledger ' || logical_time FROM mtm_ledger
+        UNION ALL SELECT user_id, run_id, 'event_ledger ' || seq FROM event_ledger
+        UNION ALL SELECT user_id, run_id, 'sip_plan ' || plan FROM sip_plan
+        UNION ALL SELECT user_id, run_id, 'split_applied ' || symbol FROM split_applied) c
+    LEFT JOIN strategy_run r ON r.user_id = c.user_id AND r.run_id = c.run_id
+    WHERE r.run_id IS NULL;
+
+COMMENT ON VIEW audit_orphan IS 'Rows that belong to no run.';
+
+CREATE VIEW audit_running AS
+    SELECT user_id, NULL::uuid AS run_id, 'strategy_run' AS subject,
+           format('%s runs are RUNNING', count(*)) AS finding
+    FROM strategy_run WHERE status = 'RUNNING' GROUP BY user_id HAVING count(*) > 1;
+
+COMMENT ON VIEW audit_running IS 'Users with more than one RUNNING run.';
+
+CREATE VIEW audit_duplicate AS
+    SELECT user_id, run_id, 'mtm_ledger ' || logical_time AS subject,
+           format('marked %s times', count(*)) AS finding
+    FROM mtm_ledger GROUP BY user_id, run_id, logical_time HAVING count(*) > 1
+    UNION ALL
+    SELECT user_id, run_id, 'event_ledger TICK ' || logical_time,
+           format('ticked %s times', count(*))
+    FROM event_ledger WHERE event_type = 'TICK'
+    GROUP BY user_id, run_id, logical_time HAVING count(*) > 1
+    UNION ALL
+    SELECT user_id, run_id, 'event_ledger ' || subject, format('happened %s times', count(*))
+    FROM event_ledger
+    WHERE event_type IN ('SIP_EXECUTED', 'SIP_REJECTED', 'SIP_SKIPPED', 'REBALANCED')
+    GROUP BY user_id, run_id, subject HAVING count(*) > 1;
+
+COMMENT ON VIEW audit_duplicate IS 'Ticks, marks and occasions that happened more than once.';
+
+CREATE VIEW audit_order AS
+    SELECT o.user_id, o.run_id, 'order ' || o.order_id AS subject,
+           format('says %s filled for %s, its executions say %s for %s', o.filled_quantity,
+                  o.filled_notional, coalesce(e.quantity, 0), coalesce(e.notional, 0)) AS finding
+    FROM orders o
+    LEFT JOIN (SELECT user_id, run_id, order_id, sum(quantity) AS quantity,
+                      sum(quantity * price) AS notional
+               FROM execution GROUP BY user_id, run_id, order_id) e
+        ON e.user_id = o.user_id AND e.run_id = o.run_id AND e.order_id = o.order_id
+    WHERE (o.filled_quantity, o.filled_notional)
+          <> (coalesce(e.quantity, 0), coalesce(e.notional, 0))
+    UNION ALL
+    SELECT user_id, run_id, 'order ' || order_id,
+           format('is %s with %s of %s filled', status, filled_quantity, quantity)
+    FROM orders
+    WHERE CASE WHEN status = 'FILLED' THEN filled_quantity < quantity
+               WHEN status = 'PARTIALLY_FILLED'
+               THEN filled_quantity <= 0 OR filled_quantity >= quantity
+               WHEN status IN ('NEW', 'PENDING', 'REJECTED') THEN filled_quantity <> 0
+               ELSE filled_quantity >= quantity END
+    UNION ALL
+    SELECT e.user_id, e.run_id, 'execution ' || e.execution_id,
+           format('is %s %s, its order %s %s', e.side, e.symbol, o.side, o.symbol)
+    FROM execution e
+    JOIN orders o ON o.user_id = e.user_id AND o.run_id = e.run_id AND o.order_id = e.order_id
+    WHERE (e.side, e.symbol) <> (o.side, o.symbol)
+    UNION ALL
+    SELECT o.user_id, o.run_id, 'order ' || o.order_id,
+           format('is %s in a run that is %s', o.status, r.status)
+    FROM orders o
+    JOIN strategy_run r ON r.user_id = o.user_id AND r.run_id = o.run_id
+    WHERE r.status IN ('STOPPED', 'ERROR') AND o.broker = 'paper'
+      AND o.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED');
+
+COMMENT ON VIEW audit_order IS 'Orders that contradict their executions or their run.';
+
+CREATE VIEW audit_cash AS
+    SELECT r.user_id, r.run_id, 'cash' AS subject,
+           format('is %s, the executions make it %s', r.cash,
+                  r.initial_cash + coalesce(e.flow, 0)) AS finding
+    FROM strategy_run r
+    LEFT JOIN (SELECT user_id, run_id,
+                      sum(execution_cash_flow(side, quantity, price, commission)) AS flow
+               FROM execution GROUP BY user_id, run_id) e
+        ON e.user_id = r.user_id AND e.run_id = r.run_id
+    WHERE r.cash <> r.initial_cash + coalesce(e.flow, 0)
+    UNION ALL
+    SELECT user_id, run_id, 'cash', format('is %s in a cash account', cash)
+    FROM strategy_run WHERE account_type = 'CASH' AND cash < 0;
+
+COMMENT ON VIEW audit_cash IS 'Runs whose cash is not their initial cash and their executions.';
+
+-- Positions as the ledger alone tells them, event by event.
+CREATE FUNCTION position_from_ledger(of_user uuid, of_run uuid)
+RETURNS TABLE (symbol text, quantity numeric, cost_basis numeric, realized_pnl numeric)
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+DECLARE
+    e     record;
+    held  jsonb := '{}';
+    h     jsonb;
+    a     record;
+BEGIN
+    FOR e IN SELECT l.event_type, l.payload, l.payload ->> 'symbol' AS symbol FROM event_ledger l
+             WHERE l.user_id = of_user AND l.run_id = of_run
+               AND l.event_type IN ('EXECUTION', 'SPLIT_APPLIED') ORDER BY l.seq
+    LOOP
+        h := coalesce(held -> e.symbol, '{"quantity": 0, "cost": 0, "realized": 0}');
+        IF e.event_type = 'SPLIT_APPLIED' THEN
+            h := h || jsonb_build_object('quantity', e.payload -> 'quantity_after');
+        ELSE
+            a := position_after((h ->> 'quantity')::numeric, (h ->> 'cost')::numeric,
+                CASE WHEN e.payload ->> 'side' = 'BUY' THEN 1 ELSE -1 END
+                    * (e.payload ->> 'quantity')::numeric, (e.payload ->> 'price')::numeric);
+            h := jsonb_build_object('quantity', a.quantity_after, 'cost', a.cost_after,
+                                    'realized', (h ->> 'realized')::numeric + a.realized);
+        END IF;
+        held := held || jsonb_build_object(e.symbol, h);
+    END LOOP;
+    RETURN QUERY SELECT p.key, (p.value ->> 'quantity')::numeric, (p.value ->> 'cost')::numeric,
+                        (p.value ->> 'realized')::numeric
+                 FROM jsonb_each(held) p;
+END $$;
+
+COMMENT ON FUNCTION position_from_ledger IS 'A run''s positions, rebuilt from its ledger alone.';
+
+CREATE VIEW audit_position AS
+    SELECT r.user_id, r.run_id, 'position ' || d.symbol AS subject,
+           format('is %s at cost %s with %s realised, the ledger makes it %s at %s with %s',
+                  d.quantity, d.cost_basis, d.realized_pnl, d.ledger_quantity,
+                  d.ledger_cost_basis, d.ledger_realized_pnl) AS finding
+    FROM strategy_run r
+    CROSS JOIN LATERAL (
+        SELECT symbol, coalesce(p.quantity, 0) AS quantity, coalesce(p.cost_basis, 0) AS cost_basis,
+               coalesce(p.realized_pnl, 0) AS realized_pnl,
+               coalesce(l.quantity, 0) AS ledger_quantity,
+               coalesce(l.cost_basis, 0) AS ledger_cost_basis,
+               coalesce(l.realized_pnl, 0) AS ledger_realized_pnl
+        FROM (SELECT * FROM position WHERE user_id = r.user_id AND run_id = r.run_id) p
+        FULL JOIN position_from_ledger(r.user_id, r.run_id) l USING (symbol)) d
+    WHERE (d.quantity, d.cost_basis, d.realized_pnl)
+          <> (d.ledger_quantity, d.ledger_cost_basis, d.ledger_realized_pnl);
+
+COMMENT ON VIEW audit_position IS 'Positions that are not what the ledger makes them.';
+
+CREATE VIEW audit_mark AS
+    SELECT user_id, run_id, 'mtm_ledger ' || logical_time AS subject,
+           format('equity %s is not cash %s + market value %s', equity, cash, market_value) AS finding
+    FROM mtm_ledger WHERE equity <> cash + market_value
+    UNION ALL
+    SELECT t.user_id, t.run_id, 'event_ledger TICK ' || t.logical_time,
+           format('says equity %s, the mark says %s', t.payload ->> 'equity', m.equity)
+    FROM event_ledger t
+    LEFT JOIN mtm_ledger m ON m.user_id = t.user_id AND m.run_id = t.run_id
+                          AND m.logical_time = t.logical_time
+    WHERE t.event_type = 'TICK'
+      AND (m.cash, m.market_value, m.equity) IS DISTINCT FROM
+          ((t.payload ->> 'cash')::numeric, (t.payload ->> 'market_value')::numeric,
+           (t.payload ->> 'equity')::numeric)
+    UNION ALL
+    SELECT c.user_id, c.run_id, 'event_ledger TICK ' || c.logical_time,
+           format('says cash %s, the executions before it make it %s', c.payload ->> 'cash', c.cash)
+    FROM (
+        SELECT l.user_id, l.run_id, l.logical_time, l.event_type, l.payload,
+               r.initial_cash + coalesce(sum(execution_cash_flow(
+                   l.payload ->> 'side', (l.payload ->> 'quantity')::numeric,
+                   (l.payload ->> 'price')::numeric, (l.payload ->> 'commission')::numeric))
+                   FILTER (WHERE l.event_type = 'EXECUTION')
+                   OVER (PARTITION BY l.user_id, l.run_id ORDER BY l.seq), 0) AS cash
+        FROM event_ledger l
+        JOIN strategy_run r ON r.user_id = l.user_id AND r.run_id = l.run_id
+        WHERE l.event_type IN ('EXECUTION', 'TICK')) c
+    WHERE c.event_type = 'TICK' AND (c.payload ->> 'cash')::numeric IS DISTINCT FROM c.cash;
+
+COMMENT ON VIEW audit_mark IS 'Marks and ticks that are not what the books make them.';
+
+CREATE VIEW audit_chain AS
+    SELECT c.user_id, c.run_id, 'event_ledger ' || c.seq AS subject,
+           CASE WHEN c.seq <> c.place THEN format('is number %s in the chain', c.place)
+                WHEN c.logical_time < c.time_before THEN 'is earlier than the event before it'
+                ELSE 'does not follow from the event before it: its hash is wrong' END AS finding
+    FROM (
+        SELECT l.*, row_number() OVER w AS place, lag(l.logical_time) OVER w AS time_before,
+               coalesce(lag(l.hash) OVER w, '') AS hash_before
+        FROM event_ledger l
+        WINDOW w AS (PARTITION BY l.user_id, l.run_id ORDER BY l.seq)) c
+    WHERE c.seq <> c.place OR c.logical_time < c.time_before
+       OR c.hash <> event_hash(c.hash_before, c.user_id, c.run_id, c.seq, c.logical_time,
+                               c.event_type, c.subject, c.payload, c.recorded_at);
+
+COMMENT ON VIEW audit_chain IS 'Events that break their run''s chain.';
+
+CREATE VIEW audit_event AS
+    SELECT o.user_id, o.run_id, 'order ' || o.order_id AS subject,
+           'has no event of its placing' AS finding
+    FROM orders o
+    WHERE NOT EXISTS (SELECT FROM event_ledger l
+                      WHERE l.user_id = o.user_id AND l.run_id = o.run_id
+                        AND l.logical_time = o.logical_time
+                        AND l.event_type IN ('ORDER_PLACED', 'ORDER_REJECTED')
+                        AND l.subject = o.order_id::text)
+    UNION ALL
+    SELECT e.user_id, e.run_id, 'execution ' || e.execution_id,
+           'has no event, or one that says otherwise'
+    FROM execution e
+    WHERE NOT EXISTS (SELECT FROM event_ledger l
+                      WHERE l.user_id = e.user_id AND l.run_id = e.run_id
+                        AND l.logical_time = e.logical_time AND l.event_type = 'EXECUTION'
+                        AND l.subject = e.order_id || '/' || e.execution_id
+                        AND l.payload ->> 'symbol' = e.symbol AND l.payload ->> 'side' = e.side
+                        AND (l.payload ->> 'quantity')::numeric = e.quantity
+                        AND (l.payload ->> 'price')::numeric = e.price
+                        AND (l.payload ->> 'commission')::numeric = e.commission)
+    UNION ALL
+    SELECT l.user_id, l.run_id, 'event_ledger ' || l.seq, 'tells of an execution that is not there'
+    FROM event_ledger l
+    WHERE l.event_type = 'EXECUTION'
+      AND NOT EXISTS (SELECT FROM execution e
+                      WHERE e.user_id = l.user_id AND e.run_id = l.run_id
+                        AND e.execution_id = substr(l.subject, 38))
+    UNION ALL
+    SELECT s.user_id, s.run_id, 'engine_state',
+           format('stands at %s, the last TICK is at %s', s.last_logical_time, t.logical_time)
+    FROM engine_state s
+    CROSS JOIN LATERAL (SELECT max(l.logical_time) AS logical_time FROM event_ledger l
+                        WHERE l.user_id = s.user_id AND l.run_id = s.run_id
+                          AND l.event_type = 'TICK') t
+    WHERE s.last_logical_time IS DISTINCT FROM t.logical_time;
+
+COMMENT ON VIEW audit_event IS 'Rows without their event and events without their row.';
