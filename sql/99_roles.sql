@@ -47,7 +47,10 @@ BEGIN
     END LOOP;
     FOR item IN SELECT rolname FROM pg_roles
                 WHERE rolname IN ('oms_engine', 'oms_auditor', 'oms_connector')
-                  AND NOT pg_has_role(current_user, oid, 'MEMBER') LOOP
+                  -- From 16 on, who made a role is its member without being able to act as it.
+                  AND NOT pg_has_role(current_user, oid, CASE
+                      WHEN current_setting('server_version_num')::integer >= 160000 THEN 'SET'
+                      ELSE 'MEMBER' END) LOOP
         BEGIN
             EXECUTE format('GRANT %I TO %I', item.rolname, current_user);
         EXCEPTION WHEN insufficient_privilege THEN

@@ -41,9 +41,6 @@ from pathlib import Path
 from typing import IO, Any, Literal
 from urllib.parse import quote
 
-import psycopg
-from psycopg import errors, sql
-
 from engine import config
 from engine.errors import ConfigurationError
 
@@ -51,7 +48,6 @@ __all__ = [
     "Server",
     "copy_programs",
     "default_server",
-    "ensure_database",
     "isolation_tester",
     "programs",
     "reachable_programs",
@@ -739,26 +735,3 @@ def default_server() -> Server:
     """
     home = config.home()
     return Server(home / "postgres-18", bin_dir=copy_programs(home / "programs", 18))
-
-
-def ensure_database(server: Server, name: str = "oms") -> str:
-    """Create a database of a running server unless it exists, and return its URI.
-
-    Raises ConfigurationError if the server can't be reached or refuses.
-    """
-    create = sql.SQL("CREATE DATABASE {} TEMPLATE template0").format(sql.Identifier(name))
-    try:
-        with psycopg.connect(
-            server.dsn(), autocommit=True, connect_timeout=CONNECT_SECONDS_MAX
-        ) as connection:
-            found = connection.execute(
-                "SELECT FROM pg_catalog.pg_database WHERE datname = %s", [name]
-            )
-            if found.rowcount == 0:
-                # Two may get here at once; one of them is told so in one of two ways.
-                with suppress(errors.DuplicateDatabase, errors.UniqueViolation):
-                    connection.execute(create)
-    except psycopg.Error as error:
-        reason = str(error).partition("\n")[0]
-        raise ConfigurationError(f"Can't open the database {name}: {reason}.") from error
-    return server.dsn(name)

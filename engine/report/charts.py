@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from decimal import Decimal
+from operator import attrgetter
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -101,19 +102,23 @@ class _Style(NamedTuple):
 
     currency: str
     buckets: int
-    span: tuple[float, float]
+    first: float
+    last: float
 
 
 @dataclass(frozen=True, slots=True)
 class _Equity:
-    """The marks as columns; ``days`` are days since 1970, ``drawdown`` is zero or below."""
+    """Marks as columns; ``days`` count from 1970, ``drawdown`` is zero or below.
+
+    ``cash`` is the last: what was cash before is the gap between market value and equity.
+    """
 
     days: Floats
-    cash: Floats
     market_value: Floats
     equity: Floats
     invested: Floats
     drawdown: Floats
+    cash: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,36 +200,42 @@ def thin(days: Floats, columns: Sequence[Floats], buckets: int) -> Indices:
 
 def _style(history: RunHistory, buckets: int) -> _Style:
     first, last = _day(history.equity[0].at), _day(history.equity[-1].at)
-    pad = _HALF_A_DAY if first == last else 0.0
-    return _Style(_plain(history.currency, SYMBOL_CHARS_MAX), buckets, (first - pad, last + pad))
+    return _Style(_plain(history.currency, SYMBOL_CHARS_MAX), buckets, first, last)
 
 
 def _day(at: datetime) -> float:
     return at.timestamp() / _SECONDS_A_DAY
 
 
-def _floats(values: Iterator[Decimal], count: int) -> Floats:
+def _days(points: Sequence[Any]) -> Floats:
     import numpy as np
 
-    return np.fromiter(map(float, values), dtype=np.float64, count=count)
+    return np.fromiter((point.at.timestamp() for point in points), np.float64) / _SECONDS_A_DAY
 
 
-def _equity(points: Sequence[EquityPoint]) -> _Equity:
+def _floats(points: Sequence[Any], name: str) -> Floats:
     import numpy as np
 
-    count = len(points)
-    days = np.fromiter((point.at.timestamp() for point in points), np.float64, count)
-    equity = _floats((point.equity for point in points), count)
+    return np.fromiter(map(float, map(attrgetter(name), points)), np.float64, len(points))
+
+
+def _equity(points: Sequence[EquityPoint], buckets: int) -> _Equity:
+    """The marks that are drawn; drawdown is measured on all of them."""
+    import numpy as np
+
+    days, equity = _days(points), _floats(points, "equity")
+    value = _floats(points, "market_value")
     peak = np.maximum.accumulate(equity)
     # A peak that isn't above zero has no fraction to lose.
     drawdown = np.where(peak > 0, equity / np.where(peak > 0, peak, 1.0) - 1.0, 0.0)
+    keep = thin(days, (equity, value, drawdown), buckets)
     return _Equity(
-        days=days / _SECONDS_A_DAY,
-        cash=_floats((point.cash for point in points), count),
-        market_value=_floats((point.market_value for point in points), count),
-        equity=equity,
-        invested=_floats((point.invested for point in points), count),
-        drawdown=drawdown,
+        days=days[keep],
+        market_value=value[keep],
+        equity=equity[keep],
+        invested=_floats([points[index] for index in keep.tolist()], "invested"),
+        drawdown=drawdown[keep],
+        cash=float(points[-1].cash),
     )
 
 
@@ -236,7 +247,7 @@ def _by_size(columns: Mapping[str, _Column]) -> list[str]:
     return sorted(columns, key=lambda symbol: (-size[symbol], symbol))
 
 
-def _holdings(points: Sequence[PositionPoint], buckets: int) -> _Holdings | None:
+def _holdings(points: Sequence[PositionPoint], style: _Style) -> _Holdings | None:
     """The positions on one grid; the symbols beyond the palette are summed up as others."""
     import numpy as np
 
@@ -246,7 +257,7 @@ def _holdings(points: Sequence[PositionPoint], buckets: int) -> _Holdings | None
     if not by_symbol:
         return None
     columns = {symbol: _column(held) for symbol, held in by_symbol.items()}
-    grid = _grid(list(columns.values()), buckets)
+    grid = _grid(list(columns.values()), style)
     ranked = _by_size(columns)
     shown, rest = ranked[: len(SYMBOL_COLOURS)], ranked[len(SYMBOL_COLOURS) :]
     rows = [_held(*columns[symbol], grid) for symbol in shown]
@@ -259,15 +270,11 @@ def _holdings(points: Sequence[PositionPoint], buckets: int) -> _Holdings | None
 
 
 def _column(points: Sequence[PositionPoint]) -> _Column:
-    import numpy as np
-
-    days = np.fromiter((point.at.timestamp() for point in points), np.float64, len(points))
-    values = _floats((point.market_value for point in points), len(points))
-    return days / _SECONDS_A_DAY, values
+    return _days(points), _floats(points, "market_value")
 
 
-def _grid(columns: Sequence[_Column], buckets: int) -> Floats:
-    """The moments worth drawing: those at which the sum of all columns is extreme."""
+def _grid(columns: Sequence[_Column], style: _Style) -> Floats:
+    """The moments worth drawing: those at which the sum of all columns is extreme, and the end."""
     import numpy as np
 
     days = np.concatenate([days for days, _ in columns])
@@ -277,8 +284,8 @@ def _grid(columns: Sequence[_Column], buckets: int) -> Floats:
     # Symbols marked at one moment change together: the sum stands after the last of them.
     last = np.append(days[1:] != days[:-1], True)
     days, total = days[last], total[last]
-    grid: Floats = days[thin(days, [total], buckets)]
-    return grid
+    grid: Floats = days[thin(days, [total], style.buckets)]
+    return np.append(grid, max(style.last, grid[-1]))
 
 
 def _held(days: Floats, values: Floats, grid: Floats) -> Floats:
@@ -294,12 +301,12 @@ def _held(days: Floats, values: Floats, grid: Floats) -> Floats:
 
 
 def _figures(history: RunHistory, style: _Style) -> Iterator[tuple[str, str, Figure]]:
-    series = _equity(history.equity)
+    series = _equity(history.equity, style.buckets)
     figure, axes = _panel(3.9, top_in=0.62)
     yield "equity", _draw_equity(axes, series, history.sips, style), figure
     figure, axes = _panel(2.1, top_in=0.4)
     yield "drawdown", _draw_drawdown(axes, series, style), figure
-    holdings = _holdings(history.positions, style.buckets)
+    holdings = _holdings(history.positions, style)
     if holdings is not None:
         figure, axes = _panel(3.1, top_in=0.62)
         yield "positions", _draw_positions(axes, holdings, style), figure
@@ -308,23 +315,17 @@ def _figures(history: RunHistory, style: _Style) -> Iterator[tuple[str, str, Fig
 
 
 def _draw_equity(axes: Axes, series: _Equity, sips: Sequence[SipMark], style: _Style) -> str:
-    columns = (series.equity, series.market_value, series.invested)
-    keep = thin(series.days, columns, style.buckets)
-    days, equity, value, invested = series.days[keep], *(column[keep] for column in columns)
+    days, equity, value, invested = series.days, series.equity, series.market_value, series.invested
     value_area = axes.fill_between(days, 0, value, color=PALETTE["sky"], alpha=0.45, lw=0)
     cash_area = axes.fill_between(days, value, equity, color=PALETTE["grey"], alpha=0.38, lw=0)
     dot = "o" if len(days) == 1 else ""
     (line,) = axes.plot(days, equity, color=PALETTE["blue"], lw=1.6, marker=dot)
     (paid,) = axes.plot(days, invested, color=PALETTE["ink"], lw=1.3, ls=(0, (4, 2)), marker=dot)
-    last = len(series.days) - 1
+    ends = (equity[-1], value[-1], series.cash, invested[-1])
+    names = ("Equity", "Market value", "Cash", "Invested")
     entries: list[_Entry] = [
-        (artist, f"{name} {_short(float(column[last]), style.currency)}")
-        for artist, name, column in (
-            (line, "Equity", series.equity),
-            (value_area, "Market value", series.market_value),
-            (cash_area, "Cash", series.cash),
-            (paid, "Invested", series.invested),
-        )
+        (artist, f"{name} {_short(float(end), style.currency)}")
+        for artist, name, end in zip((line, value_area, cash_area, paid), names, ends, strict=True)
     ]
     lowest = min(0.0, *(float(column.min()) for column in (equity, value, invested)))
     highest = max(0.0, *(float(column.max()) for column in (equity, value, invested)))
@@ -360,8 +361,7 @@ def _rug(axes: Axes, sips: Sequence[SipMark]) -> Any:
 def _draw_drawdown(axes: Axes, series: _Equity, style: _Style) -> str:
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-    keep = thin(series.days, (series.drawdown,), style.buckets)
-    days, depth = series.days[keep], series.drawdown[keep]
+    days, depth = series.days, series.drawdown
     colour = PALETTE["vermillion"]
     axes.fill_between(days, 0, depth, color=colour, alpha=0.28, lw=0)
     axes.plot(days, depth, color=colour, lw=1.1)
@@ -386,10 +386,14 @@ def _draw_positions(axes: Axes, holdings: _Holdings | None, style: _Style) -> st
     entries: list[_Entry] = []
     if holdings is not None:
         colours = holdings.colours()
+        days = holdings.days
+        if days[0] == days[-1]:
+            # One moment has no width: draw a bar.
+            days = days + np.linspace(-_HALF_A_DAY / 2, _HALF_A_DAY / 2, len(days))
         # What is held short is stacked downwards, so that it doesn't hide what is held long.
         for part in (np.maximum(holdings.values, 0.0), np.minimum(holdings.values, 0.0)):
             if part.any():
-                _stack(axes, holdings.days, part, colours)
+                _stack(axes, days, part, colours)
         ends = holdings.values[:, -1].tolist()
         entries = [
             (_patch(colour), f"{symbol} {_short(end, style.currency)}")
@@ -458,7 +462,7 @@ def _draw_sips(
         keep = thin(days, (quoted,), style.buckets // 2)
         axes.plot(days[keep], quoted[keep], color=PALETTE["muted"], lw=0.8, alpha=0.7)
     at = _sip_days(marks)
-    paid = _floats((mark.price for mark in marks), len(marks))
+    paid = _floats(marks, "price")
     some = thin(at, (), SIP_MARKS_MAX // 2)
     axes.plot(at[some], paid[some], ls="", marker="o", ms=3, color=colour)
     axes.set_ylim(bottom=min(0.0, float(paid.min())))
@@ -479,8 +483,6 @@ def _draw_sips(
 
 def _prices(positions: Sequence[PositionPoint], symbols: set[str]) -> dict[str, _Column]:
     """Price a unit over time, by symbol, as the marks of its position imply it."""
-    import numpy as np
-
     held: dict[str, list[PositionPoint]] = {}
     for point in positions:
         if point.symbol in symbols and point.quantity:
@@ -488,15 +490,14 @@ def _prices(positions: Sequence[PositionPoint], symbols: set[str]) -> dict[str, 
     prices = {}
     for symbol, points in held.items():
         days, values = _column(points)
-        quantity = _floats((point.quantity for point in points), len(points))
-        prices[symbol] = (days, np.divide(values, quantity))
+        prices[symbol] = (days, values / _floats(points, "quantity"))
     return prices
 
 
 def _sip_days(sips: Sequence[SipMark]) -> Floats:
     import numpy as np
 
-    return np.sort(np.array([_day(mark.at) for mark in sips]))
+    return np.sort(_days(sips))
 
 
 def _combined(history: RunHistory, style: _Style) -> Figure:
@@ -507,10 +508,10 @@ def _combined(history: RunHistory, style: _Style) -> Figure:
     top = 1 - 0.32 / PNG_HEIGHT_IN
     figure.text(_LEFT, top, name, fontsize=15, fontweight="bold", color=PALETTE["ink"])
     figure.text(_RIGHT, top, words, fontsize=9.5, ha="right", color=PALETTE["muted"])
-    series = _equity(history.equity)
+    series = _equity(history.equity, style.buckets)
     _draw_equity(_place(figure, 1.05, 2.75), series, history.sips, style)
     _draw_drawdown(_place(figure, 4.55, 1.15), series, style)
-    _draw_positions(_place(figure, 6.7, 1.95), _holdings(history.positions, style.buckets), style)
+    _draw_positions(_place(figure, 6.7, 1.95), _holdings(history.positions, style), style)
     return figure
 
 
@@ -573,7 +574,8 @@ def _frame(axes: Axes, style: _Style) -> None:
     axes.set_axisbelow(True)
     axes.grid(axis="y", color=PALETTE["grid"], linewidth=0.7)
     axes.tick_params(length=0, labelsize=9, labelcolor=PALETTE["muted"], pad=5)
-    axes.set_xlim(*style.span)
+    pad = _HALF_A_DAY if style.first == style.last else 0.0
+    axes.set_xlim(style.first - pad, style.last + pad)
     locator, formatter = _dates()
     axes.xaxis.set_major_locator(locator)
     axes.xaxis.set_major_formatter(formatter)

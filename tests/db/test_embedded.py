@@ -532,32 +532,6 @@ def test_the_users_own_server_is_durable_and_lives_in_its_home(
     assert _value(server, "SELECT 'Z' < 'a' AND lower('É') = 'é'") is True
 
 
-def test_a_database_is_created_once_however_many_ask(shared: Server) -> None:
-    told: list[str] = []
-    barrier = threading.Barrier(4)
-
-    def ask() -> None:
-        barrier.wait(WAIT_SECONDS_MAX)
-        told.append(embedded.ensure_database(shared, "wanted"))
-
-    askers = [threading.Thread(target=ask) for _ in range(4)]
-    for asker in askers:
-        asker.start()
-    for asker in askers:
-        asker.join(WAIT_SECONDS_MAX)
-    assert told == [shared.dsn("wanted")] * 4
-    with psycopg.connect(embedded.ensure_database(shared, "wanted")) as connection:
-        assert connection.info.dbname == "wanted"
-
-
-def test_a_database_of_a_server_that_is_not_there_is_one_sentence(
-    base: Path, make_server: MakeServer
-) -> None:
-    with pytest.raises(ConfigurationError, match="Can't open the database oms") as caught:
-        embedded.ensure_database(make_server(base / "server"))
-    assert "\n" not in str(caught.value)
-
-
 # --- Configuration and files that travel along ----------------------------------------------
 
 

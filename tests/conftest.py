@@ -1,0 +1,133 @@
+"""A disposable Postgres for every test run: the wheel's own, or any other by option.
+
+Each worker starts one server (fsync off: killing it loses nothing, only the machine could) and
+pytest-postgresql keeps a template database on it. A test takes what it needs:
+
+* ``conn``: the owner's connection in a transaction that is rolled back; fast, the default.
+* ``dsn``: a database of its own, cloned from the template, for commits and several connections.
+* ``engine_conn``: an autocommit connection to ``dsn`` as the engine's role.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psycopg
+import pytest
+from psycopg import sql
+from pytest_postgresql import factories
+
+from engine.db.connect import ENGINE_ROLE, Connection, open_connection
+from engine.db.embedded import Server, reachable_programs
+from engine.db.install import OWNER_ROLE, load_schema
+
+_SETTINGS = {
+    "fsync": "off",
+    "synchronous_commit": "off",
+    "full_page_writes": "off",
+    "max_connections": "60",
+    "shared_buffers": "32MB",
+    # What plpgsql would let pass in silence fails a test.
+    "plpgsql.extra_errors": "all",
+    # A time zone far from UTC, so that a slip shows.
+    "timezone": "America/New_York",
+}
+_server = pytest.StashKey[tuple[Server, Path]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--server",
+        default="18",
+        help="which Postgres to test on: 18 or 16 (the wheel's), or a folder of programs",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the worker's server and tell pytest-postgresql where it is."""
+    if config.option.collectonly or config.option.help:
+        return
+    base = Path(tempfile.mkdtemp(prefix="oms-tests-"))
+    base.chmod(0o755)
+    wanted = str(config.option.server)
+    folder = (base / "server").resolve()
+    programs = (
+        reachable_programs(base / "programs", int(wanted)) if wanted.isdigit() else Path(wanted)
+    )
+    server = Server(folder, bin_dir=programs, settings=_SETTINGS)
+    server.start()
+    config.stash[_server] = (server, base)
+    with psycopg.connect(server.dsn()) as admin:
+        admin.execute(f"CREATE ROLE {OWNER_ROLE} LOGIN CREATEROLE")
+        host, port = admin.info.host, admin.info.port
+    config.option.postgresql_host = host
+    config.option.postgresql_port = port
+    config.option.postgresql_user = "postgres"
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if _server in config.stash:
+        server, base = config.stash[_server]
+        server.stop("immediate")
+        shutil.rmtree(base)
+
+
+def _install(*, host: str, port: int, user: str, dbname: str, **_: object) -> None:
+    """Load ``sql/`` into the template as the owner, who is no superuser."""
+    admin_dsn = psycopg.conninfo.make_conninfo(host=host, port=port, user=user, dbname=dbname)
+    with psycopg.connect(admin_dsn) as admin:
+        admin.execute(f"GRANT CREATE ON SCHEMA public TO {OWNER_ROLE}")
+    with open_connection(psycopg.conninfo.make_conninfo(admin_dsn, user=OWNER_ROLE)) as owner:
+        load_schema(owner)
+
+
+postgresql_noproc = factories.postgresql_noproc(load=[_install])
+postgresql = factories.postgresql("postgresql_noproc")
+
+
+@pytest.fixture(scope="session")
+def server(request: pytest.FixtureRequest) -> Server:
+    """The server of this worker."""
+    return request.config.stash[_server][0]
+
+
+@pytest.fixture
+def dsn(postgresql: psycopg.Connection) -> str:
+    """The owner's DSN of a database that belongs to this test alone."""
+    return psycopg.conninfo.make_conninfo(postgresql.info.dsn, user=OWNER_ROLE)
+
+
+@pytest.fixture
+def owner_conn(dsn: str) -> Iterator[Connection]:
+    """An autocommit connection to ``dsn`` as the owner of the tables."""
+    with open_connection(dsn) as conn:
+        yield conn
+
+
+@pytest.fixture
+def engine_conn(dsn: str) -> Iterator[Connection]:
+    """An autocommit connection to ``dsn`` as the engine's role."""
+    with open_connection(dsn, role=ENGINE_ROLE) as conn:
+        yield conn
+
+
+@pytest.fixture(scope="session")
+def shared_dsn(server: Server, postgresql_noproc: object) -> str:
+    """The owner's DSN of the database in which tests roll back."""
+    template = f"{postgresql_noproc.template_dbname}"  # type: ignore[attr-defined]
+    with psycopg.connect(server.dsn(), autocommit=True) as admin:
+        admin.execute(
+            sql.SQL("CREATE DATABASE shared TEMPLATE {}").format(sql.Identifier(template))
+        )
+    return psycopg.conninfo.make_conninfo(server.dsn("shared"), user=OWNER_ROLE)
+
+
+@pytest.fixture
+def conn(shared_dsn: str) -> Iterator[Connection]:
+    """The owner's connection, in a transaction that is rolled back after the test."""
+    with open_connection(shared_dsn) as owner:
+        with owner.transaction(force_rollback=True):
+            yield owner
