@@ -372,7 +372,7 @@ class Work:
             [self.run.user_id, self.run.run_id, session.day, SIPS_DUE_MAX],
         )
         return tuple(
-            SipDue(*row[:6], Session(self.run.calendar, *row[6:]))  # type: ignore[call-arg]
+            SipDue(*row[:7], Session(self.run.calendar, *row[7:]))  # type: ignore[call-arg]
             for row in rows.fetchall()
         )
 
@@ -527,6 +527,7 @@ class Work:
                 "amount": str(due.amount),
                 "planned_on": due.planned_on.isoformat(),
                 "quantity": str(order.quantity),
+                "price": str(self.view.prices[due.symbol]),
             }
             code = rejected.get(order.order_id)
             events.append(

@@ -71,10 +71,15 @@ COMMENT ON FUNCTION sip_planned_day IS 'The planned day of a plan in a month.';
 -- occasion in the ledger whose planned session has come. Bounded by the caller's LIMIT.
 CREATE FUNCTION sip_due(of_user uuid, of_run uuid, upto_session date)
 RETURNS TABLE (plan text, symbol text, amount numeric, missed_policy text, occasion text,
-               planned_on date, session_date date, open_at timestamptz, close_at timestamptz)
+               planned_on date, next_open_at timestamptz,
+               session_date date, open_at timestamptz, close_at timestamptz)
 LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
     SELECT p.plan, p.symbol, p.amount, p.missed_policy,
            p.plan || '@' || to_char(m.month, 'YYYY-MM'), d.planned_on,
+           (SELECT c.open_at FROM calendar_session c
+            WHERE c.calendar = r.calendar AND c.session_date >= n.planned_on
+              AND (p.end_on IS NULL OR n.planned_on <= p.end_on)
+            ORDER BY c.session_date LIMIT 1),
            s.session_date, s.open_at, s.close_at
     FROM sip_plan p
     JOIN strategy_run r ON r.user_id = p.user_id AND r.run_id = p.run_id
@@ -90,6 +95,8 @@ LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
                  last_done.month::timestamp + interval '1 month'),
         least(upto_session, p.end_on)::timestamp, interval '1 month') AS m (month)
     CROSS JOIN LATERAL (SELECT sip_planned_day(m.month::date, p.day_of_month) AS planned_on) d
+    CROSS JOIN LATERAL (SELECT sip_planned_day((m.month + interval '1 month')::date,
+                                               p.day_of_month) AS planned_on) n
     CROSS JOIN LATERAL (
         SELECT c.session_date, c.open_at, c.close_at FROM calendar_session c
         WHERE c.calendar = r.calendar AND c.session_date >= d.planned_on
@@ -101,4 +108,4 @@ LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
 $$;
 
 COMMENT ON FUNCTION sip_due IS
-    'Occasions of a run''s active plans that are due at a session and not yet in the ledger.';
+    'Occasions of a run''s active plans that are due at a session and not yet in the ledger, with the open of the session of the plan''s next one.';

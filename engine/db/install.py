@@ -93,10 +93,14 @@ def _config(dsn: str) -> Iterator[Config]:
 
     config = Config()
     config.set_main_option("script_location", str(resources.migrations_dir()).replace("%", "%%"))
+
+    def connect() -> Connection:
+        conn = open_connection(dsn)
+        conn.autocommit = False  # SQLAlchemy begins and commits by itself
+        return conn
+
     engine = sqlalchemy.create_engine(
-        "postgresql+psycopg://",
-        creator=lambda: open_connection(dsn),
-        poolclass=sqlalchemy.pool.NullPool,
+        "postgresql+psycopg://", creator=connect, poolclass=sqlalchemy.pool.NullPool
     )
     with engine.begin() as connection:
         # Two programs that start at once must not both create the schema. This lock orders

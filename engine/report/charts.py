@@ -609,7 +609,7 @@ def _money_axis(axes: Axes, currency: str) -> None:
 
 
 def _short(value: float, currency: str) -> str:
-    """An amount as briefly as an axis needs it: ``$250,000``, ``$12.5M``, ``$0.25``."""
+    """An amount as briefly as an axis needs it: ``$250,000``, ``$12.5M``, ``$2.50``."""
     sign = MINUS if value < 0 else ""
     size = abs(value)
     unit, letter = next((pair for pair in _UNITS if size >= 10 * pair[0]), (1.0, ""))
@@ -617,8 +617,10 @@ def _short(value: float, currency: str) -> str:
         text = f"{size / unit:,.1f}".removesuffix(".0") + letter
     elif size >= 100 or size == int(size):
         text = f"{size:,.0f}"
+    elif size >= 1:
+        text = f"{size:.2f}"
     else:
-        text = f"{size:,.2f}"
+        text = f"{size:.6f}".rstrip("0").rstrip(".")
     return f"{sign}{_axis_prefix(currency)}{text}"
 
 

@@ -32,8 +32,7 @@ _RATE_UNIT = Decimal(1).scaleb(-RATE_DECIMALS)
 _DIGITS_MAX = 60
 _SCAN_FIRST = 0.01
 _SCAN_GROWTH = 1.25
-_BISECTIONS_MAX = 100
-_TOLERANCE = 1e-14
+_BISECTIONS = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,12 +181,10 @@ def _bracket(worth: Callable[[float], float]) -> tuple[float, float] | None:
 
 
 def _bisect(worth: Callable[[float], float], low: float, high: float) -> float:
-    # Halving can't be led astray by a shape, and a hundred halvings cost less than one picture.
+    # Halving can't be led astray by a shape, and sixty halvings cost less than one picture.
     above = worth(low) > 0
-    for _ in range(_BISECTIONS_MAX):
+    for _ in range(_BISECTIONS):
         middle = (low + high) / 2
-        if abs(high - low) <= _TOLERANCE:
-            break
         if (worth(middle) > 0) == above:
             low = middle
         else:

@@ -131,4 +131,4 @@ def money(amount: Decimal, currency: str = "", *, decimals: int = 2, signed: boo
     with localcontext(prec=_DIGITS_MAX):
         rounded = amount.quantize(Decimal(1).scaleb(-decimals), ROUND_HALF_EVEN)
     sign = MINUS if rounded < 0 else "+" if signed and rounded > 0 else ""
-    return f"{sign}{currency_prefix(currency)}{abs(rounded):,f}"
+    return f"{sign}{currency_prefix(currency)}{rounded.copy_abs():,f}"

@@ -124,7 +124,7 @@ def _money_axis(figure: Any, amounts: Sequence[Decimal], currency: str, height: 
     low, high = float(min(amounts)), float(max(amounts))
     if 0 < low < high * _FROM_ZERO:
         low = 0.0
-    least = max(abs(low), abs(high), 1.0) * _RANGE_MIN
+    least = max(abs(low), abs(high)) * _RANGE_MIN or 1.0
     if high - low < least:
         low, high = low - least / 2, high + least / 2
     ticks, decimals = _round_ticks(low, high, max(2, height // LINES_A_TICK))

@@ -38,7 +38,10 @@ class Holding:
 
 @dataclass(frozen=True, slots=True)
 class SipDue:
-    """An occasion of an investment plan that is due; ``amount`` is in the run's currency."""
+    """An occasion of an investment plan that is due; ``amount`` is in the run's currency.
+
+    ``next_open_at`` is when the session of the plan's next occasion opens, if there is one.
+    """
 
     plan: str
     symbol: str
@@ -46,6 +49,7 @@ class SipDue:
     missed_policy: str
     occasion: str
     planned_on: date
+    next_open_at: datetime | None
     session: Session
 
 

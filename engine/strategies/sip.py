@@ -7,9 +7,8 @@ turns money into units.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import timedelta
-from itertools import groupby
 
 from engine.orders.model import Side
 from engine.quantities import cut
@@ -26,23 +25,19 @@ class Sip(Strategy):
     def on_tick(self, context: Context) -> Iterator[Intent]:
         if not context.market_open:
             return
-        for _, group in groupby(
-            sorted(context.sips_due, key=lambda due: (due.plan, due.planned_on)),
-            key=lambda due: due.plan,
-        ):
-            yield from _decide(context, list(group))
+        for due in context.sips_due:
+            if _is_skipped(context, due):
+                yield Announce("SIP_SKIPPED", due.occasion, _facts(due))
+            elif due.symbol in context.prices:
+                yield _invest(context, due)
 
 
-def _decide(context: Context, due: Sequence[SipDue]) -> Iterator[Intent]:
-    """What becomes of one plan's occasions, oldest first."""
-    for number, occasion in enumerate(due):
-        newest = number == len(due) - 1
-        missed = context.now - occasion.session.close_at > timedelta(hours=ON_TIME_HOURS_MAX)
-        policy = occasion.missed_policy
-        if missed and (policy == "SKIP" or (policy == "RUN_ONCE" and not newest)):
-            yield Announce("SIP_SKIPPED", occasion.occasion, _facts(occasion))
-        elif occasion.symbol in context.prices:
-            yield _invest(context, occasion)
+def _is_skipped(context: Context, due: SipDue) -> bool:
+    """Whether an occasion was missed and its plan's policy lets it go."""
+    missed = context.now - due.session.close_at > timedelta(hours=ON_TIME_HOURS_MAX)
+    if due.missed_policy == "RUN_ONCE":
+        return missed and due.next_open_at is not None and due.next_open_at <= context.now
+    return missed and due.missed_policy == "SKIP"
 
 
 def _invest(context: Context, due: SipDue) -> PlaceOrder:

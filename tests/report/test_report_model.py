@@ -44,5 +44,5 @@ def test_marks_in_order_of_time_are_taken() -> None:
 
 
 def test_marks_out_of_order_are_refused() -> None:
-    with pytest.raises(ValueError, match="2000-03-01 .* comes after that of 2000-03-02"):
+    with pytest.raises(ValueError, match=r"2000-03-01 .* comes after that of 2000-03-02"):
         a_history([a_point(1, 1), a_point(0, 2)])

@@ -1,0 +1,176 @@
+"""The schedule: a clock that asks Postgres what is due.
+
+APScheduler only wakes us. What is due are the sessions of each RUNNING run's calendar since its
+last committed tick; whether it was done is the tick's key in the ledger. Any number of schedulers
+may run, be killed and be started again: every planned time is ticked once.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from datetime import datetime, timedelta
+from uuid import UUID
+
+from engine.clock import Clock, utc_now
+from engine.db.connect import Connection, pool, pooled
+from engine.errors import DatabaseUnavailable, EngineError, Retryable, RunNotRunning, translated
+from engine.feeds import prices_at, symbols_of
+from engine.market.calendar import ensure_sessions
+from engine.runs import find_run
+from engine.strategies.sip import ON_TIME_HOURS_MAX
+from engine.tick import run_tick
+
+# Planned times that one round takes up of one run; the next round goes on from there.
+CATCH_UP_TICKS_MAX = 500
+# How often a tick is tried again at once after a deadlock or a lock timeout.
+ATTEMPTS_MAX = 3
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Due:
+    """A planned time of a run that has come and isn't in the ledger."""
+
+    user_id: UUID
+    run_id: UUID
+    planned_at: datetime
+
+
+@dataclass(slots=True)
+class Round:
+    """What one round did: ticks committed, and by run why it could not go on."""
+
+    ticks: int = 0
+    repeated: int = 0
+    stuck: dict[UUID, str] = field(default_factory=dict)
+
+
+def due(conn: Connection, now: datetime, *, per_run_max: int = CATCH_UP_TICKS_MAX) -> list[Due]:
+    """Planned times up to ``now`` of all RUNNING runs since their last tick, oldest first."""
+    _store_sessions(conn, now)
+    rows = conn.execute(
+        """SELECT r.user_id, r.run_id, p.planned_at
+           FROM strategy_run r
+           LEFT JOIN engine_state s ON s.user_id = r.user_id AND s.run_id = r.run_id
+           CROSS JOIN LATERAL (SELECT coalesce(s.last_logical_time, r.created_at) AS since) l
+           CROSS JOIN LATERAL (
+               SELECT CASE WHEN r.tick_at = 'OPEN' THEN c.open_at ELSE c.close_at END AS planned_at
+               FROM calendar_session c
+               WHERE c.calendar = r.calendar
+                 AND c.session_date BETWEEN (l.since AT TIME ZONE 'UTC')::date - 1
+                                        AND (%(now)s AT TIME ZONE 'UTC')::date + 1
+                 AND CASE WHEN r.tick_at = 'OPEN' THEN c.open_at ELSE c.close_at END > l.since
+                 AND CASE WHEN r.tick_at = 'OPEN' THEN c.open_at ELSE c.close_at END <= %(now)s
+               ORDER BY c.session_date LIMIT %(limit)s) p
+           WHERE r.status = 'RUNNING'
+           ORDER BY p.planned_at, r.user_id""",
+        {"now": now, "limit": per_run_max},
+    ).fetchall()
+    return [Due(*row) for row in rows]
+
+
+def drive(conn: Connection, clock: Clock = utc_now) -> Round:
+    """One round: tick whatever is due, oldest first; a run that is stuck holds up no other."""
+    done = Round()
+    for planned in due(conn, clock()):
+        if planned.run_id in done.stuck:
+            continue
+        try:
+            _tick(conn, planned, clock(), done)
+        except RunNotRunning as error:
+            done.stuck[planned.run_id] = str(error)
+        except DatabaseUnavailable:
+            raise
+        except EngineError as error:
+            done.stuck[planned.run_id] = str(error)
+            log.error("run %s can't tick at %s: %s", planned.run_id, planned.planned_at, error)
+    return done
+
+
+def _tick(conn: Connection, planned: Due, now: datetime, done: Round) -> None:
+    run = find_run(conn, planned.run_id)
+    bars = prices_at(conn, run, planned.planned_at)
+    missing = symbols_of(conn, run) - {bar.symbol for bar in bars}
+    if missing and now - planned.planned_at <= timedelta(hours=ON_TIME_HOURS_MAX):
+        reason = (
+            f"waits for the prices of {', '.join(sorted(missing))} at "
+            f"{planned.planned_at.isoformat()}; import them with `oms data import`"
+        )
+        done.stuck[planned.run_id] = reason
+        _note_waiting(conn, planned, reason, now)
+        return
+    for attempt in range(1, ATTEMPTS_MAX + 1):
+        try:
+            result = run_tick(conn, run.user_id, run.run_id, planned.planned_at, bars, now=now)
+            break
+        except Retryable:
+            if attempt == ATTEMPTS_MAX:
+                raise
+    done.ticks += not result.repeated
+    done.repeated += result.repeated
+
+
+def _note_waiting(conn: Connection, planned: Due, reason: str, now: datetime) -> None:
+    with translated():
+        conn.execute(
+            """UPDATE engine_status SET heartbeat_at = %s, last_error = %s, error_at = %s
+               WHERE user_id = %s AND run_id = %s""",
+            [now, reason, now, planned.user_id, planned.run_id],
+        )
+
+
+def _store_sessions(conn: Connection, now: datetime) -> None:
+    """Make sure that the calendars of RUNNING runs are stored from their last ticks up to now."""
+    rows = conn.execute(
+        """SELECT r.calendar, min(coalesce(s.last_logical_time, r.created_at))
+           FROM strategy_run r
+           LEFT JOIN engine_state s ON s.user_id = r.user_id AND s.run_id = r.run_id
+           WHERE r.status = 'RUNNING' GROUP BY r.calendar"""
+    ).fetchall()
+    for calendar, since in rows:
+        ensure_sessions(conn, calendar, min(since, now).date(), now.date())
+
+
+def serve(
+    dsn: str,
+    *,
+    every_seconds: int,
+    report: Callable[[Round], None] = lambda done: None,
+    clock: Clock = utc_now,
+    signals: Iterable[signal.Signals] = (signal.SIGINT, signal.SIGTERM),
+) -> None:
+    """Drive a round every ``every_seconds`` until a signal comes; the round under way is finished.
+
+    A database that is away is asked again at the next round.
+    """
+    from apscheduler.schedulers.blocking import BlockingScheduler
+
+    connections = pool(dsn)
+    scheduler = BlockingScheduler(timezone="UTC")
+
+    def round_() -> None:
+        try:
+            with translated(), pooled(connections) as conn:
+                report(drive(conn, clock))
+        except EngineError as error:
+            log.error("this round failed, the next one tries again: %s", error)
+
+    scheduler.add_job(
+        round_,
+        "interval",
+        seconds=every_seconds,
+        max_instances=1,
+        coalesce=True,
+        misfire_grace_time=None,
+        next_run_time=clock(),
+    )
+    for number in signals:
+        signal.signal(number, lambda *_: scheduler.shutdown(wait=True))
+    try:
+        scheduler.start()
+    finally:
+        connections.dispose()
