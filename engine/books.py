@@ -19,7 +19,8 @@ class Books:
     """Cash (currency), holdings and open orders by key, and the strategy's state.
 
     ``statuses``, ``reserved`` and ``executions`` are those of the open orders: their status as
-    stored, the cash that each holds back, and how many executions each has had.
+    stored, the cash that each holds back, and how many executions each has had. ``began`` is the
+    logical time of the first event of a run that hasn't ticked yet.
     """
 
     cash: Decimal
@@ -30,6 +31,7 @@ class Books:
     executions: dict[UUID, int]
     state: dict[str, Any]
     last_tick: datetime | None
+    began: datetime | None = None
 
     @property
     def available_cash(self) -> Decimal:
@@ -53,6 +55,13 @@ def read_books(conn: Connection, run: Run) -> Books:
     row = state.fetchone()
     if row is not None:
         books.last_tick, books.state = row
+    if books.last_tick is None:
+        first = conn.execute(
+            """SELECT logical_time FROM event_ledger
+               WHERE user_id = %s AND run_id = %s ORDER BY seq LIMIT 1""",
+            key,
+        ).fetchone()
+        books.began = first[0] if first else None
     return books
 
 

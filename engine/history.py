@@ -85,6 +85,8 @@ def _positions(conn: Connection, run: Run) -> list[PositionPoint]:
         elif event_type == "EXECUTION":
             sign = 1 if payload["side"] == "BUY" else -1
             held[payload["symbol"]] += sign * Decimal(str(payload["quantity"]))
+            if held[payload["symbol"]] == 0:
+                points.append(PositionPoint(at, payload["symbol"], Decimal(0), Decimal(0)))
         else:
             points += [
                 PositionPoint(at, symbol, held[symbol], held[symbol] * Decimal(price))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from decimal import Decimal
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -18,6 +19,22 @@ class Event(NamedTuple):
     event_type: str
     subject: str
     payload: Mapping[str, Any]
+
+
+class Told(NamedTuple):
+    """What a TICK event tells; the money is in the run's currency, to its last digit."""
+
+    orders: int
+    executions: int
+    cash: Decimal
+    market_value: Decimal
+    equity: Decimal
+
+
+# A number inside jsonb would come as a float.
+TOLD = """(payload ->> 'orders')::integer, (payload ->> 'executions')::integer,
+    (payload ->> 'cash')::numeric, (payload ->> 'market_value')::numeric,
+    (payload ->> 'equity')::numeric"""
 
 
 def append(
@@ -45,13 +62,12 @@ def append(
 
 def ticked(
     conn: Connection, user_id: UUID, run_id: UUID, times: Sequence[datetime]
-) -> dict[datetime, dict[str, Any]]:
+) -> dict[datetime, Told]:
     """What TICK events say that were committed at these logical times, by time."""
-    return dict(
-        conn.execute(
-            """SELECT logical_time, payload FROM event_ledger
-               WHERE user_id = %s AND run_id = %s AND logical_time = ANY(%s)
-                 AND event_type = 'TICK' AND subject = ''""",
-            [user_id, run_id, list(times)],
-        ).fetchall()
-    )
+    rows = conn.execute(
+        f"""SELECT logical_time, {TOLD} FROM event_ledger
+            WHERE user_id = %s AND run_id = %s AND logical_time = ANY(%s)
+              AND event_type = 'TICK' AND subject = ''""",
+        [user_id, run_id, list(times)],
+    ).fetchall()
+    return {at: Told(*told) for at, *told in rows}

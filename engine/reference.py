@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Iterable
+from contextlib import suppress
 from datetime import UTC, date, datetime, timedelta
 
 from engine.db.connect import Connection
@@ -16,7 +17,6 @@ from engine.market.calendar import ensure_sessions
 from engine.market.model import Session, Split
 
 _EDGE = timedelta(days=20)
-_AHEAD = timedelta(days=400)
 
 
 class Reference:
@@ -26,6 +26,7 @@ class Reference:
         self._conn = conn
         self._calendar = calendar
         self._decimals: dict[str, int] = {}
+        self._negative: set[str] = set()
         self._splits: dict[str, list[Split]] = {}
         self._opens: list[datetime] = []
         self._sessions: list[Session] = []
@@ -36,12 +37,14 @@ class Reference:
         wanted = set(symbols)
         missing = wanted - self._decimals.keys()
         if missing:
-            self._decimals.update(
-                self._conn.execute(
-                    "SELECT symbol, quantity_decimals FROM instrument WHERE symbol = ANY(%s)",
-                    [list(missing)],
-                ).fetchall()
-            )
+            for symbol, decimals, negative in self._conn.execute(
+                """SELECT symbol, quantity_decimals, negative_price_allowed FROM instrument
+                   WHERE symbol = ANY(%s)""",
+                [list(missing)],
+            ):
+                self._decimals[symbol] = decimals
+                if negative:
+                    self._negative.add(symbol)
             unknown = sorted(missing - self._decimals.keys())
             if unknown:
                 raise BadInput(
@@ -49,6 +52,11 @@ class Reference:
                     "`oms data import`, or register it with `oms data add`"
                 )
         return {symbol: self._decimals[symbol] for symbol in wanted}
+
+    def may_be_negative(self, symbol: str) -> bool:
+        """Whether a known symbol's price may be zero or less."""
+        self.quantity_decimals([symbol])
+        return symbol in self._negative
 
     def splits(self, symbols: Iterable[str], after: date, upto: date) -> list[Split]:
         """Splits of these symbols with ``after < ex_date <= upto``, oldest first."""
@@ -81,11 +89,15 @@ class Reference:
         if self._loaded and self._loaded[0] <= moment <= self._loaded[1]:
             return
         day = moment.astimezone(UTC).date()
-        ensure_sessions(self._conn, self._calendar, day - _EDGE, day + _EDGE)
+        ensure_sessions(self._conn, self._calendar, day - _EDGE, day)
+        with suppress(BadInput):  # an exchange may not have published its next year yet
+            ensure_sessions(self._conn, self._calendar, day, day + _EDGE)
+        # Not beyond the years made sure of: after them some may be stored and others missing.
+        upto = date((day + _EDGE).year, 12, 31)
         rows = self._conn.execute(
             """SELECT calendar, session_date, open_at, close_at FROM calendar_session
                WHERE calendar = %s AND session_date BETWEEN %s AND %s ORDER BY session_date""",
-            [self._calendar, day - _EDGE, day + _AHEAD],
+            [self._calendar, day - _EDGE, upto],
         ).fetchall()
         self._sessions = [Session(*row) for row in rows]
         self._opens = [session.open_at for session in self._sessions]

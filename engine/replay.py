@@ -16,11 +16,11 @@ from uuid import UUID
 from engine import ledger
 from engine.books import read_books
 from engine.db.connect import Connection
-from engine.errors import StrategyFailed, translated
+from engine.errors import BadInput, RuleViolation, StrategyFailed, translated
 from engine.market.model import Bar
 from engine.market.view import look
 from engine.reference import Reference
-from engine.runs import lock_run, require_running
+from engine.runs import lock_run, require_aware, require_running
 from engine.tick import Work, run_tick, strategy_of
 
 BATCH_TICKS = 100
@@ -54,12 +54,11 @@ def replay(
     for ticks in _batches(feed, batch):
         try:
             new = _tick_batch(conn, user_id, run_id, ticks)
-        except StrategyFailed:
+        except (StrategyFailed, BadInput, RuleViolation):
             # The batch is gone. Again one by one: the good ones are committed, and the one that
-            # fails ends the run as it would have live.
-            for at, bars in ticks:
-                run_tick(conn, user_id, run_id, at, bars)
-            raise
+            # fails does what it would have done live.
+            results = [run_tick(conn, user_id, run_id, at, bars) for at, bars in ticks]
+            new = sum(not result.repeated for result in results)
         written += new
         repeated += len(ticks) - new
         progress(len(ticks))
@@ -70,6 +69,7 @@ def _tick_batch(
     conn: Connection, user_id: UUID, run_id: UUID, ticks: list[tuple[datetime, list[Bar]]]
 ) -> int:
     """Write a batch in one transaction; returns how many of its ticks were new."""
+    ticks = [(require_aware(at, "logical_time"), bars) for at, bars in ticks]
     with translated(), conn.transaction():
         run = lock_run(conn, user_id, run_id)
         done = ledger.ticked(conn, user_id, run_id, [at for at, _ in ticks])
@@ -78,12 +78,11 @@ def _tick_batch(
             return 0
         require_running(run)
         reference = Reference(conn, run.calendar)
-        strategy = strategy_of(run)
         books = read_books(conn, run)
         for at, bars in new:
-            Work(conn, run, strategy, reference, books, look(reference, at, bars)).tick(
-                (), live=False
-            )
+            # A strategy of its own for every tick, as live: what it wants to keep it remembers.
+            view = look(reference, at, bars)
+            Work(conn, run, strategy_of(run), reference, books, view).tick((), live=False)
     return len(new)
 
 

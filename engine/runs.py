@@ -20,6 +20,10 @@ from engine.paper.costs import PaperSettings
 from engine.strategies.registry import make
 
 
+# Decimals of the quantities and prices that orders and executions hold.
+DECIMALS_MAX = 8
+
+
 @dataclass(frozen=True, slots=True)
 class Run:
     """A row of ``strategy_run``; ``cash`` and ``initial_cash`` are in ``currency``."""
@@ -51,11 +55,15 @@ def _run(row: tuple[Any, ...]) -> Run:
 def paper_settings(given: Mapping[str, Any]) -> PaperSettings:
     """The paper broker's settings, checked. Raises BadInput, naming the setting."""
     try:
-        return PaperSettings.model_validate(dict(given))
+        settings = PaperSettings.model_validate(dict(given))
     except ValidationError as error:
         problem = error.errors()[0]
         where = ".".join(map(str, problem["loc"]))
         raise BadInput(f"paper setting {where}: {problem['msg']}") from error
+    for name in ("quantity_decimals", "price_decimals"):
+        if getattr(settings, name) > DECIMALS_MAX:
+            raise BadInput(f"paper setting {name}: the books hold at most {DECIMALS_MAX} decimals")
+    return settings
 
 
 def add_user(conn: Connection, name: str) -> UUID:

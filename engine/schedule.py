@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -81,13 +82,13 @@ def drive(conn: Connection, clock: Clock = utc_now) -> Round:
             continue
         try:
             _tick(conn, planned, clock(), done)
-        except RunNotRunning as error:
-            done.stuck[planned.run_id] = str(error)
+        except RunNotRunning:
+            done.stuck[planned.run_id] = "was stopped meanwhile"
         except DatabaseUnavailable:
             raise
-        except EngineError as error:
+        except Exception as error:  # whatever it is, the other runs go on
             done.stuck[planned.run_id] = str(error)
-            log.error("run %s can't tick at %s: %s", planned.run_id, planned.planned_at, error)
+            log.error("run %s can't tick at %s: %r", planned.run_id, planned.planned_at, error)
     return done
 
 
@@ -147,10 +148,10 @@ def serve(
 
     A database that is away is asked again at the next round.
     """
-    from apscheduler.schedulers.blocking import BlockingScheduler
+    from apscheduler.schedulers.background import BackgroundScheduler
 
     connections = pool(dsn)
-    scheduler = BlockingScheduler(timezone="UTC")
+    stopped = threading.Event()
 
     def round_() -> None:
         try:
@@ -159,6 +160,7 @@ def serve(
         except EngineError as error:
             log.error("this round failed, the next one tries again: %s", error)
 
+    scheduler = BackgroundScheduler(timezone="UTC")
     scheduler.add_job(
         round_,
         "interval",
@@ -166,11 +168,11 @@ def serve(
         max_instances=1,
         coalesce=True,
         misfire_grace_time=None,
-        next_run_time=clock(),
+        next_run_time=utc_now(),
     )
     for number in signals:
-        signal.signal(number, lambda *_: scheduler.shutdown(wait=True))
-    try:
-        scheduler.start()
-    finally:
-        connections.dispose()
+        signal.signal(number, lambda *_: stopped.set())
+    scheduler.start()
+    stopped.wait()
+    scheduler.shutdown(wait=True)
+    connections.dispose()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from datetime import datetime
 from uuid import UUID
 
 from engine import ledger
 from engine.books import read_books
-from engine.clock import utc_now
 from engine.db.connect import Connection
 from engine.errors import translated
 from engine.market.view import look
@@ -30,12 +30,21 @@ def stop_run(conn: Connection, user_id: UUID, run_id: UUID) -> Run:
 
 
 def _tell_strategy(conn: Connection, run: Run) -> None:
-    books = read_books(conn, run)
-    at = books.last_tick or utc_now()
+    at = _stands_at(conn, run)
     reference = Reference(conn, run.calendar)
     try:
-        work = Work(conn, run, strategy_of(run), reference, books, look(reference, at, {}))
-        work.strategy.on_stop(work.context())
+        with conn.transaction():
+            books, view = read_books(conn, run), look(reference, at, {})
+            work = Work(conn, run, strategy_of(run), reference, books, view)
+            work.strategy.on_stop(work.context())
     except Exception as error:  # a user's code; stopping must not depend on it
         event = ledger.Event("STRATEGY_FAILED_TO_STOP", "", {"error": repr(error)})
         ledger.append(conn, run.user_id, run.run_id, at, [event])
+
+
+def _stands_at(conn: Connection, run: Run) -> datetime:
+    """The logical time of the run's newest event; now for a run without any."""
+    row = conn.execute("SELECT run_last_time(%s, %s)", [run.user_id, run.run_id]).fetchone()
+    assert row is not None
+    at: datetime = row[0]
+    return at

@@ -8,11 +8,12 @@ only what is asked for. Locks are taken in one order: run, orders by id, ledger.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, nullcontext, suppress
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from datetime import datetime
-from decimal import Decimal
+from decimal import Decimal, localcontext
 from functools import cached_property
 from itertools import groupby
 from types import MappingProxyType
@@ -25,15 +26,25 @@ from engine import ledger
 from engine.books import Books, read_books, reread
 from engine.clock import utc_now
 from engine.db.connect import Connection
-from engine.errors import BadInput, StrategyFailed, translated
+from engine.errors import (
+    AlreadyHappened,
+    BadInput,
+    InvalidValue,
+    RunNotRunning,
+    StrategyFailed,
+    TimeMovesForward,
+    translated,
+)
 from engine.ids import ORDERS_PER_TICK_MAX, order_id_of, run_salt
+from engine.ledger import Told
 from engine.market.model import Bar, Session
 from engine.market.view import Prices, View, look
 from engine.orders import write
 from engine.orders.model import Fill, Order, Side, TimeInForce
 from engine.paper.book import Moment, Outcome, match_all
+from engine.quantities import EXACT
 from engine.reference import Reference
-from engine.runs import Run, fail_run, lock_run, require_running
+from engine.runs import Run, fail_run, lock_run, require_aware, require_running
 from engine.strategies.base import (
     Announce,
     CancelOrder,
@@ -75,20 +86,9 @@ class TickResult:
     repeated: bool
 
     @classmethod
-    def told(cls, logical_time: datetime, payload: dict[str, Any], *, repeated: bool) -> TickResult:
+    def told(cls, logical_time: datetime, told: Told, *, repeated: bool) -> TickResult:
         """The result that a TICK event tells."""
-        cash, market_value, equity = (
-            Decimal(str(payload[name])) for name in ("cash", "market_value", "equity")
-        )
-        return cls(
-            logical_time,
-            payload["orders"],
-            payload["executions"],
-            cash,
-            market_value,
-            equity,
-            repeated,
-        )
+        return cls(logical_time, *told, repeated=repeated)
 
 
 def run_tick(
@@ -112,20 +112,31 @@ def run_tick(
     Raises BadInput, RunNotRunning, TimeMovesForward, and StrategyFailed after which the run is in
     ERROR; nothing of the tick is written then.
     """
+    logical_time = require_aware(logical_time, "logical_time")
+    with _whole_or_nothing(conn, user_id, run_id, now):
+        run = lock_run(conn, user_id, run_id)
+        done = ledger.ticked(conn, user_id, run_id, [logical_time])
+        if done:
+            return TickResult.told(logical_time, done[logical_time], repeated=True)
+        require_running(run)
+        reference = Reference(conn, run.calendar)
+        view = look(reference, logical_time, prices, now=now, market_open=market_open)
+        work = Work(conn, run, strategy_of(run), reference, read_books(conn, run), view)
+        return work.tick(intents, live=now is not None)
+
+
+@contextmanager
+def _whole_or_nothing(
+    conn: Connection, user_id: UUID, run_id: UUID, now: datetime | None
+) -> Iterator[None]:
+    """A transaction of its own or a savepoint; a strategy that failed in it ends its run."""
     try:
         with translated(), conn.transaction():
-            run = lock_run(conn, user_id, run_id)
-            done = ledger.ticked(conn, user_id, run_id, [logical_time])
-            if done:
-                (at, payload), *_ = done.items()
-                return TickResult.told(at, payload, repeated=True)
-            require_running(run)
-            reference = Reference(conn, run.calendar)
-            view = look(reference, logical_time, prices, now=now, market_open=market_open)
-            work = Work(conn, run, strategy_of(run), reference, read_books(conn, run), view)
-            return work.tick(intents, live=now is not None)
+            yield
     except StrategyFailed as failure:
-        fail_run(conn, user_id, run_id, str(failure), now or utc_now())
+        # A stop that waited for this call has come first: the run has ended, as it was asked to.
+        with suppress(RunNotRunning):
+            fail_run(conn, user_id, run_id, str(failure), now or utc_now())
         raise
 
 
@@ -145,7 +156,7 @@ def try_execute_sip(
     market closed, nothing is. Each occasion of a plan is executed once, however often this is
     called. Raises what ``run_tick`` raises.
     """
-    with translated(), conn.transaction():
+    with _whole_or_nothing(conn, user_id, run_id, now):
         work = open_work(
             conn, user_id, run_id, logical_time, prices, market_open=market_open, now=now
         )
@@ -166,8 +177,10 @@ def place_orders(
     Returns how many executions there were. No mark and no TICK is written. Raises what
     ``run_tick`` raises.
     """
-    with translated(), conn.transaction():
-        work = open_work(conn, user_id, run_id, logical_time, prices)
+    with _whole_or_nothing(conn, user_id, run_id, None):
+        work = open_work(
+            conn, user_id, run_id, logical_time, prices, symbols={o.symbol for o in orders}
+        )
         work.carry_out(orders)
         return work.executed
 
@@ -179,6 +192,7 @@ def log_mtm(
 
     A second call at the same logical time returns the first one's equity and writes nothing.
     """
+    logical_time = require_aware(logical_time, "logical_time")
     with translated(), conn.transaction():
         run = lock_run(conn, user_id, run_id)
         row = conn.execute(
@@ -187,7 +201,9 @@ def log_mtm(
             [user_id, run_id, logical_time],
         ).fetchone()
         if row is None:
-            view = look(Reference(conn, run.calendar), logical_time, prices)
+            reference = Reference(conn, run.calendar)
+            view = look(reference, logical_time, prices)
+            apply_splits(conn, run, reference, read_books(conn, run), view)
             write.mark(conn, run, view)
             row = write.mtm(conn, run, view.logical_time)
         equity: Decimal = row[0]
@@ -211,13 +227,43 @@ def open_work(
     *,
     market_open: bool | None = None,
     now: datetime | None = None,
+    symbols: Set[str] = frozenset(),
 ) -> Work:
-    """The run locked and its books read, for a call outside a tick."""
+    """The run locked, its books read and its splits applied, for a call outside a tick.
+
+    ``symbols`` are what the call trades, besides those that ``prices`` names.
+    """
     run = lock_run(conn, user_id, run_id)
     require_running(run)
     reference = Reference(conn, run.calendar)
     view = look(reference, logical_time, prices, now=now, market_open=market_open)
-    return Work(conn, run, strategy_of(run), reference, read_books(conn, run), view)
+    books = read_books(conn, run)
+    # Of what isn't held yet too: what it trades now is in new units, and the tick that comes
+    # after it must find the split done.
+    apply_splits(conn, run, reference, books, view, also=view.prices.keys() | symbols)
+    return Work(conn, run, strategy_of(run), reference, books, view)
+
+
+def apply_splits(
+    conn: Connection,
+    run: Run,
+    reference: Reference,
+    books: Books,
+    view: View,
+    *,
+    also: Set[str] = frozenset(),
+) -> None:
+    """Apply the splits since the run's last tick to what it holds and has ordered, and ``also``.
+
+    Each is applied once, by its key; a run that hasn't ticked counts from its first event.
+    """
+    since, symbols = books.last_tick or books.began, books.symbols() | also
+    before, now = reference.session_at(since) if since else None, view.session
+    if before is None or now is None or before.day == now.day or not symbols:
+        return
+    for split in reference.splits(symbols, before.day, now.day):
+        write.apply_split(conn, run, view.logical_time, split)
+        reread(conn, run, books)
 
 
 class Work:
@@ -240,29 +286,43 @@ class Work:
         self.view = view
         self.placed = 0
         self.executed = 0
+        self._unpaid: dict[UUID, str] = {}
         self._plans = isinstance(strategy, Sip)
         self._salt = run_salt(run.user_id, run.run_id)
 
     def tick(self, intents: Sequence[Intent], *, live: bool) -> TickResult:
         """Everything that a tick does after its claim."""
+        self._require_later()
         wanted: list[Intent] = []
+        apply_splits(self.conn, self.run, self.reference, self.books, self.view)
         if self.books.last_tick is None:
             self._record_start()
             wanted += self.ask("on_start", self.strategy.on_start)
-        else:
-            self._apply_splits(self.books.last_tick)
         for fill in self._match_resting():
             wanted += self.ask_about_fill(fill)
         for symbol in sorted(self.view.bars):
             wanted += self.ask_about_bar(self.view.bars[symbol])
         wanted += self.ask("on_tick", self.strategy.on_tick)
-        self.carry_out([*wanted, *intents])
+        self.carry_out(wanted, for_strategy=True)
+        self.carry_out(intents)
         return self._close(live=live)
+
+    def _require_later(self) -> None:
+        """Raise TimeMovesForward before the strategy is asked about a time that has passed."""
+        last = self.books.last_tick
+        if last is not None and self.view.logical_time < last:
+            raise TimeMovesForward(
+                f"run {self.run.run_id} has ticked at {last.isoformat()}, after "
+                f"{self.view.logical_time.isoformat()}",
+                "event_ledger_time_moves_forward",
+                "23T07",
+                "A run only moves forward; use a later logical_time.",
+            )
 
     def invest(self) -> None:
         """Execute what is due of the run's investment plans, whatever its strategy."""
         self._plans = True
-        self.carry_out(self.ask("on_tick", Sip(Parameters()).on_tick))
+        self.carry_out(self.ask("on_tick", Sip(Parameters()).on_tick), for_strategy=True)
 
     def ask(self, hook: str, call: Callable[[Context], Intents]) -> list[Intent]:
         """What a hook of the strategy wants. Raises StrategyFailed if it raises."""
@@ -302,15 +362,19 @@ class Work:
             books.cash + market_value,
             MappingProxyType(dict(books.holdings)),
             tuple(books.orders.values()),
-            MappingProxyType(books.state),
+            MappingProxyType(deepcopy(books.state)),
             self._sips_due if self._plans else (),
         )
 
-    def carry_out(self, intents: Iterable[Intent]) -> None:
-        """Do what was asked for, and what the fills of it lead to, round by round."""
+    def carry_out(self, intents: Iterable[Intent], *, for_strategy: bool = False) -> None:
+        """Do what was asked for, and what the fills of it lead to, round by round.
+
+        ``for_strategy``: it was the strategy that asked, as it always is from the second round on.
+        """
         wanted = list(intents)
-        for _ in range(FILL_ROUNDS_MAX):
-            fills = self._carry_out_once(wanted)
+        for number in range(FILL_ROUNDS_MAX):
+            with self._answered_for() if for_strategy or number else nullcontext():
+                fills = self._carry_out_once(wanted)
             wanted = [intent for fill in fills for intent in self.ask_about_fill(fill)]
             if not wanted:
                 return
@@ -318,6 +382,18 @@ class Work:
             f"strategy {self.run.strategy} still trades on its own fills after "
             f"{FILL_ROUNDS_MAX} rounds at {self.view.logical_time.isoformat()}"
         )
+
+    @contextmanager
+    def _answered_for(self) -> Iterator[None]:
+        """The strategy answers for what it asked for: what can't be is its failure."""
+        try:
+            with translated():
+                yield
+        except (BadInput, InvalidValue, AlreadyHappened) as error:
+            raise StrategyFailed(
+                f"strategy {self.run.strategy} asked at {self.view.logical_time.isoformat()} "
+                f"for what can't be: {error}"
+            ) from error
 
     def _carry_out_once(self, intents: Sequence[Intent]) -> list[Fill]:
         fills: list[Fill] = []
@@ -336,25 +412,18 @@ class Work:
         match intent:
             case CancelOrder(order_id):
                 if order_id not in self.books.orders:
-                    raise StrategyFailed(f"there is no open order {order_id} to cancel")
+                    raise BadInput(f"there is no open order {order_id} to cancel")
                 moved = [write.Move(order_id, "CANCELED", "STRATEGY")]
                 write.move_orders(self.conn, self.run, self.view.logical_time, moved)
                 reread(self.conn, self.run, self.books)
             case Remember(state):
-                self._remember(state)
+                self.books.state = dict(state)
             case Announce(event_type, subject, payload):
                 if event_type.startswith(_OURS):
-                    raise StrategyFailed(f"{event_type} is an event that only the engine writes")
+                    raise BadInput(f"{event_type} is an event that only the engine writes")
                 self._record(ledger.Event(event_type, subject, payload))
             case _:
-                raise StrategyFailed(f"{intent!r} is no intent")
-
-    def _remember(self, state: Any) -> None:
-        try:
-            json.dumps(dict(state), allow_nan=False)
-        except (TypeError, ValueError) as error:
-            raise StrategyFailed(f"the state to remember is no JSON: {error}") from error
-        self.books.state = dict(state)
+                raise BadInput(f"{intent!r} is no intent")
 
     @cached_property
     def _numbered(self) -> int:
@@ -387,18 +456,12 @@ class Work:
         }
         self._record(ledger.Event("RUN_STARTED", "", facts))
 
-    def _apply_splits(self, last_tick: datetime) -> None:
-        before, now = self.reference.session_at(last_tick), self.view.session
-        symbols = self.books.symbols()
-        if before is None or now is None or before.day == now.day or not symbols:
-            return
-        for split in self.reference.splits(symbols, before.day, now.day):
-            write.apply_split(self.conn, self.run, self.view.logical_time, split)
-            reread(self.conn, self.run, self.books)
-
     def _match_resting(self) -> list[Fill]:
+        """Show what rests the bars that it hasn't seen: those from after the last tick."""
         resting = [self._with_end(order) for order in self.books.orders.values()]
-        return self._settle(self._match(resting)) if resting else []
+        last = self.books.last_tick
+        new = {s: bar for s, bar in self.view.bars.items() if last is None or bar.end > last}
+        return self._settle(self._match(resting, new)) if resting else []
 
     def _with_end(self, order: Order) -> Order:
         """An order with the end of its day, which one that came by psql doesn't have."""
@@ -409,9 +472,8 @@ class Work:
             session = self.reference.session_after(order.logical_time)
         return replace(order, expire_at=session.close_at if session else None)
 
-    def _match(self, orders: Sequence[Order]) -> list[Outcome]:
+    def _match(self, orders: Sequence[Order], bars: Mapping[str, Bar]) -> list[Outcome]:
         """Show the bars to the orders, by where the bars stand in the session."""
-        bars = self.view.bars
         outcomes: list[Outcome] = []
         by_moment: dict[Any, list[Order]] = {}
         for order in orders:
@@ -431,10 +493,10 @@ class Work:
 
     def _place(self, wanted: Sequence[PlaceOrder]) -> list[Fill]:
         """Insert orders of one side, let the gate decide, fill what fills at once."""
-        if self.placed + len(wanted) > ORDERS_PER_TICK_MAX:
-            raise StrategyFailed(f"more than {ORDERS_PER_TICK_MAX} orders in one tick")
-        self.reference.quantity_decimals({place.symbol for place in wanted})
         first = self._numbered + self.placed
+        if first + len(wanted) > ORDERS_PER_TICK_MAX:
+            raise BadInput(f"more than {ORDERS_PER_TICK_MAX} orders at one logical_time")
+        self.reference.quantity_decimals({place.symbol for place in wanted})
         orders = [
             self._order_of(place, order_id_of(self._salt, self.view.logical_time, first + number))
             for number, place in enumerate(wanted)
@@ -444,15 +506,15 @@ class Work:
         rejected = write.insert_orders(self.conn, self.run, orders, references, keys)
         self.placed += len(orders)
         taken = [order for order in orders if order.order_id not in rejected]
-        fills = self._settle(self._match(taken))
-        self._record_occasions(wanted, orders, rejected)
+        fills = self._settle(self._match(taken, self.view.bars))
+        self._record_occasions(wanted, orders, rejected | self._unpaid)
         return fills
 
     def _order_of(self, place: PlaceOrder, order_id: UUID) -> Order:
         order = Order(
             order_id,
-            place.symbol.upper(),
-            Side(place.side),
+            place.symbol,
+            place.side,
             place.quantity,
             place.order_type,
             place.time_in_force,
@@ -472,10 +534,11 @@ class Work:
         moves: list[write.Move] = []
         for outcome in outcomes:
             cost = _cost(outcome)
-            if self.run.account_type == "CASH" and cash - cost < 0:
-                moves.append(_unaffordable(outcome, cash, cost))
+            left = EXACT.subtract(cash, cost)
+            if self.run.account_type == "CASH" and left < 0:
+                moves.append(self._refuse(outcome, cash, cost))
                 continue
-            cash -= cost
+            cash = left
             fills += outcome.fills
             move = self._move(outcome)
             if move is not None:
@@ -486,6 +549,15 @@ class Work:
         if fills or moves:
             reread(self.conn, self.run, self.books)
         return fills
+
+    def _refuse(self, outcome: Outcome, cash: Decimal, cost: Decimal) -> write.Move:
+        """End an order whose fill the cash doesn't cover: slippage, a gap or commission."""
+        order_id = outcome.order.order_id
+        reason = f"INSUFFICIENT_CASH: has {_plain(cash)}, needs {_plain(cost)}"
+        if sum(fill.quantity for fill in outcome.fills) < outcome.order.filled_quantity:
+            return write.Move(order_id, "CANCELED", reason)
+        self._unpaid[order_id] = "INSUFFICIENT_CASH"
+        return write.Move(order_id, "REJECTED", reason, reject_code="INSUFFICIENT_CASH")
 
     def _move(self, outcome: Outcome) -> write.Move | None:
         """What to write of an outcome besides its executions, which move the order themselves."""
@@ -527,7 +599,7 @@ class Work:
                 "amount": str(due.amount),
                 "planned_on": due.planned_on.isoformat(),
                 "quantity": str(order.quantity),
-                "price": str(self.view.prices[due.symbol]),
+                "price": str(self.view.prices.get(due.symbol)),
             }
             code = rejected.get(order.order_id)
             events.append(
@@ -562,15 +634,13 @@ def _side(intent: Intent) -> Side | None:
 def _cost(outcome: Outcome) -> Decimal:
     """What an outcome's fills take from cash; negative where they bring some."""
     sign = 1 if outcome.order.side is Side.BUY else -1
-    return sum(
-        (sign * fill.quantity * fill.price + fill.commission for fill in outcome.fills), Decimal(0)
-    )
+    with localcontext(EXACT):
+        return sum(
+            (sign * fill.quantity * fill.price + fill.commission for fill in outcome.fills),
+            Decimal(0),
+        )
 
 
-def _unaffordable(outcome: Outcome, cash: Decimal, cost: Decimal) -> write.Move:
-    """The end of an order whose fill the cash doesn't cover: slippage, a gap or commission."""
-    reason = f"INSUFFICIENT_CASH: has {cash.normalize():f}, needs {cost.normalize():f}"
-    filled_before = sum(fill.quantity for fill in outcome.fills) < outcome.order.filled_quantity
-    if filled_before:
-        return write.Move(outcome.order.order_id, "CANCELED", reason)
-    return write.Move(outcome.order.order_id, "REJECTED", reason, reject_code="INSUFFICIENT_CASH")
+def _plain(number: Decimal) -> str:
+    """A number in words for people: without trailing zeros or an exponent."""
+    return f"{number.normalize(EXACT):f}"

@@ -154,3 +154,8 @@ def own_database(superuser_dsn: str, name: str) -> str:
             ):
                 continue  # another process has just made it
     return psycopg.conninfo.make_conninfo(superuser_dsn, user=OWNER_ROLE, dbname=name)
+
+
+def grant_roles(conn: Connection) -> list[str]:
+    """Grant the roles their rights, as the owner; returns what an administrator must still run."""
+    return [statement for (statement,) in conn.execute("SELECT grant_roles()").fetchall()]

@@ -8,13 +8,31 @@ from decimal import Decimal
 from enum import StrEnum
 from uuid import UUID
 
+_ALIASES = {
+    "MKT": "MARKET",
+    "LMT": "LIMIT",
+    "STP": "STOP",
+    "STP_LMT": "STOP_LIMIT",
+    "MOC": "MARKET",
+    "LOC": "LIMIT",
+}
 
-class Side(StrEnum):
+
+class _Word(StrEnum):
+    """A word as the database stores it; made from one in any case, or from its alias."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> _Word | None:
+        word = str(value).strip().upper()
+        return cls.__members__.get(_ALIASES.get(word, word))
+
+
+class Side(_Word):
     BUY = "BUY"
     SELL = "SELL"
 
 
-class OrderType(StrEnum):
+class OrderType(_Word):
     MARKET = "MARKET"
     LIMIT = "LIMIT"
     STOP = "STOP"
@@ -22,7 +40,7 @@ class OrderType(StrEnum):
     TRAIL = "TRAIL"
 
 
-class TimeInForce(StrEnum):
+class TimeInForce(_Word):
     DAY = "DAY"
     GTC = "GTC"
     IOC = "IOC"

@@ -12,6 +12,7 @@ from psycopg.types.json import Jsonb
 
 from engine.db.connect import Connection
 from engine.ids import ORDERS_PER_TICK_MAX, SALT_BITS, order_id_of
+from engine.ledger import TOLD, Told
 from engine.market.model import Split
 from engine.market.view import View
 from engine.orders.model import Fill, Order
@@ -198,7 +199,7 @@ def mtm(conn: Connection, run: Run, logical_time: datetime) -> Any:
 
 def close_tick(
     conn: Connection, run: Run, view: View, facts: Jsonb, state: Jsonb, *, live: bool
-) -> dict[str, Any]:
+) -> Told:
     """Mark, write the TICK event with the mark in it, and the engine's state; returns the event."""
     key = [run.user_id, run.run_id]
     with conn.pipeline():
@@ -208,12 +209,12 @@ def close_tick(
             [*key, view.logical_time],
         )
         told = conn.execute(
-            """INSERT INTO event_ledger (user_id, run_id, logical_time, event_type, payload)
-               SELECT user_id, run_id, logical_time, 'TICK',
-                      %s || jsonb_build_object('cash', cash, 'market_value', market_value,
-                                               'equity', equity)
-               FROM mtm_ledger WHERE user_id = %s AND run_id = %s AND logical_time = %s
-               RETURNING payload""",
+            f"""INSERT INTO event_ledger (user_id, run_id, logical_time, event_type, payload)
+                SELECT user_id, run_id, logical_time, 'TICK',
+                       %s || jsonb_build_object('cash', cash, 'market_value', market_value,
+                                                'equity', equity)
+                FROM mtm_ledger WHERE user_id = %s AND run_id = %s AND logical_time = %s
+                RETURNING {TOLD}""",
             [facts, *key, view.logical_time],
         )
         conn.execute(
@@ -228,8 +229,7 @@ def close_tick(
             heartbeat(conn, run, view)
     row = told.fetchone()
     assert row is not None
-    payload: dict[str, Any] = row[0]
-    return payload
+    return Told(*row)
 
 
 def heartbeat(conn: Connection, run: Run, view: View) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal, localcontext
 from types import MappingProxyType
 from typing import Literal, NamedTuple
@@ -279,7 +279,10 @@ def _fill(
     # A dash: after a last dot, a broker's digits number the corrections of one execution.
     execution_id = f"{order.order_id}-{n}"
     limit = order.limit_price if order.order_type in _LIMITS else None
-    price = settings.fill_price(touch.price, order.side, limit=limit, key=execution_id)
+    # Not by the order's id, which is each run's own: one feed slips alike in every run.
+    placed_at = order.logical_time.astimezone(UTC).isoformat()
+    key = f"{order.symbol}@{placed_at}#{order.quantity.normalize():f}-{n}"
+    price = settings.fill_price(touch.price, order.side, limit=limit, key=key)
     return Fill(
         order_id=order.order_id,
         execution_id=execution_id,

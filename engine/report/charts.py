@@ -68,6 +68,7 @@ BUCKETS_MAX = 400
 SIP_PANELS_MAX = 6
 SIP_MARKS_MAX = 300
 SYMBOL_CHARS_MAX = 12
+LEGEND_CHARS_MAX = 120
 NAME_CHARS_MAX = 60
 
 WIDTH_IN = 10.0
@@ -82,7 +83,15 @@ _HALF_A_DAY = 0.5
 _UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"))
 _AREA_ALPHA = 0.85
 _DRAWDOWN_SHOWN_MIN = 0.01
+_SHARE_SHOWN_MIN = 1e-6
+_LEGEND_SAMPLE_CHARS = 6
 _DRAWING = threading.Lock()
+
+_TAG = re.compile(r"<[^>]+>")
+_PATH = re.compile(r'\bd="[^"]*"')
+_LONG_NUMBER = re.compile(r"-?\d+\.\d{3,}")
+_FONT = re.compile(r"font-family: [^;\"]*")
+_ID = re.compile(r'(\bid="|url\(#|href="#)([^")]+)')
 
 # A drawn thing and the words for it in the legend.
 _Entry = tuple[Any, str]
@@ -321,10 +330,11 @@ def _draw_equity(axes: Axes, series: _Equity, sips: Sequence[SipMark], style: _S
     dot = "o" if len(days) == 1 else ""
     (line,) = axes.plot(days, equity, color=PALETTE["blue"], lw=1.6, marker=dot)
     (paid,) = axes.plot(days, invested, color=PALETTE["ink"], lw=1.3, ls=(0, (4, 2)), marker=dot)
-    ends = (equity[-1], value[-1], series.cash, invested[-1])
+    last = (float(equity[-1]), float(value[-1]), series.cash, float(invested[-1]))
+    ends = _ends(last, style.currency)
     names = ("Equity", "Market value", "Cash", "Invested")
     entries: list[_Entry] = [
-        (artist, f"{name} {_short(float(end), style.currency)}")
+        (artist, f"{name} {end}")
         for artist, name, end in zip((line, value_area, cash_area, paid), names, ends, strict=True)
     ]
     lowest = min(0.0, *(float(column.min()) for column in (equity, value, invested)))
@@ -394,11 +404,8 @@ def _draw_positions(axes: Axes, holdings: _Holdings | None, style: _Style) -> st
         for part in (np.maximum(holdings.values, 0.0), np.minimum(holdings.values, 0.0)):
             if part.any():
                 _stack(axes, days, part, colours)
-        ends = holdings.values[:, -1].tolist()
-        entries = [
-            (_patch(colour), f"{symbol} {_short(end, style.currency)}")
-            for colour, symbol, end in zip(colours, holdings.labels(), ends, strict=True)
-        ]
+        words = _position_words(holdings, style.currency)
+        entries = [(_patch(colour), text) for colour, text in zip(colours, words, strict=True)]
     _finish(axes, title, entries, style)
     _money_axis(axes, style.currency)
     if holdings is None or not holdings.values.any():
@@ -406,6 +413,17 @@ def _draw_positions(axes: Axes, holdings: _Holdings | None, style: _Style) -> st
     elif not (holdings.values < 0).any():
         axes.set_ylim(bottom=0.0)
     return title
+
+
+def _position_words(holdings: _Holdings, currency: str) -> list[str]:
+    """The symbols with their last values, or without where there is no room for these."""
+    names = holdings.labels()
+    ends = _ends(holdings.values[:, -1].tolist(), currency)
+    words = [f"{name} {end}" for name, end in zip(names, ends, strict=True)]
+    if sum(len(text) + _LEGEND_SAMPLE_CHARS for text in words) <= LEGEND_CHARS_MAX:
+        return words
+    room = LEGEND_CHARS_MAX // len(names) - _LEGEND_SAMPLE_CHARS
+    return [_plain(name, room) for name in names]
 
 
 def _stack(axes: Axes, days: Floats, values: Floats, colours: Sequence[str]) -> None:
@@ -624,6 +642,12 @@ def _short(value: float, currency: str) -> str:
     return f"{sign}{_axis_prefix(currency)}{text}"
 
 
+def _ends(values: Sequence[float], currency: str) -> list[str]:
+    """Amounts side by side: what is a millionth of the largest counts as nothing."""
+    least = max(map(abs, values)) * _SHARE_SHOWN_MIN
+    return [_short(value if abs(value) > least else 0.0, currency) for value in values]
+
+
 def _axis_prefix(currency: str) -> str:
     # A sign fits on every tick; a code stands in the title, once.
     prefix = currency_prefix(currency)
@@ -678,13 +702,6 @@ def _svg(figure: Figure, id_prefix: str) -> str:
     text = target.getvalue()
     text = text[text.index("<svg") :]
     return _TAG.sub(lambda tag: _tidy(tag[0], id_prefix), text)
-
-
-_TAG = re.compile(r"<[^>]+>")
-_PATH = re.compile(r'\bd="[^"]*"')
-_LONG_NUMBER = re.compile(r"-?\d+\.\d{3,}")
-_FONT = re.compile(r"font-family: [^;\"]*")
-_ID = re.compile(r'(\bid="|url\(#|href="#)([^")]+)')
 
 
 def _tidy(tag: str, id_prefix: str) -> str:

@@ -336,7 +336,7 @@ _STYLE = f"""
 @media (prefers-color-scheme: dark) {{ :root {{ {_variables(_DARK)} }} }}
 """ + """
 * { box-sizing: border-box; stroke-linejoin: round; stroke-linecap: butt; }
-body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 68rem; background: var(--paper);
+body { margin: 0 auto; padding: 2rem 1.25rem 4rem; max-width: 72rem; background: var(--paper);
   color: var(--ink); font: 15px/1.5 FONTS; }
 h1 { margin: 0; font-size: 1.7rem; letter-spacing: -0.01em; }
 h2 { margin: 0; font-size: 1.35rem; letter-spacing: -0.01em; overflow-wrap: anywhere; }

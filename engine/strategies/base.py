@@ -7,15 +7,18 @@ everything else of the tick. What it wants to keep from tick to tick it returns 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from decimal import Decimal
-from typing import Any, ClassVar
+from enum import StrEnum
+from typing import Any, ClassVar, TypeVar
 from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict
 
+from engine.errors import BadInput
 from engine.market.model import Bar, Session
 from engine.orders.model import Fill, Order, OrderType, Side, TimeInForce
 
@@ -82,9 +85,20 @@ class Context:
     sips_due: tuple[SipDue, ...] = ()
 
 
+NUMBER_MAX = Decimal(10) ** 15
+NUMBER_DECIMALS_MAX = 8
+
+_Word = TypeVar("_Word", bound=StrEnum)
+
+
 @dataclass(frozen=True, slots=True)
 class PlaceOrder:
-    """Buy or sell. ``occasion`` names the plan's occasion that the order is for, if any."""
+    """Buy or sell. ``occasion`` names the plan's occasion that the order is for, if any.
+
+    Words are taken in any case and with their aliases (MKT, LMT, STP, STP_LMT, MOC, LOC). Raises
+    BadInput for a word that is none, a naive time and a number that the books can't hold; a
+    quantity that isn't positive is no error here, its order will be REJECTED.
+    """
 
     symbol: str
     side: Side
@@ -98,6 +112,55 @@ class PlaceOrder:
     expire_at: datetime | None = None
     client_order_id: str | None = None
     occasion: SipDue | None = None
+
+    def __post_init__(self) -> None:
+        at_the_close = str(self.order_type).strip().upper() in ("MOC", "LOC")
+        put = object.__setattr__
+        put(self, "symbol", str(self.symbol).strip().upper())
+        put(self, "side", _word(Side, self.side))
+        put(self, "order_type", _word(OrderType, self.order_type))
+        put(self, "time_in_force", _word(TimeInForce, self.time_in_force))
+        if at_the_close:
+            put(self, "time_in_force", TimeInForce.CLS)
+        put(self, "quantity", _number("quantity", self.quantity))
+        for name in ("limit_price", "stop_price", "trail_amount", "trail_percent"):
+            value = getattr(self, name)
+            put(self, name, None if value is None else _number(name, value))
+        if self.expire_at is not None and self.expire_at.tzinfo is None:
+            raise BadInput(f"expire_at {self.expire_at.isoformat()} has no time zone; give it one")
+
+
+def _word(kind: type[_Word], given: object) -> _Word:
+    try:
+        return kind(str(given))
+    except ValueError as error:
+        raise BadInput(f"{given!r} is none of {', '.join(kind)}") from error
+
+
+def _number(name: str, given: object) -> Decimal:
+    """A number as the books keep it, exactly; a float isn't one."""
+    if isinstance(given, int) and not isinstance(given, bool):
+        given = Decimal(given)
+    if not isinstance(given, Decimal):
+        raise BadInput(f"{name} {given!r} is no Decimal")
+    if not given.is_finite() or abs(given) >= NUMBER_MAX:
+        raise BadInput(f"{name} {given} is no number below 10^15")
+    if given != round(given, NUMBER_DECIMALS_MAX):
+        raise BadInput(f"{name} {given} has more than {NUMBER_DECIMALS_MAX} decimals; cut it")
+    return given
+
+
+def _json(given: Mapping[str, Any], what: str) -> dict[str, Any]:
+    """A copy as it comes back from the database, so that a replay sees what a live run sees."""
+    try:
+        text = json.dumps(dict(given), allow_nan=False, ensure_ascii=False)
+        text.encode()  # half a surrogate pair is no text
+        if "\\u0000" in text.replace("\\\\", ""):
+            raise ValueError("a text holds the character NUL")
+    except (TypeError, ValueError, RecursionError) as error:
+        raise BadInput(f"{what} is no JSON: {error}") from error
+    copied: dict[str, Any] = json.loads(text)
+    return copied
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,6 +176,9 @@ class Remember:
 
     state: Mapping[str, Any]
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "state", _json(self.state, "the state to remember"))
+
 
 @dataclass(frozen=True, slots=True)
 class Announce:
@@ -121,6 +187,11 @@ class Announce:
     event_type: str
     subject: str = ""
     payload: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(
+            self, "payload", _json(self.payload, f"the payload of {self.event_type}")
+        )
 
 
 Intent = PlaceOrder | CancelOrder | Remember | Announce

@@ -135,6 +135,20 @@ def test_symbols_beyond_the_palette_are_summed_up() -> None:
     assert not any(text.startswith("S6") for text in drawn)
 
 
+def test_long_symbols_leave_no_room_for_amounts() -> None:
+    positions = [a_position(0, f"SYMBOL-{number}-LONG", 90 - number) for number in range(7)]
+    drawn = texts(by_key(a_history(points_of(1, 1), positions=positions))["positions"])
+    assert [text for text in drawn if text.startswith("SYMBOL")] == [
+        f"SYMBOL-{number}-L…" for number in range(6)
+    ]
+    assert "1 more" in drawn
+
+
+def test_a_remainder_of_cash_counts_as_nothing() -> None:
+    history = a_history([a_point(0, 100_000, cash="0.0006"), a_point(1, 100_000, cash="0.0006")])
+    assert "Cash $0" in texts(by_key(history)["equity"])
+
+
 def test_more_sip_symbols_than_panels_are_counted_in_the_title() -> None:
     chart = by_key(a_sip_history(ticks=3, symbols=[f"S{number}" for number in range(8)]))["sips"]
     assert chart.title.endswith("6 of 8 symbols")
@@ -203,7 +217,7 @@ def test_odd_names_are_drawn_as_text() -> None:
     charts = by_key(a_sip_history(ticks=30, symbols=ODD_NAMES[:6], name=ODD_NAMES[0]))
     drawn = texts(charts["positions"])
     for name in ("<script>", "\u2017hidden", "$x^2$", "印度", "a b ", "-->"):
-        assert any(text.startswith(f"{name} $") for text in drawn), name
+        assert any(re.fullmatch(re.escape(name) + r"( \$[\d,]+)?", text) for text in drawn), name
     assert all("<script>" not in chart.svg for chart in charts.values())
 
 

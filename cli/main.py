@@ -1,0 +1,114 @@
+"""The `oms` command: a face of the engine, without logic of its own.
+
+One file a noun. Nothing heavy is imported before a command runs, so that help and completion
+answer at once; a test holds it to that.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from cli import (
+    audit,
+    data,
+    db,
+    demo,
+    equity,
+    errors,
+    order,
+    position,
+    replay,
+    report,
+    schedule,
+    sip,
+    tick,
+    user,
+)
+from cli import run as runs
+
+__all__ = ["app", "main", "run"]
+
+_HELP = """An order management system and trading engine on Postgres.
+
+Start with `oms demo`: thirteen years of real prices through two runs. It needs no
+server: an embedded Postgres is started on first use. DB_DSN or --dsn names another.
+
+A run is one strategy with its own money and books. It moves in ticks: one at every
+close of its exchange, by the schedule, by hand, or by a replay of stored prices.
+
+Every command has --json. Exit codes: 0 done, 1 a finding or a refusal, 2 could not run.
+"""
+
+app = typer.Typer(
+    name="oms",
+    help=_HELP,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+_START, _RUNS, _LOOK, _SET_UP = "Start here", "Runs", "Look", "Set up"
+app.command("demo", rich_help_panel=_START)(demo.demo)
+app.command("tick", rich_help_panel=_RUNS)(tick.tick)
+app.command("replay", rich_help_panel=_RUNS)(replay.replay)
+app.command("schedule", rich_help_panel=_RUNS)(schedule.schedule)
+app.command("equity", rich_help_panel=_LOOK)(equity.equity)
+app.command("report", rich_help_panel=_LOOK)(report.report)
+app.command("audit", rich_help_panel=_LOOK)(audit.audit)
+app.add_typer(runs.app, rich_help_panel=_RUNS)
+app.add_typer(sip.app, rich_help_panel=_RUNS)
+app.add_typer(order.app, rich_help_panel=_LOOK)
+app.add_typer(position.app, rich_help_panel=_LOOK)
+app.add_typer(user.app, rich_help_panel=_SET_UP)
+app.add_typer(data.app, rich_help_panel=_SET_UP)
+app.add_typer(db.app, rich_help_panel=_SET_UP)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        typer.echo(f"oms {version('oms')}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", help="Print the version.", is_eager=True, callback=_print_version
+        ),
+    ] = False,
+) -> None:
+    # The help of `oms` itself stands above: a docstring here would take its place.
+    del version
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run a command line and return its exit code; whatever goes wrong is told in one line."""
+    try:
+        code = app(args=list(arguments), prog_name="oms", standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else errors.DONE
+    except KeyboardInterrupt:
+        return errors.INTERRUPTED
+    except BrokenPipeError:
+        # Python flushes stdout once more when it ends, and would complain of it.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return errors.BROKEN_PIPE
+    except Exception as error:
+        if errors.wants_traceback():
+            raise
+        return errors.tell(errors.explain(error), as_json="--json" in arguments)
+
+
+def run() -> None:
+    """The console script."""
+    sys.exit(main(sys.argv[1:]))

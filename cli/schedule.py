@@ -1,0 +1,95 @@
+"""`oms schedule`: the clock that ticks every RUNNING run when its exchange says so."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cli.database import acting, owner_dsn
+from cli.errors import REFUSED
+from cli.options import Dsn, Json
+from cli.output import count, note, print_json, say, utc
+
+if TYPE_CHECKING:
+    from engine.schedule import Round
+
+__all__ = ["schedule"]
+
+
+def schedule(
+    every: Annotated[
+        int, typer.Option("--every", metavar="SECONDS", min=1, help="How often to look.")
+    ] = 30,
+    once: Annotated[bool, typer.Option("--once", help="One round, then end.")] = False,
+    dsn: Dsn = None,
+    as_json: Json = False,
+) -> None:
+    """Tick whatever is due, until Ctrl-C or SIGTERM; the round under way is finished.
+
+    What is due comes from the database: the closes (or opens) of each RUNNING run's
+    calendar since its last tick. Any number of schedulers may run at once, be killed and
+    be started again: every planned moment is ticked once. A run whose prices haven't
+    come yet waits for them, and holds up no other.
+
+    With --json each round is one document on one line. With --once the exit code is 1
+    when a run could not go on.
+
+    Examples:
+      oms schedule
+      oms schedule --once --json
+    """
+    if once:
+        _one_round(dsn, as_json=as_json)
+    else:
+        _serve(dsn, every, as_json=as_json)
+
+
+def _one_round(dsn: str | None, *, as_json: bool) -> None:
+    from engine.schedule import drive
+
+    with acting(dsn) as conn:
+        done = drive(conn)
+    _report(done, as_json=as_json, quiet=False)
+    if done.stuck:
+        raise typer.Exit(REFUSED)
+
+
+def _serve(dsn: str | None, every: int, *, as_json: bool) -> None:
+    from engine.schedule import serve
+
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s"
+    )
+    where = owner_dsn(dsn)
+    with acting(where):
+        pass  # what is wrong with the database is said now, not at the first round
+    note(f"Looking every {count(every, 'second')}; Ctrl-C ends it.")
+    serve(
+        where,
+        every_seconds=every,
+        report=lambda done: _report(done, as_json=as_json, quiet=True),
+    )
+
+
+def _report(done: Round, *, as_json: bool, quiet: bool) -> None:
+    if as_json:
+        print_json(_document(done), line=quiet)
+        return
+    if done.ticks or not (quiet or done.stuck):
+        say(f"{_now()} {count(done.ticks, 'tick')}.")
+    for run_id, reason in done.stuck.items():
+        say(f"{_now()} Run {run_id} {reason}.")
+
+
+def _document(done: Round) -> dict[str, Any]:
+    stuck = [{"run_id": run_id, "reason": reason} for run_id, reason in done.stuck.items()]
+    return {"ticks": done.ticks, "repeated": done.repeated, "stuck": stuck}
+
+
+def _now() -> str:
+    from engine.clock import utc_now
+
+    return f"{utc(utc_now().replace(microsecond=0))}"
