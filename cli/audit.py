@@ -18,12 +18,13 @@ __all__ = ["audit"]
 
 
 def audit(run_id: RunFilter = None, dsn: Dsn = None, as_json: Json = False) -> None:
-    """Check every rule of the books: nothing may be found.
+    """Check every rule of the books; nothing may be found.
 
-    The three queries of the test plan, and every view called audit_*: executions against
-    orders, positions and cash, equity against cash and market value, the ledger's chain of
-    hashes from the first event to the last. Of each rule that is broken the first wrong row
-    is named. Exit code 1 if there is any.
+    The three queries of the test plan, and every view called audit_*:
+    executions against orders, positions and cash, equity against cash and
+    market value, the ledger's chain of hashes from the first event to the
+    last. Of each rule that is broken the first wrong row is named. Exit code
+    1 if there is any.
 
     Examples:
       oms audit
@@ -49,8 +50,8 @@ def _print(asked: list[Rule], findings: list[Finding]) -> None:
     wrong = {finding.rule for finding in findings}
     columns = (
         Column("RULE", "name"),
-        Column("", lambda rule: "WRONG" if rule.name in wrong else "ok"),
-        Column("LOOKS FOR", "looks_for", spare=True),
+        Column("HOLDS", lambda rule: "WRONG" if rule.name in wrong else "ok"),
+        Column("LOOKS FOR", "looks_for", wraps=True),
     )
     print_table(columns, asked, empty="There are no rules.")
     say()

@@ -24,8 +24,8 @@ app = typer.Typer(
 
 _COLUMNS = (
     Column("SYMBOL", "symbol"),
-    Column("NAME", "name", spare=True),
-    Column("CURRENCY", "currency", spare=True),
+    Column("NAME", "name", spare=1),
+    Column("CURRENCY", "currency", spare=2),
     Column("BARS", "bars", lambda bars: f"{bars:,}", right=True),
     Column("FIRST (UTC)", "first", moment),
     Column("LAST (UTC)", "last", moment),
@@ -53,12 +53,14 @@ def import_(
 ) -> None:
     """Import prices and splits from CSV files: all rows or none.
 
-    Prices: symbol,date,open,high,low,close,volume (volume may be left out). A date is that
-    session of the calendar; a column timestamp, with a time zone, is the end of its bar.
+    Prices: symbol,date,open,high,low,close,volume (volume may be left out).
+    A date is that session of the calendar; a column timestamp instead, with
+    time zones, is the end of each bar.
     Splits: symbol,ex_date,numerator,denominator (2,1 doubles the units).
 
-    A broken line is named by its number. Importing the same rows again adds nothing; other
-    figures for a stored bar are refused, since runs have traded on it.
+    A broken line is named by its number. Importing the same rows again adds
+    nothing; other figures for a stored bar are refused, since runs have traded
+    on it.
 
     Examples:
       oms data import prices.csv.gz --splits splits.csv
@@ -135,7 +137,7 @@ def add(
     An import does so too, with the defaults.
 
     Example:
-      oms data add TCS --name "Tata Consultancy Services" --currency INR --decimals 0
+      oms data add TCS --currency INR --decimals 0
     """
     from engine.errors import translated
     from engine.market.imports import parse_symbol

@@ -30,8 +30,9 @@ app = typer.Typer(
 def start(as_json: Json = False) -> None:
     """Start the embedded Postgres and bring its schema up to date.
 
-    Every command does so by itself; the server then goes on until `oms db stop`. It listens
-    on a socket only, which nobody but you can reach. OMS_HOME says where it lives.
+    Every command does so by itself; the server then goes on until `oms db
+    stop`. It listens on a socket only, which nobody but you can reach. OMS_HOME
+    says where it lives.
 
     Example:
       oms db start
@@ -68,9 +69,9 @@ def stop(as_json: Json = False) -> None:
 
 @app.command()
 def status(dsn: Dsn = None, as_json: Json = False) -> None:
-    """Show which database is used, whether it runs and how far its schema is.
+    """Show which database is used, and how far its schema is.
 
-    Nothing is started.
+    Nothing is started by looking.
 
     Examples:
       oms db status
@@ -110,8 +111,9 @@ def url(dsn: Dsn = None, as_json: Json = False) -> None:
 def migrate(dsn: Dsn = None, as_json: Json = False) -> None:
     """Bring the schema up to date, as the owner of the database.
 
-    The embedded database is migrated by itself; one of your own never is, unless you say
-    so here. It must be Postgres 15 or newer. What an administrator must still run is said.
+    The embedded database is migrated by itself; one of your own only by this
+    command. It must be Postgres 15 or newer. What an administrator must still
+    run is said.
 
     Example:
       oms db migrate --dsn postgresql://oms_owner@db.example.com/oms
@@ -147,8 +149,8 @@ def migrate(dsn: Dsn = None, as_json: Json = False) -> None:
 def psql(context: typer.Context, dsn: Dsn = None) -> None:
     """Open psql on the database; whatever else you type is passed on to it.
 
-    It is the embedded server's own psql, else the one on PATH. You are the owner of the
-    tables, and the rules hold for you too.
+    It is the embedded server's own psql, else the one on PATH. You are the
+    owner of the tables, and the rules hold for you too.
 
     Examples:
       oms db psql

@@ -37,12 +37,13 @@ def demo(
     dsn: Dsn = None,
     as_json: Json = False,
 ) -> None:
-    """Run thirteen years of real prices through two runs, and write a report.
+    """Run thirteen years of real prices through two runs.
 
-    Daily prices of AAPL, IBM and MSFT from 2000 to 2013. One run invests 500 USD a month
-    into each, the other holds 50/30/20 and rebalances every quarter. Every session is one
-    tick: orders, executions, positions, cash, mark and ledger in one transaction. Doing it
-    again adds nothing.
+    Daily prices of AAPL, IBM and MSFT from 2000 to 2013. One run invests 500
+    USD a month into each, the other holds 50/30/20 and rebalances every
+    quarter. Every session is one tick: orders, executions, positions, cash,
+    mark and ledger in one transaction. A report with pictures is written as
+    one HTML file. Doing it again adds nothing.
 
     Examples:
       oms demo

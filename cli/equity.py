@@ -25,7 +25,10 @@ def equity(
     dsn: Dsn = None,
     as_json: Json = False,
 ) -> None:
-    """Draw a run's equity and invested money over time; --json prints every mark.
+    """Draw a run's equity in the terminal.
+
+    Equity against the money that was put into positions, over time. With
+    --json, every mark.
 
     Example:
       oms equity --run-id demo-sip

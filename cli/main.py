@@ -35,13 +35,24 @@ __all__ = ["app", "main", "run"]
 
 _HELP = """An order management system and trading engine on Postgres.
 
-Start with `oms demo`: thirteen years of real prices through two runs. It needs no
-server: an embedded Postgres is started on first use. DB_DSN or --dsn names another.
+Start with `oms demo`: thirteen years of real prices through two runs. No
+server is needed: an embedded Postgres starts at the first command. DB_DSN,
+or --dsn on any command, names another one.
 
-A run is one strategy with its own money and books. It moves in ticks: one at every
-close of its exchange, by the schedule, by hand, or by a replay of stored prices.
+A run is one strategy with its own money and books. It moves in ticks: one
+at every close of its exchange (`oms schedule`), through stored prices
+(`oms replay`), or by hand (`oms tick`). A tick happens exactly once.
 
-Every command has --json. Exit codes: 0 done, 1 a finding or a refusal, 2 could not run.
+Every command has --json, and --help with an example.
+Exit codes: 0 done, 1 a finding or a refusal, 2 could not run.
+
+Example, from nothing to a first purchase:
+  oms data import prices.csv
+  oms user add alice
+  oms run start --user alice --strategy sip --cash 10000 --name first
+  oms sip add --run-id first --symbol AAPL --amount 500 --from 2024-01-01
+  oms replay --run-id first
+  oms run show first
 """
 
 app = typer.Typer(

@@ -46,22 +46,22 @@ def _terms(order: OrderRow) -> str:
 
 _COLUMNS = (
     Column("ORDER", "order_id"),
-    Column("RUN", _run, spare=True),
+    Column("RUN", _run, spare=2),
     Column("PLACED (UTC)", "logical_time", moment),
     Column("SIDE", "side"),
     Column("SYMBOL", "symbol"),
     Column("QUANTITY", "quantity", number, right=True),
-    Column("TERMS", _terms, spare=True),
+    Column("TERMS", _terms, spare=4),
     Column("STATUS", "status"),
-    Column("AVG PRICE", "avg_fill_price", price, right=True),
-    Column("WHY", lambda order: order.reject_code or order.status_reason or "", spare=True),
+    Column("AVG PRICE", "avg_fill_price", price, right=True, spare=1),
+    Column("WHY", lambda order: order.reject_code or order.status_reason or "", spare=3),
 )
 _EXECUTIONS = (
     Column("TIME (UTC)", "logical_time", moment),
     Column("QUANTITY", "quantity", number, right=True),
     Column("PRICE", "price", price, right=True),
     Column("COMMISSION", "commission", money, right=True),
-    Column("EXECUTION", "execution_id", spare=True),
+    Column("EXECUTION", "execution_id", spare=1),
 )
 _EVENTS = (
     Column("#", "seq", right=True),

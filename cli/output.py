@@ -10,13 +10,14 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, date, datetime
 from decimal import ROUND_HALF_EVEN, Decimal, localcontext
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 from uuid import UUID
 
 import typer
@@ -55,6 +56,8 @@ PIPE_WIDTH_CHARS = 10_000
 SHORT_ID_CHARS = 8
 MONEY_DECIMALS = 2
 PRICE_DECIMALS_MAX = 4
+GAP_CHARS = 2
+WRAPPED_CHARS_MIN = 30
 NOTHING = "–"
 _DIGITS_MAX = 60
 
@@ -216,18 +219,21 @@ def print_error(message: str) -> None:
         sys.stderr.write(f"Error: {message}\n")
 
 
-def _console(stream: TextIO) -> Console:
+def _console(stream: TextIO, width: int | None = None) -> Console:
     from rich.console import Console
 
-    width = None if is_terminal(stream) else PIPE_WIDTH_CHARS
     return Console(file=stream, width=width, highlight=False, markup=False, emoji=False)
 
 
-def _render(what: RenderableType) -> None:
-    console = _console(sys.stdout)
+def _terminal_width() -> int:
+    return shutil.get_terminal_size().columns if is_terminal() else PIPE_WIDTH_CHARS
+
+
+def _render(what: RenderableType, width: int = PIPE_WIDTH_CHARS) -> None:
+    # Drawn wider than any screen, nothing is cut: to break a long row is the terminal's business.
+    console = _console(sys.stdout, width)
     with console.capture() as captured:
-        # Never cut or broken by us: a row that is wider than the screen is the terminal's to wrap.
-        console.print(what, width=PIPE_WIDTH_CHARS, crop=False)
+        console.print(what)
     text = captured.get()
     if not is_terminal():
         text = "".join(f"{line.rstrip()}\n" for line in text.splitlines())
@@ -251,15 +257,17 @@ def _write(text: str) -> None:
 class Column:
     """A column of a table: its title, and the text of a row's cell.
 
-    ``of`` is the row's attribute or a function of the row. ``spare`` columns go first where the
-    terminal is too narrow.
+    ``of`` is the row's attribute or a function of the row. Where the terminal is too narrow, the
+    columns with the highest ``spare`` go first; those with 0 stay. A column that ``wraps`` may be
+    broken into several lines.
     """
 
     title: str
     of: str | Callable[[Any], Any]
     form: Callable[[Any], str] | None = None
     right: bool = False
-    spare: bool = False
+    spare: int = 0
+    wraps: bool = False
 
     def value(self, row: Any) -> Any:
         return self.of(row) if callable(self.of) else getattr(row, self.of)
@@ -276,40 +284,55 @@ def print_table(columns: Sequence[Column], rows: Sequence[Any], *, empty: str) -
     if not rows:
         say(empty)
         return
-    if not is_terminal():
-        _render(_table(columns, rows, short_ids=False))
-        return
-    from rich.measure import Measurement
-
-    console = _console(sys.stdout)
-    needed = [column for column in columns if not column.spare]
-    for chosen, short_ids in ((columns, False), (columns, True), (needed, True)):
-        table = _table(chosen, rows, short_ids=short_ids)
-        if (
-            Measurement.get(console, console.options.update(width=PIPE_WIDTH_CHARS), table).maximum
-            <= console.width
-        ):
+    room = _terminal_width()
+    wrapping = is_terminal() and any(column.wraps for column in columns)
+    for chosen, short_ids in _choices(columns):
+        cells = _cells(chosen, rows, short_ids=short_ids)
+        if _width(chosen, cells) <= room:
             break
-    _render(table)
+    _render(_table(chosen, cells), room if wrapping else PIPE_WIDTH_CHARS)
 
 
-def _table(columns: Sequence[Column], rows: Sequence[Any], *, short_ids: bool) -> Any:
+def _choices(columns: Sequence[Column]) -> Iterator[tuple[Sequence[Column], bool]]:
+    """What a table may look like, from the fullest to the narrowest."""
+    yield columns, False
+    yield columns, True
+    for rank in sorted({column.spare for column in columns} - {0}, reverse=True):
+        columns = [column for column in columns if column.spare != rank]
+        yield columns, True
+
+
+def _cells(columns: Sequence[Column], rows: Sequence[Any], *, short_ids: bool) -> list[list[str]]:
+    ids = _id_texts(columns, rows, short_ids=short_ids)
+    return [
+        [ids.get((place, number)) or column.text(row) for number, column in enumerate(columns)]
+        for place, row in enumerate(rows)
+    ]
+
+
+def _width(columns: Sequence[Column], cells: Sequence[Sequence[str]]) -> int:
+    """How wide the table is; of a column that wraps, only its title counts."""
+    widths = [
+        max(
+            len(column.title),
+            *(len(row[number]) for row in cells if not column.wraps),
+            WRAPPED_CHARS_MIN if column.wraps else 0,
+        )
+        for number, column in enumerate(columns)
+    ]
+    return sum(widths) + GAP_CHARS * (len(widths) - 1)
+
+
+def _table(columns: Sequence[Column], cells: Sequence[Sequence[str]]) -> Any:
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
+    table = Table(box=None, pad_edge=False, padding=(0, GAP_CHARS, 0, 0), header_style="bold")
     for column in columns:
-        table.add_column(
-            column.title,
-            justify="right" if column.right else "left",
-            no_wrap=True,
-        )
-    ids = _id_texts(columns, rows, short_ids=short_ids)
-    for place, row in enumerate(rows):
-        cells = [
-            ids.get((place, number)) or column.text(row) for number, column in enumerate(columns)
-        ]
-        table.add_row(*(Text(cell, style=_STATUS_STYLES.get(cell, "")) for cell in cells))
+        justify: Literal["left", "right"] = "right" if column.right else "left"
+        table.add_column(column.title, justify=justify, no_wrap=not column.wraps)
+    for row in cells:
+        table.add_row(*(Text(cell, style=_STATUS_STYLES.get(cell, "")) for cell in row))
     return table
 
 

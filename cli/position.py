@@ -31,11 +31,11 @@ _COLUMNS = (
     Column("SYMBOL", "symbol"),
     Column("QUANTITY", "quantity", number, right=True),
     Column("AVG COST", "avg_cost", price, right=True),
-    Column("MARK", "mark_price", price, right=True),
-    Column("MARKED (UTC)", "marked_at", moment, spare=True),
+    Column("MARK", "mark_price", price, right=True, spare=1),
+    Column("MARKED (UTC)", "marked_at", moment, spare=2),
     Column("MARKET VALUE", "market_value", money, right=True),
     Column("UNREALISED", "unrealized_pnl", money, right=True),
-    Column("REALISED", "realized_pnl", money, right=True, spare=True),
+    Column("REALISED", "realized_pnl", money, right=True, spare=3),
 )
 
 

@@ -46,10 +46,10 @@ def replay(
     dsn: Dsn = None,
     as_json: Json = False,
 ) -> None:
-    """Tick a run at every stored price from one moment to another, in order.
+    """Tick a run through stored prices, in order.
 
-    The same code as a live tick. Ticks that are in the ledger already are passed over, so
-    that an interrupted replay goes on where it stopped when it is run again.
+    The same code as a live tick. Ticks that are in the ledger already are
+    passed over, so that an interrupted replay goes on where it stopped.
 
     Example:
       oms replay --run-id 7f3a --from 2000-03-01 --to 2013-03-01

@@ -39,9 +39,10 @@ def report(
     dsn: Dsn = None,
     as_json: Json = False,
 ) -> None:
-    """Write a report with pictures: equity, drawdown, positions, executions of plans.
+    """Write a report with pictures, as one HTML file.
 
-    One file that opens without a network, and can be sent to anyone.
+    Equity against invested money, drawdown, positions over time, executions of
+    plans. The file opens without a network, and can be sent to anyone.
 
     Examples:
       oms report --run-id demo-sip

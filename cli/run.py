@@ -45,13 +45,13 @@ app = typer.Typer(
 _COLUMNS = (
     Column("RUN", "run_id"),
     Column("NAME", "name"),
-    Column("USER", "user_name"),
-    Column("STRATEGY", "strategy"),
+    Column("USER", "user_name", spare=1),
+    Column("STRATEGY", "strategy", spare=2),
     Column("STATUS", "status"),
     Column("EQUITY", "equity", money, right=True),
-    Column("CASH", "cash", money, right=True, spare=True),
-    Column("CURRENCY", "currency", spare=True),
-    Column("CALENDAR", "calendar", spare=True),
+    Column("CASH", "cash", money, right=True, spare=3),
+    Column("CURRENCY", "currency", spare=4),
+    Column("CALENDAR", "calendar", spare=5),
     Column("LAST TICK (UTC)", "last_logical_time", moment),
 )
 _POSITIONS = (
@@ -61,7 +61,7 @@ _POSITIONS = (
     Column("MARK", "mark_price", price, right=True),
     Column("MARKET VALUE", "market_value", money, right=True),
     Column("UNREALISED", "unrealized_pnl", money, right=True),
-    Column("REALISED", "realized_pnl", money, right=True, spare=True),
+    Column("REALISED", "realized_pnl", money, right=True, spare=1),
 )
 _PLANS = (
     Column("PLAN", "plan"),
@@ -140,16 +140,17 @@ def start(
 ) -> None:
     """Make a run and start it.
 
-    A user has at most one RUNNING run. The strategy and its parameters are checked
-    before anything is written. A parameter's value is text, or JSON where it begins
-    with a brace or a bracket; key.name=value sets one name of an object.
+    A user has at most one RUNNING run. The strategy and its parameters are
+    checked before anything is written. A parameter's value is text, or JSON
+    where it begins with a brace or a bracket; key.name=value sets one name
+    of an object.
 
     Examples:
       oms run start --user alice --cash 10000
       oms run start --user bob --strategy rebalance --cash 100000 \\
-          --param weights.AAPL=0.6 --param weights.IBM=0.4 --param period=MONTHLY
+        --param weights.AAPL=0.6 --param weights.IBM=0.4
       oms run start --user carol --strategy my_package.my_module:MyStrategy \\
-          --paper '{"commission": {"model": "PERCENT", "percent": "0.1"}}'
+        --paper '{"commission": {"model": "PERCENT", "percent": "0.1"}}'
     """
     from engine import reads
     from engine.errors import translated
@@ -222,7 +223,7 @@ def show(
     dsn: Dsn = None,
     as_json: Json = False,
 ) -> None:
-    """Show a run: its terms, books, positions, plans, health and newest events.
+    """Show all about a run: terms, books, plans, health, newest events.
 
     Examples:
       oms run show demo-sip
@@ -248,10 +249,11 @@ def stop(
     dsn: Dsn = None,
     as_json: Json = False,
 ) -> None:
-    """Stop a run for good: its pending orders are CANCELED and nothing is written any more.
+    """Stop a run for good.
 
-    It waits for a tick that is under way. A stopped run can't be started again; its
-    history stays.
+    It waits for a tick that is under way. Pending orders are CANCELED, and
+    nothing is written any more; the history stays. A stopped run can't be
+    started again.
 
     Example:
       oms run stop 7f3a
@@ -278,10 +280,11 @@ def delete(
     dsn: Dsn = None,
     as_json: Json = False,
 ) -> None:
-    """Delete a run with everything in it: orders, executions, marks, ledger.
+    """Delete a run with everything in it.
 
-    The only way in which history goes. It is the right of the tables' owner, and a
-    RUNNING run must be stopped first.
+    Orders, executions, marks, ledger: this is the only way in which history
+    goes. It is the right of the tables' owner, and a RUNNING run must be
+    stopped first.
 
     Example:
       oms run delete 7f3a --yes

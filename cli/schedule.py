@@ -27,15 +27,16 @@ def schedule(
     dsn: Dsn = None,
     as_json: Json = False,
 ) -> None:
-    """Tick whatever is due, until Ctrl-C or SIGTERM; the round under way is finished.
+    """Tick whatever is due, until Ctrl-C.
 
-    What is due comes from the database: the closes (or opens) of each RUNNING run's
-    calendar since its last tick. Any number of schedulers may run at once, be killed and
-    be started again: every planned moment is ticked once. A run whose prices haven't
-    come yet waits for them, and holds up no other.
+    What is due comes from the database: the closes (or opens) of each RUNNING
+    run's calendar since its last tick. Any number of schedulers may run at
+    once, be killed and be started again: every planned moment is ticked once.
+    A run whose prices haven't come yet waits for them, and holds up no other.
 
-    With --json each round is one document on one line. With --once the exit code is 1
-    when a run could not go on.
+    SIGTERM ends it too; the round under way is finished. With --json each round
+    is one document on one line. With --once, exit code 1 means that a run could
+    not go on.
 
     Examples:
       oms schedule

@@ -23,15 +23,15 @@ app = typer.Typer(
 
 _COLUMNS = (
     Column("RUN", "run_id"),
-    Column("NAME", "run_name", spare=True),
+    Column("NAME", "run_name", spare=1),
     Column("PLAN", "plan"),
     Column("SYMBOL", "symbol"),
     Column("AMOUNT", "amount", money, right=True),
     Column("DAY", "day_of_month", right=True),
-    Column("FROM", "start_on", day, spare=True),
-    Column("UNTIL", "end_on", day, spare=True),
+    Column("FROM", "start_on", day, spare=2),
+    Column("UNTIL", "end_on", day, spare=3),
     Column("STATUS", "status"),
-    Column("MISSED", "missed_policy", spare=True),
+    Column("MISSED", "missed_policy", spare=4),
     Column("EXECUTED", "executed", right=True),
     Column("LAST (UTC)", "last_logical_time", moment),
 )
@@ -93,9 +93,9 @@ def add(
 ) -> None:
     """Add a plan to a run that hasn't ended.
 
-    It is due once a month, on that day or on the next session of the run's calendar; in
-    a shorter month on the last day. The quantity is the money divided by the price, cut
-    to the symbol's decimals.
+    It is due once a month, on that day or on the next session of the run's
+    calendar; in a shorter month on the last day. The quantity is the money
+    divided by the price, cut to the symbol's decimals.
 
     Example:
       oms sip add --run-id 7f3a --symbol AAPL --amount 500 --day 5

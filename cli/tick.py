@@ -36,15 +36,16 @@ def tick(
     dsn: Dsn = None,
     as_json: Json = False,
 ) -> None:
-    """Tick a run once: its strategy decides, orders are placed and filled, it is marked.
+    """Tick a run once.
 
-    All of it is one transaction, exactly once: the same moment again writes nothing and
-    tells what the first one did. A run only moves forward. With --at, everything is as
-    if it were then. Without --price, it gets the stored prices of its session.
+    Its strategy decides, orders are placed and filled, the run is marked: one
+    transaction, exactly once. The same moment again writes nothing and tells
+    what the first tick did. A run only moves forward. With --at, everything is
+    as if it were then. Without --price it gets the stored prices of its session.
 
     Examples:
       oms tick --run-id 7f3a
-      oms tick --run-id 7f3a --at 2024-01-31T21:00:00Z --price AAPL=184.4 --price IBM=183.66
+      oms tick --run-id 7f3a --at 2024-01-31T21:00:00Z --price AAPL=184.4
     """
     from engine import reads
     from engine.clock import utc_now

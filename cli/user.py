@@ -21,10 +21,10 @@ app = typer.Typer(
 _COLUMNS = (
     Column("USER", "user_id"),
     Column("NAME", "name"),
-    Column("KIND", "kind", spare=True),
+    Column("KIND", "kind", spare=2),
     Column("RUNS", "runs", right=True),
     Column("RUNNING", "running_run_id"),
-    Column("SINCE (UTC)", "created_at", moment, spare=True),
+    Column("SINCE (UTC)", "created_at", moment, spare=1),
 )
 
 
@@ -36,8 +36,8 @@ def add(
 ) -> None:
     """Add a user.
 
-    A name is one user: adding it again finds the same one. Its id follows from the name,
-    on every database.
+    A name is one user: adding it again finds the same one. The id follows from
+    the name, on every database.
 
     Example:
       oms user add alice

@@ -19,7 +19,6 @@ from engine.market.calendar import require_calendar
 from engine.paper.costs import PaperSettings
 from engine.strategies.registry import make
 
-
 # Decimals of the quantities and prices that orders and executions hold.
 DECIMALS_MAX = 8
 

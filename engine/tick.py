@@ -497,6 +497,9 @@ class Work:
         if first + len(wanted) > ORDERS_PER_TICK_MAX:
             raise BadInput(f"more than {ORDERS_PER_TICK_MAX} orders at one logical_time")
         self.reference.quantity_decimals({place.symbol for place in wanted})
+        for due in (place.occasion for place in wanted if place.occasion):
+            if due.symbol not in self.view.prices:
+                raise BadInput(f"plan {due.plan} can't be executed without a price of {due.symbol}")
         orders = [
             self._order_of(place, order_id_of(self._salt, self.view.logical_time, first + number))
             for number, place in enumerate(wanted)
@@ -599,7 +602,7 @@ class Work:
                 "amount": str(due.amount),
                 "planned_on": due.planned_on.isoformat(),
                 "quantity": str(order.quantity),
-                "price": str(self.view.prices.get(due.symbol)),
+                "price": str(self.view.prices[due.symbol]),
             }
             code = rejected.get(order.order_id)
             events.append(

@@ -29,6 +29,11 @@ CREATE TABLE calendar_session (
     open_at      timestamptz NOT NULL,
     close_at     timestamptz NOT NULL,
     CONSTRAINT calendar_session_pkey PRIMARY KEY (calendar, session_date),
+    CONSTRAINT calendar_session_times_in_range
+        CHECK (time_in_range(open_at) AND time_in_range(close_at)),
+    CONSTRAINT calendar_session_date_is_that_of_its_open
+        CHECK (session_date BETWEEN (open_at AT TIME ZONE 'UTC')::date - 1
+                                AND (open_at AT TIME ZONE 'UTC')::date + 1),
     CONSTRAINT calendar_session_open_before_close CHECK (open_at < close_at)
 );
 
@@ -48,6 +53,8 @@ CREATE TABLE price_bar (
     CONSTRAINT price_bar_pkey PRIMARY KEY (symbol, bar_end),
     CONSTRAINT price_bar_symbol_known FOREIGN KEY (symbol) REFERENCES instrument (symbol),
     CONSTRAINT price_bar_starts_before_it_ends CHECK (bar_start <= bar_end),
+    CONSTRAINT price_bar_times_in_range
+        CHECK (time_in_range(bar_start) AND time_in_range(bar_end)),
     CONSTRAINT price_bar_high_is_highest CHECK (high >= greatest(open, low, close)),
     CONSTRAINT price_bar_low_is_lowest CHECK (low <= least(open, high, close)),
     CONSTRAINT price_bar_prices_finite CHECK (high < 1e15 AND low > -1e15),
@@ -68,6 +75,8 @@ CREATE TABLE corporate_action (
     CONSTRAINT corporate_action_pkey PRIMARY KEY (symbol, ex_date, kind),
     CONSTRAINT corporate_action_symbol_known FOREIGN KEY (symbol) REFERENCES instrument (symbol),
     CONSTRAINT corporate_action_kind_known CHECK (kind = 'SPLIT'),
+    CONSTRAINT corporate_action_ex_date_in_range
+        CHECK (ex_date BETWEEN '0001-01-02' AND '9999-12-30'),
     CONSTRAINT corporate_action_ratio_positive
         CHECK (numerator > 0 AND numerator < 1e6 AND denominator > 0 AND denominator < 1e6)
 );

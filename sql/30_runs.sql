@@ -52,6 +52,7 @@ CREATE TABLE strategy_run (
     tick_at      text        NOT NULL DEFAULT 'CLOSE',
     initial_cash numeric     NOT NULL DEFAULT 0,
     cash         numeric     NOT NULL,
+    books_seq    bigint      NOT NULL DEFAULT 0,
     created_at   timestamptz NOT NULL DEFAULT now(),
     stopped_at   timestamptz,
     CONSTRAINT strategy_run_pkey PRIMARY KEY (user_id, run_id),
@@ -61,6 +62,9 @@ CREATE TABLE strategy_run (
     CONSTRAINT strategy_run_account_type_known CHECK (account_type IN ('CASH', 'MARGIN')),
     CONSTRAINT strategy_run_tick_at_known CHECK (tick_at IN ('OPEN', 'CLOSE')),
     CONSTRAINT strategy_run_currency_format CHECK (currency ~ '^[A-Z]{3}$'),
+    CONSTRAINT strategy_run_broker_format CHECK (broker ~ '^[a-z][a-z0-9_]{0,31}$'),
+    CONSTRAINT strategy_run_words_short CHECK (
+        length(coalesce(name, '')) <= 100 AND length(strategy) <= 200 AND length(calendar) <= 32),
     CONSTRAINT strategy_run_parameters_is_object CHECK (jsonb_typeof(parameters) = 'object'),
     CONSTRAINT strategy_run_paper_is_object CHECK (jsonb_typeof(paper) = 'object'),
     CONSTRAINT strategy_run_initial_cash_in_range
@@ -79,30 +83,65 @@ CREATE UNIQUE INDEX strategy_run_one_running_per_user
 
 COMMENT ON TABLE strategy_run IS 'A run of a strategy; at most one RUNNING per user.';
 COMMENT ON COLUMN strategy_run.strategy IS 'A shipped strategy''s name, or package.module:Class.';
-COMMENT ON COLUMN strategy_run.parameters IS 'The strategy''s parameters, validated when the run is made.';
-COMMENT ON COLUMN strategy_run.paper IS 'The paper broker''s settings: slippage, commission, volume share, seed.';
-COMMENT ON COLUMN strategy_run.account_type IS 'CASH: no debt and no short position. MARGIN: both.';
-COMMENT ON COLUMN strategy_run.calendar IS 'The exchange calendar (a code of exchange_calendars) that the run follows.';
+COMMENT ON COLUMN strategy_run.parameters IS
+    'The strategy''s parameters, validated when the run is made.';
+COMMENT ON COLUMN strategy_run.paper IS
+    'The paper broker''s settings: slippage, commission, volume share, seed.';
+COMMENT ON COLUMN strategy_run.account_type IS
+    'CASH: no debt and no short position. MARGIN: both.';
+COMMENT ON COLUMN strategy_run.calendar IS
+    'The exchange calendar (a code of exchange_calendars) that the run follows.';
 COMMENT ON COLUMN strategy_run.tick_at IS 'Which moment of a session the schedule ticks at.';
 COMMENT ON COLUMN strategy_run.cash IS
     'Initial cash and what the executions did to it; computed by the database, in currency.';
+COMMENT ON COLUMN strategy_run.books_seq IS
+    'Number of the last EXECUTION or SPLIT_APPLIED event that cash and positions follow.';
+
+-- The one gate of every write into a run: lock its row, so that a concurrent stop waits for us or
+-- is seen by us, and refuse unless its status is one of those allowed. The lock order is run, then
+-- orders by id, then ledger. A run that does not exist is the foreign key's business; saying so
+-- here adds the hint.
+CREATE FUNCTION run_lock(of_user uuid, of_run uuid, for_table text, VARIADIC allowed text[])
+RETURNS strategy_run LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+DECLARE
+    run strategy_run;
+BEGIN
+    SELECT * INTO run FROM strategy_run
+    WHERE user_id = of_user AND run_id = of_run FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'user % has no run %', of_user, of_run
+            USING ERRCODE = 'foreign_key_violation', CONSTRAINT = for_table || '_belongs_to_run',
+                  TABLE = for_table, COLUMN = 'run_id',
+                  HINT = 'Give a run together with the user who owns it.';
+    ELSIF run.status <> ALL (allowed) THEN
+        RAISE EXCEPTION 'run % is %, so % can not be written', of_run, run.status, for_table
+            USING ERRCODE = '23T03', CONSTRAINT = for_table || '_run_is_running', TABLE = for_table,
+                  HINT = CASE WHEN run.status = 'CREATED' THEN 'Start the run first.'
+                              ELSE 'An ended run is never written again; make a new run.' END;
+    END IF;
+    RETURN run;
+END $$;
+
+COMMENT ON FUNCTION run_lock IS
+    'Locks a run''s row and returns it; refuses unless its status is one of those allowed.';
 
 CREATE FUNCTION strategy_run_prepare_insert() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 BEGIN
-    IF NEW.cash IS DISTINCT FROM NEW.initial_cash AND NEW.cash IS NOT NULL THEN
+    IF NEW.cash <> NEW.initial_cash OR NEW.books_seq <> 0 THEN
         RAISE EXCEPTION 'a new run''s cash is its initial_cash (%), not %', NEW.initial_cash, NEW.cash
             USING ERRCODE = '23T04', CONSTRAINT = 'strategy_run_cash_from_executions',
                   TABLE = 'strategy_run', COLUMN = 'cash',
-                  HINT = 'Leave cash out; give initial_cash.';
+                  HINT = 'Leave cash and books_seq out; give initial_cash.';
     END IF;
     NEW.cash := NEW.initial_cash;
-    IF NEW.status IN ('STOPPED', 'ERROR') THEN
-        NEW.stopped_at := coalesce(NEW.stopped_at, now());
-    END IF;
+    NEW.created_at := now();
+    NEW.stopped_at := CASE WHEN NEW.status IN ('STOPPED', 'ERROR') THEN now() END;
     PERFORM strategy_run_refuse_second_running(NEW.user_id, NEW.run_id, NEW.status);
     RETURN NEW;
 END $$;
+
+COMMENT ON FUNCTION strategy_run_prepare_insert IS 'Trigger: a run begins with its initial cash.';
 
 -- The unique index is what holds, also in a race; this says the same earlier and with a hint.
 CREATE FUNCTION strategy_run_refuse_second_running(of_user uuid, not_run uuid, new_status text)
@@ -123,68 +162,94 @@ BEGIN
     END IF;
 END $$;
 
+COMMENT ON FUNCTION strategy_run_refuse_second_running IS
+    'Refuses a second RUNNING run of a user, with a hint that names the first.';
+
+-- Cash is not guarded by who writes it but proven, whoever does: it may change only by what the
+-- EXECUTION events say that it does not yet have (50_executions.sql).
 CREATE FUNCTION strategy_run_check_update() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+DECLARE
+    due record;
 BEGIN
-    IF (NEW.user_id, NEW.run_id, NEW.initial_cash, NEW.broker, NEW.account_type, NEW.currency,
-        NEW.calendar)
-       IS DISTINCT FROM
-       (OLD.user_id, OLD.run_id, OLD.initial_cash, OLD.broker, OLD.account_type, OLD.currency,
-        OLD.calendar) THEN
-        RAISE EXCEPTION 'run % keeps its identity, initial cash, broker, account type, currency and calendar',
-            OLD.run_id
-            USING ERRCODE = '23T09', CONSTRAINT = 'strategy_run_terms_fixed',
-                  TABLE = 'strategy_run', HINT = 'Make a new run instead.';
-    END IF;
     IF OLD.stopped_at IS NOT NULL AND NEW.status = OLD.status THEN
         RAISE EXCEPTION 'run % is %, so it can not be changed', OLD.run_id, OLD.status
             USING ERRCODE = '23T03', CONSTRAINT = 'strategy_run_run_is_running',
                   TABLE = 'strategy_run',
                   HINT = 'An ended run is never written again; make a new run.';
     END IF;
-    -- Depth 1 is a statement that somebody sent; what the executions' own trigger sends is deeper.
-    IF NEW.cash IS DISTINCT FROM OLD.cash AND pg_trigger_depth() = 1 THEN
-        RAISE EXCEPTION 'the cash of run % follows from its executions', OLD.run_id
-            USING ERRCODE = '23T04', CONSTRAINT = 'strategy_run_cash_from_executions',
-                  TABLE = 'strategy_run', COLUMN = 'cash',
-                  HINT = 'Insert executions; the database computes cash.';
+    PERFORM strategy_run_check_terms(OLD, NEW);
+    NEW.stopped_at := OLD.stopped_at;
+    IF (NEW.cash, NEW.books_seq) IS DISTINCT FROM (OLD.cash, OLD.books_seq) THEN
+        due := strategy_run_books_due(OLD);
+        IF (NEW.cash, NEW.books_seq) IS DISTINCT FROM (due.cash, due.books_seq) THEN
+            RAISE EXCEPTION 'the cash of run % follows from its executions: %, not %', OLD.run_id,
+                due.cash, NEW.cash
+                USING ERRCODE = '23T04', CONSTRAINT = 'strategy_run_cash_from_executions',
+                      TABLE = 'strategy_run', COLUMN = 'cash',
+                      HINT = 'Insert executions; the database computes cash.';
+        END IF;
     END IF;
     RETURN NEW;
 END $$;
 
--- A run that ends takes its pending orders with it, whoever ends it: the orders are cancelled and
--- the events written while the run still counts as RUNNING, in the same statement.
+COMMENT ON FUNCTION strategy_run_check_update IS
+    'Trigger: an ended run stays as it is, terms are kept, cash is proven.';
+
+-- What a run was made of is fixed; what its strategy works with is so from the first event on,
+-- which tells it.
+CREATE FUNCTION strategy_run_check_terms(was strategy_run, now_is strategy_run) RETURNS void
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
+    IF (now_is.user_id, now_is.run_id, now_is.initial_cash, now_is.broker, now_is.account_type,
+        now_is.currency, now_is.calendar)
+       IS DISTINCT FROM
+       (was.user_id, was.run_id, was.initial_cash, was.broker, was.account_type,
+        was.currency, was.calendar)
+       OR (now_is.strategy, now_is.parameters, now_is.paper, now_is.created_at)
+          IS DISTINCT FROM (was.strategy, was.parameters, was.paper, was.created_at)
+          AND EXISTS (SELECT FROM event_ledger
+                      WHERE user_id = was.user_id AND run_id = was.run_id) THEN
+        RAISE EXCEPTION 'run % keeps what it was made of: its identity, cash, broker, account, '
+            'currency, calendar, strategy and settings', was.run_id
+            USING ERRCODE = '23T09', CONSTRAINT = 'strategy_run_terms_fixed',
+                  TABLE = 'strategy_run', HINT = 'Make a new run instead.';
+    END IF;
+END $$;
+
+COMMENT ON FUNCTION strategy_run_check_terms IS 'Refuses a change of what a run was made of.';
+
+-- A run that leaves RUNNING takes its open paper orders with it, whoever ends it: the orders are
+-- cancelled and the events written while the run still counts as RUNNING, in the same statement.
 CREATE FUNCTION strategy_run_check_move() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
-DECLARE
-    last_time timestamptz;
 BEGIN
     IF NOT EXISTS (SELECT FROM run_transition
                    WHERE from_status = OLD.status AND to_status = NEW.status) THEN
         RAISE EXCEPTION 'run % cannot go from % to %', OLD.run_id, OLD.status, NEW.status
             USING ERRCODE = '23T02', CONSTRAINT = 'strategy_run_status_transition',
                   TABLE = 'strategy_run', COLUMN = 'status',
-                  HINT = 'run_transition lists the allowed moves; an ended run stays ended, make a new one.';
+                  HINT = 'run_transition lists the allowed moves; an ended run stays ended.';
     END IF;
     PERFORM strategy_run_refuse_second_running(NEW.user_id, NEW.run_id, NEW.status);
+    IF OLD.status = 'RUNNING' THEN
+        UPDATE orders SET status = 'CANCELED', status_reason = 'RUN_' || NEW.status
+        WHERE user_id = OLD.user_id AND run_id = OLD.run_id AND broker = 'paper'
+          AND status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED');
+    END IF;
+    IF OLD.status IN ('RUNNING', 'STOPPING') THEN
+        INSERT INTO event_ledger (user_id, run_id, event_type, payload)
+        VALUES (OLD.user_id, OLD.run_id, 'RUN_' || NEW.status,
+                jsonb_build_object('cash', OLD.cash));
+    END IF;
     IF NEW.status IN ('STOPPED', 'ERROR') THEN
         NEW.stopped_at := now();
-        IF OLD.status = 'RUNNING' THEN
-            SELECT coalesce(max(logical_time), now()) INTO last_time FROM event_ledger
-            WHERE user_id = OLD.user_id AND run_id = OLD.run_id;
-            UPDATE orders SET status = 'CANCELED', status_at = greatest(last_time, status_at),
-                              status_reason = 'RUN_' || NEW.status
-            WHERE user_id = OLD.user_id AND run_id = OLD.run_id
-              AND status IN ('NEW', 'PENDING', 'PARTIALLY_FILLED') AND broker = 'paper';
-            SELECT coalesce(max(logical_time), now()) INTO last_time FROM event_ledger
-            WHERE user_id = OLD.user_id AND run_id = OLD.run_id;
-            INSERT INTO event_ledger (user_id, run_id, logical_time, event_type, payload)
-            VALUES (OLD.user_id, OLD.run_id, last_time, 'RUN_' || NEW.status,
-                    jsonb_build_object('cash', OLD.cash));
-        END IF;
     END IF;
     RETURN NEW;
 END $$;
+
+COMMENT ON FUNCTION strategy_run_check_move IS
+    'Trigger: only moves of run_transition; the end cancels what is open and is told.';
 
 CREATE TRIGGER strategy_run_a_prepare_insert BEFORE INSERT ON strategy_run
     FOR EACH ROW EXECUTE FUNCTION strategy_run_prepare_insert();
@@ -194,62 +259,57 @@ CREATE TRIGGER strategy_run_b_check_move BEFORE UPDATE ON strategy_run
     FOR EACH ROW WHEN (OLD.status IS DISTINCT FROM NEW.status)
     EXECUTE FUNCTION strategy_run_check_move();
 
--- The one gate of every write into a run: lock its row, so that a concurrent stop waits for us or
--- is seen by us, and refuse unless it is RUNNING. The lock order is run, then orders by id, then
--- ledger. A run that does not exist is the foreign key's business; saying so here adds the hint.
-CREATE FUNCTION run_lock_running(of_user uuid, of_run uuid, for_table text)
-RETURNS strategy_run LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
-DECLARE
-    run strategy_run;
-BEGIN
-    SELECT * INTO run FROM strategy_run
-    WHERE user_id = of_user AND run_id = of_run FOR NO KEY UPDATE;
-    IF NOT FOUND THEN
-        RAISE EXCEPTION 'user % has no run %', of_user, of_run
-            USING ERRCODE = 'foreign_key_violation', CONSTRAINT = for_table || '_belongs_to_run',
-                  TABLE = for_table, COLUMN = 'run_id',
-                  HINT = 'Give a run together with the user who owns it.';
-    ELSIF run.status <> 'RUNNING' THEN
-        RAISE EXCEPTION 'run % is %, so % can not be written', of_run, run.status, for_table
-            USING ERRCODE = '23T03', CONSTRAINT = for_table || '_run_is_running', TABLE = for_table,
-                  HINT = CASE WHEN run.status = 'CREATED' THEN 'Start the run first.'
-                              ELSE 'An ended run is never written again; make a new run.' END;
-    END IF;
-    RETURN run;
-END $$;
-
-COMMENT ON FUNCTION run_lock_running IS
-    'Locks a run''s row and returns it; refuses unless the run exists and is RUNNING.';
-
+-- For tables whose rows are one per run and change: no write unless the run is RUNNING, and no
+-- row wanders to another run, which would take it out of one that has ended.
 CREATE FUNCTION run_guard_write() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 BEGIN
-    IF TG_OP = 'DELETE' THEN
-        PERFORM run_lock_running(OLD.user_id, OLD.run_id, TG_ARGV[0]);
-        RETURN OLD;
+    PERFORM run_lock(NEW.user_id, NEW.run_id, TG_ARGV[0], 'RUNNING');
+    IF TG_OP = 'UPDATE' THEN
+        PERFORM row_check_keeps_run(OLD.user_id, OLD.run_id, NEW.user_id, NEW.run_id, TG_ARGV[0]);
     END IF;
-    PERFORM run_lock_running(NEW.user_id, NEW.run_id, TG_ARGV[0]);
     RETURN NEW;
 END $$;
 
 COMMENT ON FUNCTION run_guard_write IS
     'Trigger: no write into a run that is not RUNNING. Argument: the logical table name.';
 
--- History is added to, never edited. A cascade from the run's own deletion comes from a foreign
--- key's trigger and is therefore deeper than depth 0.
+CREATE FUNCTION row_check_keeps_run(old_user uuid, old_run uuid, new_user uuid, new_run uuid,
+                                    for_table text)
+RETURNS void LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
+    IF (old_user, old_run) IS DISTINCT FROM (new_user, new_run) THEN
+        RAISE EXCEPTION 'a row of % stays with run %', for_table, old_run
+            USING ERRCODE = '23T09', CONSTRAINT = for_table || '_keeps_its_run', TABLE = for_table,
+                  COLUMN = 'run_id', HINT = 'Write a row of its own for the other run.';
+    END IF;
+END $$;
+
+COMMENT ON FUNCTION row_check_keeps_run IS 'Refuses to move a row to another user or run.';
+
+-- History is added to, never edited, and goes only with its run. A cascade comes when the run's
+-- row is gone already; that the row is gone is the proof, not how deep in triggers we are, since
+-- anybody's trigger on a table of their own is as deep.
 CREATE FUNCTION history_refuse_change() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 BEGIN
+    IF TG_OP = 'DELETE' THEN
+        IF NOT EXISTS (SELECT FROM strategy_run
+                       WHERE user_id = OLD.user_id AND run_id = OLD.run_id) THEN
+            RETURN OLD;
+        END IF;
+    END IF;
     RAISE EXCEPTION '% of % is not possible: it is history', TG_OP, TG_ARGV[0]
-        USING ERRCODE = '23T09', CONSTRAINT = TG_ARGV[0] || '_append_only', TABLE = TG_ARGV[0],
+        USING ERRCODE = '23T09', CONSTRAINT = TG_ARGV[0] || '_' || TG_ARGV[1], TABLE = TG_ARGV[0],
               HINT = 'History is only added to. Correct it by a new row, or delete the whole run.';
 END $$;
 
 COMMENT ON FUNCTION history_refuse_change IS
-    'Trigger: append-only. Argument: the logical table name.';
+    'Trigger: rows go only with their run. Arguments: the logical table name, and append_only '
+    'where rows never change or kept where they do.';
 
 CREATE TRIGGER strategy_run_z_refuse_truncate BEFORE TRUNCATE ON strategy_run
-    FOR EACH STATEMENT EXECUTE FUNCTION history_refuse_change('strategy_run');
+    FOR EACH STATEMENT EXECUTE FUNCTION history_refuse_change('strategy_run', 'kept');
 
 CREATE TABLE engine_state (
     user_id           uuid        NOT NULL,
@@ -268,7 +328,8 @@ COMMENT ON COLUMN engine_state.state IS 'What the strategy asked to be remembere
 COMMENT ON COLUMN engine_state.last_logical_time IS
     'Logical time of the last tick; proven against the TICK event in event_ledger.';
 
-CREATE FUNCTION engine_state_check_time() RETURNS trigger
+-- An engine_state that forgot the last tick would have the run begin anew.
+CREATE FUNCTION engine_state_check_write() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 BEGIN
     IF NEW.last_logical_time IS DISTINCT FROM
@@ -279,16 +340,21 @@ BEGIN
                   TABLE = 'engine_state', COLUMN = 'last_logical_time',
                   HINT = 'Write the TICK event first; last_logical_time is the newest one''s.';
     END IF;
+    NEW.recorded_at := now();
     RETURN NEW;
 END $$;
 
+COMMENT ON FUNCTION engine_state_check_write IS
+    'Trigger: last_logical_time is that of the newest TICK event.';
+
 CREATE TRIGGER engine_state_a_guard_write BEFORE INSERT OR UPDATE ON engine_state
     FOR EACH ROW EXECUTE FUNCTION run_guard_write('engine_state');
-CREATE TRIGGER engine_state_a_guard_delete BEFORE DELETE ON engine_state
-    FOR EACH ROW WHEN (pg_trigger_depth() = 0) EXECUTE FUNCTION run_guard_write('engine_state');
-CREATE TRIGGER engine_state_b_check_time BEFORE INSERT OR UPDATE ON engine_state
-    FOR EACH ROW WHEN (NEW.last_logical_time IS NOT NULL)
-    EXECUTE FUNCTION engine_state_check_time();
+CREATE TRIGGER engine_state_b_check_write BEFORE INSERT OR UPDATE ON engine_state
+    FOR EACH ROW EXECUTE FUNCTION engine_state_check_write();
+CREATE TRIGGER engine_state_z_refuse_delete BEFORE DELETE ON engine_state
+    FOR EACH ROW EXECUTE FUNCTION history_refuse_change('engine_state', 'kept');
+CREATE TRIGGER engine_state_z_refuse_truncate BEFORE TRUNCATE ON engine_state
+    FOR EACH STATEMENT EXECUTE FUNCTION history_refuse_change('engine_state', 'kept');
 
 CREATE TABLE engine_status (
     user_id      uuid        NOT NULL,
@@ -300,7 +366,10 @@ CREATE TABLE engine_status (
     CONSTRAINT engine_status_pkey PRIMARY KEY (user_id, run_id),
     CONSTRAINT engine_status_belongs_to_run FOREIGN KEY (user_id, run_id)
         REFERENCES strategy_run (user_id, run_id) ON DELETE CASCADE,
-    CONSTRAINT engine_status_error_has_time CHECK ((last_error IS NULL) = (error_at IS NULL))
+    CONSTRAINT engine_status_error_has_time CHECK ((last_error IS NULL) = (error_at IS NULL)),
+    CONSTRAINT engine_status_lag_in_range CHECK (abs(lag_seconds) < 1e12),
+    CONSTRAINT engine_status_times_in_range
+        CHECK (time_in_range(heartbeat_at) AND time_in_range(coalesce(error_at, heartbeat_at)))
 ) WITH (fillfactor = 50);
 
 COMMENT ON TABLE engine_status IS 'How a run is doing; one row a run.';
@@ -308,5 +377,7 @@ COMMENT ON COLUMN engine_status.lag_seconds IS 'Wall clock less logical time at 
 
 CREATE TRIGGER engine_status_a_guard_write BEFORE INSERT OR UPDATE ON engine_status
     FOR EACH ROW EXECUTE FUNCTION run_guard_write('engine_status');
-CREATE TRIGGER engine_status_a_guard_delete BEFORE DELETE ON engine_status
-    FOR EACH ROW WHEN (pg_trigger_depth() = 0) EXECUTE FUNCTION run_guard_write('engine_status');
+CREATE TRIGGER engine_status_z_refuse_delete BEFORE DELETE ON engine_status
+    FOR EACH ROW EXECUTE FUNCTION history_refuse_change('engine_status', 'kept');
+CREATE TRIGGER engine_status_z_refuse_truncate BEFORE TRUNCATE ON engine_status
+    FOR EACH STATEMENT EXECUTE FUNCTION history_refuse_change('engine_status', 'kept');

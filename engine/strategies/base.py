@@ -18,7 +18,6 @@ from uuid import UUID
 
 from pydantic import BaseModel, ConfigDict
 
-from engine.errors import BadInput
 from engine.market.model import Bar, Session
 from engine.orders.model import Fill, Order, OrderType, Side, TimeInForce
 
@@ -96,7 +95,7 @@ class PlaceOrder:
     """Buy or sell. ``occasion`` names the plan's occasion that the order is for, if any.
 
     Words are taken in any case and with their aliases (MKT, LMT, STP, STP_LMT, MOC, LOC). Raises
-    BadInput for a word that is none, a naive time and a number that the books can't hold; a
+    ValueError for a word that is none, a naive time and a number that the books can't hold; a
     quantity that isn't positive is no error here, its order will be REJECTED.
     """
 
@@ -127,14 +126,16 @@ class PlaceOrder:
             value = getattr(self, name)
             put(self, name, None if value is None else _number(name, value))
         if self.expire_at is not None and self.expire_at.tzinfo is None:
-            raise BadInput(f"expire_at {self.expire_at.isoformat()} has no time zone; give it one")
+            raise ValueError(
+                f"expire_at {self.expire_at.isoformat()} has no time zone; give it one"
+            )
 
 
 def _word(kind: type[_Word], given: object) -> _Word:
     try:
         return kind(str(given))
     except ValueError as error:
-        raise BadInput(f"{given!r} is none of {', '.join(kind)}") from error
+        raise ValueError(f"{given!r} is none of {', '.join(kind)}") from error
 
 
 def _number(name: str, given: object) -> Decimal:
@@ -142,11 +143,11 @@ def _number(name: str, given: object) -> Decimal:
     if isinstance(given, int) and not isinstance(given, bool):
         given = Decimal(given)
     if not isinstance(given, Decimal):
-        raise BadInput(f"{name} {given!r} is no Decimal")
+        raise ValueError(f"{name} {given!r} is no Decimal")
     if not given.is_finite() or abs(given) >= NUMBER_MAX:
-        raise BadInput(f"{name} {given} is no number below 10^15")
+        raise ValueError(f"{name} {given} is no number below 10^15")
     if given != round(given, NUMBER_DECIMALS_MAX):
-        raise BadInput(f"{name} {given} has more than {NUMBER_DECIMALS_MAX} decimals; cut it")
+        raise ValueError(f"{name} {given} has more than {NUMBER_DECIMALS_MAX} decimals; cut it")
     return given
 
 
@@ -158,7 +159,7 @@ def _json(given: Mapping[str, Any], what: str) -> dict[str, Any]:
         if "\\u0000" in text.replace("\\\\", ""):
             raise ValueError("a text holds the character NUL")
     except (TypeError, ValueError, RecursionError) as error:
-        raise BadInput(f"{what} is no JSON: {error}") from error
+        raise ValueError(f"{what} is no JSON: {error}") from error
     copied: dict[str, Any] = json.loads(text)
     return copied
 

@@ -1,0 +1,104 @@
+"""Strategies that do what a test tells them; named as a user would name his own."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import psycopg
+import pytest
+from pydantic import Field
+
+from engine.market.model import Bar
+from engine.orders.model import Fill, Side
+from engine.strategies.base import Context, Intents, Parameters, PlaceOrder, Strategy
+
+Hooks = dict[str, Callable[..., Intents]]
+
+# What Scripted's hooks call, by their names; it is emptied after every test that uses ``hooks``.
+HOOKS: Hooks = {}
+
+# The lock that stops a Blocking strategy, for whoever holds it.
+LOCK = 20010108
+
+
+@pytest.fixture
+def hooks() -> Iterator[Hooks]:
+    """What Scripted does, to be filled by the test."""
+    HOOKS.clear()
+    yield HOOKS
+    HOOKS.clear()
+
+
+class ScriptedParameters(Parameters):
+    """``units`` is any number above zero; ``note`` any text."""
+
+    units: int = Field(default=1, gt=0)
+    note: str = ""
+
+
+class Scripted(Strategy):
+    """Asks HOOKS for what it wants."""
+
+    Parameters = ScriptedParameters
+    parameters: ScriptedParameters
+
+    def on_start(self, context: Context) -> Intents:
+        return HOOKS.get("on_start", nothing)(context)
+
+    def on_tick(self, context: Context) -> Intents:
+        return HOOKS.get("on_tick", nothing)(context)
+
+    def on_bar(self, context: Context, bar: Bar) -> Intents:
+        return HOOKS.get("on_bar", nothing)(context, bar)
+
+    def on_fill(self, context: Context, fill: Fill) -> Intents:
+        return HOOKS.get("on_fill", nothing)(context, fill)
+
+    def on_stop(self, context: Context) -> None:
+        HOOKS.get("on_stop", nothing)(context)
+
+
+def nothing(*_: Any) -> Intents:
+    return None
+
+
+SCRIPTED = f"{__name__}:{Scripted.__name__}"
+
+
+class Blocking(Strategy):
+    """Buys one unit of everything; its fills wait for LOCK in the database of OMS_TEST_LOCK_DSN."""
+
+    def on_tick(self, context: Context) -> Intents:
+        return [PlaceOrder(symbol, Side.BUY, 1) for symbol in sorted(context.prices)]  # type: ignore[arg-type]
+
+    def on_fill(self, context: Context, fill: Fill) -> Intents:
+        with psycopg.connect(os.environ["OMS_TEST_LOCK_DSN"], autocommit=True) as conn:
+            conn.execute("SELECT pg_advisory_lock(%s)", [LOCK])
+        return None
+
+
+BLOCKING = f"{__name__}:{Blocking.__name__}"
+
+
+class Forgetful(Strategy):
+    """Keeps a count in itself, which it shouldn't, and buys as many units as it has seen ticks."""
+
+    def __init__(self, parameters: Any) -> None:
+        super().__init__(parameters)
+        self.ticks = 0
+
+    def on_tick(self, context: Context) -> Intents:
+        self.ticks += 1
+        return [PlaceOrder(symbol, Side.BUY, self.ticks) for symbol in context.prices]  # type: ignore[arg-type]
+
+
+FORGETFUL = f"{__name__}:{Forgetful.__name__}"
+
+
+class Unmakeable(Strategy):
+    """Can't be made."""
+
+    def __init__(self, parameters: Any) -> None:
+        raise RuntimeError("no luck today")
