@@ -27,10 +27,12 @@ _INSTANT = timedelta(microseconds=1)
 def given_run(argument: str | None, option: str | None, context: typer.Context) -> str:
     """The run that was named, bare or with ``--run-id``."""
     if argument is not None and option is not None and argument != option:
-        raise typer.BadParameter("the run is named twice", ctx=context)
+        raise typer.BadParameter("The run is named twice; name it once", ctx=context)
     named = argument or option
     if not named:
-        raise typer.BadParameter("name the run", ctx=context, param_hint="RUN")
+        raise typer.BadParameter(
+            "Name the run: its id, the first digits of it, or its name", ctx=context
+        )
     return named
 
 

@@ -49,7 +49,7 @@ def complete_symbol(ctx: typer.Context, incomplete: str) -> Offers:
             known = [(data.symbol, data.name or "") for data in list_data(conn)]
     except Exception:  # as above
         return []
-    return [offer for offer in known if offer[0].startswith(incomplete.upper())]
+    return [offer for offer in known if offer[0].startswith(incomplete)]
 
 
 def complete_strategy(incomplete: str) -> Offers:

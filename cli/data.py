@@ -71,7 +71,9 @@ def import_(
     from engine.market.store import import_bars, import_splits, negative_symbols
 
     if bars is None and splits is None:
-        raise typer.BadParameter("name a file of prices or --splits", ctx=context)
+        raise typer.BadParameter(
+            "Name a file of prices, or one of splits with --splits", ctx=context
+        )
     done: dict[str, Imported] = {}
     with acting(dsn) as conn:
         negative = negative_symbols(conn)

@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, urlencode
 
 import typer
 
@@ -47,7 +48,9 @@ def start(as_json: Json = False) -> None:
 
 @app.command()
 def stop(as_json: Json = False) -> None:
-    """Stop the embedded Postgres. Its data stays; the next command starts it again.
+    """Stop the embedded Postgres.
+
+    Its data stays, and the next command starts it again.
 
     Example:
       oms db stop
@@ -100,7 +103,7 @@ def url(dsn: Dsn = None, as_json: Json = False) -> None:
     Example:
       psql "$(oms db url)"
     """
-    where = owner_dsn(dsn) or "postgresql://"
+    where = _uri(owner_dsn(dsn))
     if as_json:
         print_json({"url": where})
     else:
@@ -147,10 +150,11 @@ def migrate(dsn: Dsn = None, as_json: Json = False) -> None:
     }
 )
 def psql(context: typer.Context, dsn: Dsn = None) -> None:
-    """Open psql on the database; whatever else you type is passed on to it.
+    """Open psql on the database.
 
-    It is the embedded server's own psql, else the one on PATH. You are the
-    owner of the tables, and the rules hold for you too.
+    Whatever else you type is passed on to it. It is the embedded server's own
+    psql, else the one on PATH. You are the owner of the tables, and the rules
+    hold for you too.
 
     Examples:
       oms db psql
@@ -160,6 +164,18 @@ def psql(context: typer.Context, dsn: Dsn = None) -> None:
     program = _psql()
     where = owner_dsn(dsn) or "postgresql://"
     os.execv(program, [str(program), "--dbname", where, *context.args])
+
+
+def _uri(dsn: str) -> str:
+    """A DSN as a URI, which more programs take than libpq's own words."""
+    from psycopg.conninfo import conninfo_to_dict
+
+    if dsn.startswith(("postgresql://", "postgres://")):
+        return dsn
+    words = {name: str(value) for name, value in conninfo_to_dict(dsn).items()}
+    user = quote(words.pop("user", ""), safe="")
+    database = quote(words.pop("dbname", ""), safe="")
+    return f"postgresql://{user}{'@' if user else ''}/{database}?{urlencode(words)}".rstrip("?/")
 
 
 def _psql() -> Path:
@@ -187,7 +203,12 @@ def _embedded_facts(server: Server) -> dict[str, Any]:
     }
     if not facts["running"]:
         return facts
-    return _facts_of(server.dsn(EMBEDDED_DATABASE), facts | {"pid": server.pid()})
+    from psycopg.conninfo import make_conninfo
+
+    from engine.db.install import OWNER_ROLE
+
+    where = make_conninfo(server.dsn(EMBEDDED_DATABASE), user=OWNER_ROLE)
+    return _facts_of(where, facts | {"pid": server.pid()})
 
 
 def _facts_of(where: str, facts: dict[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import typer
 from cli.database import is_embedded, owner_dsn
 from cli.options import Dsn, Json
 from cli.output import Column, count, money, note, number, print_json, print_table, progress, say
+from cli.report import write_report
 
 if TYPE_CHECKING:
     from engine.demo import Demo, DemoRun
@@ -50,7 +51,6 @@ def demo(
       oms demo --json
     """
     from engine.demo import run_demo
-    from engine.report import html
 
     where = owner_dsn(dsn)
     clock = _Clock()
@@ -59,7 +59,7 @@ def demo(
     path = report or (None if as_json else _REPORT)
     if path is not None:
         note("Writing the report ...")
-        html.write(path, [run.history for run in done.runs])
+        write_report(path, [run.history for run in done.runs])
     if as_json:
         print_json({"runs": [_document(run) for run in done.runs]})
     else:

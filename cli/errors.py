@@ -22,18 +22,23 @@ from typing import Any, NamedTuple
 
 import typer
 
-__all__ = ["BROKEN_PIPE", "DONE", "FAILED", "INTERRUPTED", "REFUSED", "Failure", "explain", "tell"]
+__all__ = [
+    "BROKEN_PIPE",
+    "DONE",
+    "FAILED",
+    "INTERRUPTED",
+    "INTERRUPTION",
+    "REFUSED",
+    "Failure",
+    "explain",
+    "tell",
+]
 
 DONE = 0
 REFUSED = 1
 FAILED = 2
 INTERRUPTED = 130
 BROKEN_PIPE = 141
-
-TRACEBACK_VARIABLE = "OMS_TRACEBACK"
-
-# Typer exports the leaf of its usage errors only; their common base is two steps up.
-_UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 
 
 class Failure(NamedTuple):
@@ -43,6 +48,18 @@ class Failure(NamedTuple):
     message: str
     code: int
     constraint: str | None = None
+
+
+INTERRUPTION = Failure(
+    "Interrupted",
+    "Interrupted; what was committed stays, and the same command goes on from there.",
+    INTERRUPTED,
+)
+
+TRACEBACK_VARIABLE = "OMS_TRACEBACK"
+
+# Typer exports the leaf of its usage errors only; their common base is two steps up.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[2]
 
 
 def explain(error: Exception) -> Failure:
@@ -76,7 +93,9 @@ def wants_traceback() -> bool:
 
 
 def _usage(error: Any) -> Failure:
-    message = _one_line(error.format_message())
+    # Without a parameter that it is about, the message is ours and a sentence already.
+    ours = isinstance(error, typer.BadParameter) and not (error.param or error.param_hint)
+    message = _one_line(error.message if ours else error.format_message())
     context = getattr(error, "ctx", None)
     if message and context is not None:
         message = f"{message.rstrip('.')}; `{context.command_path} --help` shows how."
@@ -106,7 +125,7 @@ def _of_engine(error: Exception) -> Failure | None:
 def _unexpected(error: Exception) -> Failure:
     if isinstance(error, OSError) and error.strerror:
         where = f" ({error.filename})" if error.filename else ""
-        message = f"{error.strerror}{where}; check the path and its permissions"
+        message = f"{error.strerror}{where}; name a path that you may use"
         return Failure(type(error).__name__, _sentence(message), FAILED)
     return _bug(error, f"{type(error).__name__}: {error}")
 

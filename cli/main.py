@@ -6,7 +6,6 @@ answer at once; a test holds it to that.
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -104,20 +103,17 @@ def root(
 
 def main(arguments: Sequence[str]) -> int:
     """Run a command line and return its exit code; whatever goes wrong is told in one line."""
+    wants_json = "--json" in arguments
     try:
+        # Typer turns Ctrl-C into the code of an interrupted program by itself.
         code = app(args=list(arguments), prog_name="oms", standalone_mode=False)
-        sys.stdout.flush()
-        return code if isinstance(code, int) else errors.DONE
-    except KeyboardInterrupt:
-        return errors.INTERRUPTED
-    except BrokenPipeError:
-        # Python flushes stdout once more when it ends, and would complain of it.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return errors.BROKEN_PIPE
     except Exception as error:
         if errors.wants_traceback():
             raise
-        return errors.tell(errors.explain(error), as_json="--json" in arguments)
+        return errors.tell(errors.explain(error), as_json=wants_json)
+    if code == errors.INTERRUPTED:
+        return errors.tell(errors.INTERRUPTION, as_json=wants_json)
+    return code if isinstance(code, int) else errors.DONE
 
 
 def run() -> None:

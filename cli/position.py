@@ -53,7 +53,9 @@ def list_(
     dsn: Dsn = None,
     as_json: Json = False,
 ) -> None:
-    """List positions at average cost and last mark; profits are before commission.
+    """List positions at average cost and last mark.
+
+    Profits are before commission; a mark is the last price that the run saw.
 
     Example:
       oms position list --run-id demo-sip

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,7 +14,10 @@ from cli.database import reading
 from cli.options import Dsn, Json
 from cli.output import print_json, say
 
-__all__ = ["report"]
+if TYPE_CHECKING:
+    from engine.report.model import RunHistory
+
+__all__ = ["report", "write_report"]
 
 
 def report(
@@ -50,17 +54,26 @@ def report(
     """
     from engine import reads
     from engine.history import read_history
-    from engine.report import html
 
     with reading(dsn) as conn:
         runs = [reads.find_run(conn, named) for named in run_id]
         histories = [read_history(conn, run.user_id, run.run_id) for run in runs]
     path = output or Path(f"oms-{_file_name(histories[0].name)}.html")
-    html.write(path, histories)
+    write_report(path, histories)
     if as_json:
         print_json({"path": path.resolve(), "runs": [run.run_id for run in runs]})
     else:
         say(f"The report is in {path}; open it in a browser.")
+
+
+def write_report(path: Path, histories: Sequence[RunHistory]) -> None:
+    """Write the page; what can't be written is told by the name that was asked for."""
+    from engine.report import html
+
+    try:
+        html.write(path, histories)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _file_name(name: str) -> str:

@@ -307,7 +307,7 @@ def delete(
 
 def _confirm(row: RunRow, context: typer.Context) -> None:
     if not is_terminal():
-        raise typer.BadParameter("add --yes to delete without being asked", ctx=context)
+        raise typer.BadParameter("Nobody is there to be asked; add --yes to delete it", ctx=context)
     name = f" ({row.name})" if row.name else ""
     typer.confirm(f"Delete run {row.run_id}{name} with all of its history?", abort=True)
 

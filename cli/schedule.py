@@ -80,9 +80,9 @@ def _report(done: Round, *, as_json: bool, quiet: bool) -> None:
         print_json(_document(done), line=quiet)
         return
     if done.ticks or not (quiet or done.stuck):
-        say(f"{_now()} {count(done.ticks, 'tick')}.")
+        say(f"{_now()}: {count(done.ticks, 'tick')}.")
     for run_id, reason in done.stuck.items():
-        say(f"{_now()} Run {run_id} {reason}.")
+        say(f"{_now()}: run {run_id} {reason}.")
 
 
 def _document(done: Round) -> dict[str, Any]:

@@ -62,7 +62,8 @@ def add(
         ),
     ],
     on_day: Annotated[
-        int, typer.Option("--day", metavar="N", help="Day of the month, 1 to 31.")
+        int,
+        typer.Option("--day", metavar="N", min=1, max=31, help="Day of the month, 1 to 31."),
     ] = 1,
     start: Annotated[
         str | None,

@@ -264,6 +264,7 @@ RULES: dict[str, Rule] = {
     ),
 }
 
+_CHECK_VIOLATION = "23514"
 _RETRYABLE = ("40001", "40P01", "55P03")
 
 
@@ -279,12 +280,13 @@ def typed(error: psycopg.Error) -> EngineError | None:
         return SQLSTATES[state](diag.message_primary or "", name, state, diag.message_hint or "")
     if name in RULES:
         rule = RULES[name]
-        message = f"{diag.message_primary} {diag.message_detail or ''}".strip().rstrip(".")
+        # The detail of a CHECK is the whole row, which buries what is wrong with it.
+        detail = "" if state == _CHECK_VIOLATION else diag.message_detail or ""
+        message = f"{diag.message_primary} {detail}".strip().rstrip(".")
         return rule.kind(message, name, state, diag.message_hint or rule.hint)
     if name.endswith("_pkey"):
-        return AlreadyHappened(
-            diag.message_detail or diag.message_primary or "", name, state, "It is there already."
-        )
+        message = (diag.message_detail or diag.message_primary or "").rstrip(".")
+        return AlreadyHappened(message, name, state, "It is there already.")
     if state == "42501":
         return ConfigurationError(f"{diag.message_primary}; connect as a role that may do this")
     return None

@@ -269,7 +269,11 @@ def list_runs(
     status: str | None = None,
     limit: int | None = None,
 ) -> list[RunRow]:
-    """Runs, newest first; of the user of that name, or in that status."""
+    """Runs, newest first; of the user of that name, in that status.
+
+    Raises BadInput for a status that runs don't have.
+    """
+    _require_status(conn, "run_status", status)
     statement = _runs().order_by(_column("r.created_at").desc(), _column("r.run_id"))
     if user is not None:
         statement = statement.where(_column("u.name") == user)
@@ -284,7 +288,11 @@ def list_orders(
     symbol: str | None = None,
     limit: int | None = ROWS_MAX,
 ) -> list[OrderRow]:
-    """Orders, newest first; of a run, in a status, in a symbol."""
+    """Orders, newest first; of a run, in a status, in a symbol.
+
+    Raises BadInput for a status that orders don't have.
+    """
+    _require_status(conn, "order_status", status)
     statement = _of_run(_orders(), "o", run)
     if symbol is not None:
         statement = statement.where(_column("o.symbol") == symbol.upper())
@@ -583,6 +591,16 @@ def _with_key(statement: sa.Select[Any], alias: str, key: Mapping[str, UUID]) ->
 
 def _in_status(statement: sa.Select[Any], column: str, status: str | None) -> sa.Select[Any]:
     return statement if status is None else statement.where(_column(column) == status.upper())
+
+
+def _require_status(conn: Connection, table: str, status: str | None) -> None:
+    # An empty list would hide a slip of the pen.
+    if status is None:
+        return
+    with conn.cursor(row_factory=scalar_row) as cursor:
+        known = cursor.execute(*_compiled(_select(table, "status"))).fetchall()
+    if status.upper() not in known:
+        raise BadInput(f"there is no status {status!r}; use one of {', '.join(sorted(known))}")
 
 
 @lru_cache(maxsize=1)

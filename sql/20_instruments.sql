@@ -31,9 +31,6 @@ CREATE TABLE calendar_session (
     CONSTRAINT calendar_session_pkey PRIMARY KEY (calendar, session_date),
     CONSTRAINT calendar_session_times_in_range
         CHECK (time_in_range(open_at) AND time_in_range(close_at)),
-    CONSTRAINT calendar_session_date_is_that_of_its_open
-        CHECK (session_date BETWEEN (open_at AT TIME ZONE 'UTC')::date - 1
-                                AND (open_at AT TIME ZONE 'UTC')::date + 1),
     CONSTRAINT calendar_session_open_before_close CHECK (open_at < close_at)
 );
 
@@ -58,6 +55,8 @@ CREATE TABLE price_bar (
     CONSTRAINT price_bar_high_is_highest CHECK (high >= greatest(open, low, close)),
     CONSTRAINT price_bar_low_is_lowest CHECK (low <= least(open, high, close)),
     CONSTRAINT price_bar_prices_finite CHECK (high < 1e15 AND low > -1e15),
+    CONSTRAINT price_bar_prices_of_8_decimals CHECK (
+        greatest(min_scale(open), min_scale(high), min_scale(low), min_scale(close)) <= 8),
     CONSTRAINT price_bar_volume_not_negative CHECK (volume >= 0 AND volume < 1e18)
 );
 
@@ -78,7 +77,8 @@ CREATE TABLE corporate_action (
     CONSTRAINT corporate_action_ex_date_in_range
         CHECK (ex_date BETWEEN '0001-01-02' AND '9999-12-30'),
     CONSTRAINT corporate_action_ratio_positive
-        CHECK (numerator > 0 AND numerator < 1e6 AND denominator > 0 AND denominator < 1e6)
+        CHECK (numerator > 0 AND numerator < 1e6 AND min_scale(numerator) <= 8
+               AND denominator > 0 AND denominator < 1e6 AND min_scale(denominator) <= 8)
 );
 
 COMMENT ON TABLE corporate_action IS

@@ -129,7 +129,8 @@ CREATE FUNCTION strategy_run_prepare_insert() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 BEGIN
     IF NEW.cash <> NEW.initial_cash OR NEW.books_seq <> 0 THEN
-        RAISE EXCEPTION 'a new run''s cash is its initial_cash (%), not %', NEW.initial_cash, NEW.cash
+        RAISE EXCEPTION 'a new run''s cash is its initial_cash (%), not %',
+            NEW.initial_cash, NEW.cash
             USING ERRCODE = '23T04', CONSTRAINT = 'strategy_run_cash_from_executions',
                   TABLE = 'strategy_run', COLUMN = 'cash',
                   HINT = 'Leave cash and books_seq out; give initial_cash.';
@@ -373,7 +374,8 @@ CREATE TABLE engine_status (
 ) WITH (fillfactor = 50);
 
 COMMENT ON TABLE engine_status IS 'How a run is doing; one row a run.';
-COMMENT ON COLUMN engine_status.lag_seconds IS 'Wall clock less logical time at the last live tick.';
+COMMENT ON COLUMN engine_status.lag_seconds IS
+    'Wall clock less logical time at the last live tick.';
 
 CREATE TRIGGER engine_status_a_guard_write BEFORE INSERT OR UPDATE ON engine_status
     FOR EACH ROW EXECUTE FUNCTION run_guard_write('engine_status');

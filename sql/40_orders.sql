@@ -13,7 +13,8 @@ COMMENT ON TABLE order_status IS 'The states of an order.';
 
 INSERT INTO order_status (status, is_open, why) VALUES
     ('NEW', true, 'Committed, nothing sent.'),
-    ('PENDING', true, 'Held in our own book: resting at the paper broker, throttled, or out of session.'),
+    ('PENDING', true,
+     'Held in our own book: resting at the paper broker, throttled, or out of session.'),
     ('PENDING_SUBMIT', true, 'Sent, outcome unknown.'),
     ('ROUTED', true, 'The broker works it.'),
     ('PARTIALLY_FILLED', true, 'Something is filled, something still works.'),
@@ -34,7 +35,8 @@ CREATE TABLE order_transition (
     CONSTRAINT order_transition_to_known FOREIGN KEY (to_status) REFERENCES order_status (status)
 );
 
-COMMENT ON TABLE order_transition IS 'The moves that an order''s status may make; no other is possible.';
+COMMENT ON TABLE order_transition IS
+    'The moves that an order''s status may make; no other is possible.';
 
 INSERT INTO order_transition (from_status, to_status, why) VALUES
     ('NEW', 'PENDING', 'It rests in our own book, or waits for the session or the throttle.'),
@@ -74,7 +76,8 @@ INSERT INTO order_transition (from_status, to_status, why) VALUES
     ('PARTIALLY_FILLED', 'PENDING_CANCEL', 'A cancel of the rest was sent.'),
     ('PARTIALLY_FILLED', 'PENDING_MODIFY', 'A modification of the rest was sent.'),
     ('PENDING_CANCEL', 'CANCELED', 'The cancel was confirmed.'),
-    ('PENDING_CANCEL', 'PARTIALLY_FILLED', 'A fill overtook the cancel, or the cancel was refused.'),
+    ('PENDING_CANCEL', 'PARTIALLY_FILLED',
+     'A fill overtook the cancel, or the cancel was refused.'),
     ('PENDING_CANCEL', 'FILLED', 'The last fill overtook the cancel.'),
     ('PENDING_CANCEL', 'ROUTED', 'The cancel was refused.'),
     ('PENDING_CANCEL', 'REJECTED', 'The broker refused the order itself.'),
@@ -127,12 +130,13 @@ CREATE TABLE orders (
         CASE WHEN side = 'BUY'
               AND status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
              THEN (quantity - filled_quantity)
-                  * coalesce(limit_price, stop_price, reference_price, 0)
+                  * greatest(coalesce(limit_price, stop_price, reference_price, 0), 0)
              ELSE 0 END) STORED,
     CONSTRAINT orders_pkey PRIMARY KEY (user_id, run_id, order_id),
     CONSTRAINT orders_belongs_to_run FOREIGN KEY (user_id, run_id)
         REFERENCES strategy_run (user_id, run_id) ON DELETE CASCADE,
     CONSTRAINT orders_symbol_format CHECK (symbol ~ '^[A-Z0-9][A-Z0-9._=^/ -]{0,31}$'),
+    CONSTRAINT orders_client_order_id_short CHECK (length(client_order_id) <= 128),
     CONSTRAINT orders_side_known CHECK (side IN ('BUY', 'SELL')),
     CONSTRAINT orders_order_type_known
         CHECK (order_type IN ('MARKET', 'LIMIT', 'STOP', 'STOP_LIMIT', 'TRAIL')),
@@ -148,9 +152,11 @@ CREATE TABLE orders (
         AND abs(coalesce(reference_price, 0)) < 1e15
         AND min_scale(coalesce(reference_price, 0)) <= 8),
     CONSTRAINT orders_trail_in_range CHECK (
-        coalesce(trail_amount, 1) > 0 AND coalesce(trail_amount, 1) < 1e15
-        AND coalesce(trail_percent, 1) > 0 AND coalesce(trail_percent, 1) < 100
-        OR status = 'REJECTED'),
+        abs(coalesce(trail_amount, 0)) < 1e15 AND min_scale(coalesce(trail_amount, 0)) <= 8
+        AND abs(coalesce(trail_percent, 0)) < 1e15 AND min_scale(coalesce(trail_percent, 0)) <= 8),
+    CONSTRAINT orders_trail_positive_unless_rejected CHECK (
+        coalesce(trail_amount, 1) > 0 AND coalesce(trail_percent, 1) > 0
+        AND coalesce(trail_percent, 1) < 100 OR status = 'REJECTED'),
     CONSTRAINT orders_filled_quantity_not_negative CHECK (filled_quantity >= 0),
     CONSTRAINT orders_not_overfilled_on_paper
         CHECK (filled_quantity <= quantity OR broker <> 'paper' OR status = 'REJECTED'),
@@ -167,7 +173,10 @@ CREATE TABLE orders (
              THEN reject_code IS NOT NULL
                   AND reject_source IN ('VALIDATION', 'RISK', 'COMPLIANCE', 'BROKER')
              ELSE reject_code IS NULL AND reject_source IS NULL END),
-    CONSTRAINT orders_status_after_birth CHECK (status_at >= logical_time)
+    CONSTRAINT orders_status_after_birth CHECK (status_at >= logical_time),
+    CONSTRAINT orders_times_in_range CHECK (
+        time_in_range(coalesce(expire_at, logical_time))
+        AND time_in_range(coalesce(triggered_at, logical_time)) AND time_in_range(status_at))
 ) WITH (fillfactor = 70);
 
 -- This prevents the same client order from being taken twice.
@@ -179,9 +188,12 @@ CREATE INDEX orders_open_idx ON orders (user_id, run_id, symbol)
     WHERE status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED');
 
 COMMENT ON TABLE orders IS 'Orders of every run and broker.';
-COMMENT ON COLUMN orders.quantity IS 'Units ordered; positive unless the order was rejected for it.';
-COMMENT ON COLUMN orders.trail_amount IS 'TRAIL: distance of the stop from the best price, in currency.';
-COMMENT ON COLUMN orders.trail_percent IS 'TRAIL: distance of the stop from the best price, in percent.';
+COMMENT ON COLUMN orders.quantity IS
+    'Units ordered; positive unless the order was rejected for it.';
+COMMENT ON COLUMN orders.trail_amount IS
+    'TRAIL: distance of the stop from the best price, in currency.';
+COMMENT ON COLUMN orders.trail_percent IS
+    'TRAIL: distance of the stop from the best price, in percent.';
 COMMENT ON COLUMN orders.expire_at IS 'Last moment at which it may fill; NULL: no end.';
 COMMENT ON COLUMN orders.triggered_at IS 'Logical time at which its stop was reached.';
 COMMENT ON COLUMN orders.reference_price IS
@@ -201,7 +213,7 @@ LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 DECLARE
     run strategy_run;
 BEGIN
-    run := run_lock_running(NEW.user_id, NEW.run_id, 'orders');
+    run := run_lock(NEW.user_id, NEW.run_id, 'orders', 'RUNNING');
     NEW.broker := run.broker;
     NEW.symbol := upper(btrim(NEW.symbol));
     NEW.side := upper(btrim(NEW.side));
@@ -219,6 +231,7 @@ BEGIN
         NEW.logical_time := run_last_time(NEW.user_id, NEW.run_id);
     END IF;
     NEW.status_at := NEW.logical_time;
+    NEW.recorded_at := now();
     IF NEW.status NOT IN ('NEW', 'PENDING', 'REJECTED') THEN
         RAISE EXCEPTION 'an order can not be born %', NEW.status
             USING ERRCODE = '23T01', CONSTRAINT = 'orders_status_transition', TABLE = 'orders',
@@ -232,39 +245,84 @@ BEGIN
     RETURN NEW;
 END $$;
 
+COMMENT ON FUNCTION orders_prepare_insert IS
+    'Trigger: the stored words, the run''s broker; born NEW, PENDING or REJECTED, nothing filled.';
+
+-- What was asked for is fixed, what was filled is proven by the executions, whoever writes it.
+-- A day's end and a trigger are noted once, a trailing stop only tightens, a reason belongs to
+-- its move.
 CREATE FUNCTION orders_check_update() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+DECLARE
+    filled record;
 BEGIN
-    PERFORM run_lock_running(NEW.user_id, NEW.run_id, 'orders');
-    IF (NEW.user_id, NEW.run_id, NEW.order_id, NEW.broker, NEW.symbol, NEW.side, NEW.logical_time,
-        NEW.client_order_id, NEW.order_type, NEW.time_in_force, NEW.recorded_at)
-       IS DISTINCT FROM
-       (OLD.user_id, OLD.run_id, OLD.order_id, OLD.broker, OLD.symbol, OLD.side, OLD.logical_time,
-        OLD.client_order_id, OLD.order_type, OLD.time_in_force, OLD.recorded_at) THEN
-        RAISE EXCEPTION 'order % keeps its identity, symbol, side, type and time', OLD.order_id
-            USING ERRCODE = '23T09', CONSTRAINT = 'orders_terms_fixed', TABLE = 'orders',
-                  HINT = 'Cancel it and place another.';
-    ELSIF OLD.status IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
-          AND NEW.status = OLD.status THEN
+    PERFORM run_lock(OLD.user_id, OLD.run_id, 'orders', 'RUNNING');
+    IF OLD.status IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED') AND NEW.status = OLD.status THEN
         RAISE EXCEPTION 'order % is %, so it can not be changed', OLD.order_id, OLD.status
             USING ERRCODE = '23T09', CONSTRAINT = 'orders_closed_fixed', TABLE = 'orders',
                   HINT = 'A closed order is history; place another.';
-    ELSIF pg_trigger_depth() = 1
-          AND (NEW.filled_quantity, NEW.filled_notional, NEW.quantity)
-              IS DISTINCT FROM (OLD.filled_quantity, OLD.filled_notional, OLD.quantity) THEN
-        RAISE EXCEPTION 'the quantities of order % follow from its placing and its executions',
-            OLD.order_id
-            USING ERRCODE = '23T04', CONSTRAINT = 'orders_filled_from_executions',
-                  TABLE = 'orders', COLUMN = 'filled_quantity',
-                  HINT = 'Insert executions; the database sums them.';
-    ELSIF pg_trigger_depth() = 1 AND NEW.status <> OLD.status
-          AND NEW.status IN ('FILLED', 'PARTIALLY_FILLED') THEN
-        RAISE EXCEPTION 'order % becomes % by its executions', OLD.order_id, NEW.status
-            USING ERRCODE = '23T01', CONSTRAINT = 'orders_status_transition', TABLE = 'orders',
-                  COLUMN = 'status', HINT = 'Insert the execution; the database moves the order.';
+    ELSIF NOT orders_keeps_terms(OLD, NEW) THEN
+        RAISE EXCEPTION 'order % keeps what was asked for, and its reasons', OLD.order_id
+            USING ERRCODE = '23T09', CONSTRAINT = 'orders_terms_fixed', TABLE = 'orders',
+                  HINT = 'Cancel it and place another.';
+    ELSIF (NEW.filled_quantity, NEW.filled_notional)
+          IS DISTINCT FROM (OLD.filled_quantity, OLD.filled_notional) THEN
+        SELECT coalesce(sum(quantity), 0) AS quantity,
+               coalesce(sum(quantity * price), 0) AS notional
+        INTO filled FROM execution
+        WHERE user_id = OLD.user_id AND run_id = OLD.run_id AND order_id = OLD.order_id;
+        IF (NEW.filled_quantity, NEW.filled_notional) <> (filled.quantity, filled.notional) THEN
+            RAISE EXCEPTION 'the executions of order % fill %, not %', OLD.order_id,
+                filled.quantity, NEW.filled_quantity
+                USING ERRCODE = '23T04', CONSTRAINT = 'orders_filled_from_executions',
+                      TABLE = 'orders', COLUMN = 'filled_quantity',
+                      HINT = 'Insert executions; the database sums them.';
+        END IF;
     END IF;
     RETURN NEW;
 END $$;
+
+COMMENT ON FUNCTION orders_check_update IS
+    'Trigger: an order keeps its terms, a closed one everything; what is filled is proven.';
+
+CREATE FUNCTION orders_keeps_terms(was orders, now_is orders) RETURNS boolean
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    IF (now_is.user_id, now_is.run_id, now_is.order_id, now_is.client_order_id, now_is.broker,
+        now_is.symbol, now_is.side, now_is.order_type, now_is.time_in_force, now_is.trail_percent,
+        now_is.logical_time, now_is.recorded_at)
+       IS DISTINCT FROM
+       (was.user_id, was.run_id, was.order_id, was.client_order_id, was.broker,
+        was.symbol, was.side, was.order_type, was.time_in_force, was.trail_percent,
+        was.logical_time, was.recorded_at)
+       OR now_is.expire_at IS DISTINCT FROM was.expire_at AND was.expire_at IS NOT NULL
+       OR now_is.triggered_at IS DISTINCT FROM was.triggered_at AND was.triggered_at IS NOT NULL
+       OR now_is.status = was.status
+          AND (now_is.status_at, now_is.status_reason, now_is.reject_source, now_is.reject_code)
+              IS DISTINCT FROM
+              (was.status_at, was.status_reason, was.reject_source, was.reject_code) THEN
+        RETURN false;
+    END IF;
+    RETURN (now_is.quantity, now_is.limit_price, now_is.trail_amount, now_is.reference_price)
+           IS NOT DISTINCT FROM
+           (was.quantity, was.limit_price, was.trail_amount, was.reference_price)
+           AND (now_is.stop_price IS NOT DISTINCT FROM was.stop_price
+                OR orders_stop_tightens(was, now_is.stop_price))
+        OR orders_follows_split(was, now_is);
+END $$;
+
+COMMENT ON FUNCTION orders_keeps_terms IS
+    'Whether an update leaves alone what was asked for, or restates it for a split.';
+
+CREATE FUNCTION orders_stop_tightens(was orders, stop_price numeric) RETURNS boolean
+LANGUAGE sql IMMUTABLE
+RETURN was.order_type = 'TRAIL' AND stop_price IS NOT NULL
+       AND (was.stop_price IS NULL
+            OR CASE WHEN was.side = 'BUY' THEN stop_price < was.stop_price
+                    ELSE stop_price > was.stop_price END);
+
+COMMENT ON FUNCTION orders_stop_tightens IS
+    'Whether a new stop of a trailing order is nearer to the market than its old one.';
 
 -- What a paper order may not do although the table of moves, which is for every broker, allows it:
 -- come back from its end. Our own book has no late messages.
@@ -278,11 +336,14 @@ BEGIN
             USING ERRCODE = '23T01', CONSTRAINT = 'orders_status_transition', TABLE = 'orders',
                   COLUMN = 'status', HINT = 'order_transition lists the allowed moves.';
     END IF;
-    IF NEW.status_at = OLD.status_at THEN
+    -- A fill moves an order at the time of its event, anything else at the time that it says.
+    IF NEW.status_at = OLD.status_at OR NEW.filled_quantity <> OLD.filled_quantity THEN
         NEW.status_at := greatest(OLD.status_at, run_last_time(NEW.user_id, NEW.run_id));
     END IF;
     RETURN NEW;
 END $$;
+
+COMMENT ON FUNCTION orders_check_move IS 'Trigger: only moves of order_transition.';
 
 CREATE TRIGGER orders_a_prepare_insert BEFORE INSERT ON orders
     FOR EACH ROW EXECUTE FUNCTION orders_prepare_insert();
@@ -292,9 +353,9 @@ CREATE TRIGGER orders_b_check_move BEFORE UPDATE ON orders
     FOR EACH ROW WHEN (OLD.status IS DISTINCT FROM NEW.status)
     EXECUTE FUNCTION orders_check_move();
 CREATE TRIGGER orders_z_refuse_delete BEFORE DELETE ON orders
-    FOR EACH ROW WHEN (pg_trigger_depth() = 0) EXECUTE FUNCTION history_refuse_change('orders');
+    FOR EACH ROW EXECUTE FUNCTION history_refuse_change('orders', 'kept');
 CREATE TRIGGER orders_z_refuse_truncate BEFORE TRUNCATE ON orders
-    FOR EACH STATEMENT EXECUTE FUNCTION history_refuse_change('orders');
+    FOR EACH STATEMENT EXECUTE FUNCTION history_refuse_change('orders', 'kept');
 
 -- The names that people's SQL uses for paper runs.
 CREATE VIEW paper_order AS

@@ -11,30 +11,35 @@ CREATE TABLE execution (
     quantity            numeric     NOT NULL,
     price               numeric     NOT NULL,
     commission          numeric     NOT NULL DEFAULT 0,
-    commission_currency text        NOT NULL DEFAULT 'USD',
+    commission_currency text        NOT NULL,
     logical_time        timestamptz NOT NULL,
     event_at            timestamptz NOT NULL,
     recorded_at         timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT execution_pkey PRIMARY KEY (user_id, run_id, execution_id),
     CONSTRAINT execution_belongs_to_order FOREIGN KEY (user_id, run_id, order_id)
         REFERENCES orders (user_id, run_id, order_id) ON DELETE CASCADE,
+    CONSTRAINT execution_execution_id_format
+        CHECK (execution_id ~ '^[[:graph:]]([[:print:]]{0,126}[[:graph:]])?$'),
     CONSTRAINT execution_quantity_positive
         CHECK (quantity > 0 AND quantity < 1e15 AND min_scale(quantity) <= 8),
     CONSTRAINT execution_price_in_range CHECK (abs(price) < 1e15 AND min_scale(price) <= 8),
     CONSTRAINT execution_commission_in_range
         CHECK (abs(commission) < 1e15 AND min_scale(commission) <= 16),
-    CONSTRAINT execution_commission_currency_format CHECK (commission_currency ~ '^[A-Z]{3}$')
+    CONSTRAINT execution_commission_currency_format CHECK (commission_currency ~ '^[A-Z]{3}$'),
+    CONSTRAINT execution_event_at_in_range CHECK (time_in_range(event_at))
 );
 
 -- The executions of an order: its history, its cascade, its audit.
 CREATE INDEX execution_order_idx ON execution (user_id, run_id, order_id);
 
 COMMENT ON TABLE execution IS 'Executions (fills) of every run and broker; append-only.';
-COMMENT ON COLUMN execution.execution_id IS 'The broker''s id; at the paper broker order id and number.';
+COMMENT ON COLUMN execution.execution_id IS
+    'The broker''s id; at the paper broker order id and number.';
 COMMENT ON COLUMN execution.symbol IS 'Taken from the order.';
 COMMENT ON COLUMN execution.side IS 'Taken from the order.';
 COMMENT ON COLUMN execution.price IS 'In currency per unit.';
 COMMENT ON COLUMN execution.commission IS 'Positive costs money; negative is a rebate.';
+COMMENT ON COLUMN execution.commission_currency IS 'The run''s, unless it is given.';
 COMMENT ON COLUMN execution.event_at IS 'When the broker says that it happened.';
 
 CREATE FUNCTION execution_prepare_insert() RETURNS trigger
@@ -43,7 +48,7 @@ DECLARE
     run strategy_run;
     o   orders;
 BEGIN
-    run := run_lock_running(NEW.user_id, NEW.run_id, 'execution');
+    run := run_lock(NEW.user_id, NEW.run_id, 'execution', 'RUNNING');
     SELECT * INTO o FROM orders
     WHERE user_id = NEW.user_id AND run_id = NEW.run_id AND order_id = NEW.order_id;
     IF NOT FOUND THEN
@@ -60,58 +65,88 @@ BEGIN
     NEW.side := o.side;
     NEW.logical_time := coalesce(NEW.logical_time, run_last_time(NEW.user_id, NEW.run_id));
     NEW.event_at := coalesce(NEW.event_at, NEW.logical_time);
-    IF NEW.price <= 0 AND NOT EXISTS (SELECT FROM instrument
-                                      WHERE symbol = NEW.symbol AND negative_price_allowed) THEN
-        RAISE EXCEPTION 'a price of % is not possible for %', NEW.price, NEW.symbol
-            USING ERRCODE = 'check_violation', CONSTRAINT = 'execution_price_positive',
-                  TABLE = 'execution', COLUMN = 'price',
-                  HINT = 'Only an instrument with negative_price_allowed trades at or below zero.';
-    END IF;
+    NEW.commission_currency := coalesce(NEW.commission_currency, run.currency);
+    NEW.recorded_at := now();
+    PERFORM execution_check_money(NEW, run);
     RETURN NEW;
 END $$;
 
-CREATE FUNCTION execution_apply() RETURNS trigger
+COMMENT ON FUNCTION execution_prepare_insert IS
+    'Trigger: only an open order trades; symbol and side are the order''s.';
+
+CREATE FUNCTION execution_check_money(e execution, run strategy_run) RETURNS void
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
-DECLARE
-    e execution;
 BEGIN
+    IF e.price <= 0 AND NOT EXISTS (SELECT FROM instrument
+                                    WHERE symbol = e.symbol AND negative_price_allowed) THEN
+        RAISE EXCEPTION 'a price of % is not possible for %', e.price, e.symbol
+            USING ERRCODE = 'check_violation', CONSTRAINT = 'execution_price_positive',
+                  TABLE = 'execution', COLUMN = 'price',
+                  HINT = 'Only an instrument with negative_price_allowed trades at or below zero.';
+    ELSIF e.commission <> 0 AND e.commission_currency <> run.currency THEN
+        RAISE EXCEPTION 'a commission in % can not be paid from cash in %', e.commission_currency,
+            run.currency
+            USING ERRCODE = 'check_violation', CONSTRAINT = 'execution_commission_in_run_currency',
+                  TABLE = 'execution', COLUMN = 'commission_currency',
+                  HINT = 'Convert the commission into the run''s currency.';
+    END IF;
+END $$;
+
+COMMENT ON FUNCTION execution_check_money IS
+    'Refuses a price that can not be, and a commission in another currency than the run''s.';
+
+-- The event first: it is what position and cash follow, and their own triggers prove that they do,
+-- so that writing past this function falsifies nothing. It has the owner's rights, so that nobody
+-- else needs a right to write what follows from executions.
+CREATE FUNCTION execution_apply() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+DECLARE
+    it record;
+BEGIN
+    INSERT INTO event_ledger (user_id, run_id, logical_time, event_type, subject, payload)
+    SELECT e.user_id, e.run_id, e.logical_time, 'EXECUTION', e.order_id || '/' || e.execution_id,
+           execution_event_payload(e)
+    FROM new_rows e;
+
     UPDATE orders o
     SET filled_quantity = o.filled_quantity + f.quantity,
         filled_notional = o.filled_notional + f.notional,
         status = CASE WHEN o.filled_quantity + f.quantity >= o.quantity THEN 'FILLED'
                       WHEN o.status IN ('PENDING_CANCEL', 'PENDING_MODIFY') THEN o.status
-                      ELSE 'PARTIALLY_FILLED' END,
-        status_at = greatest(o.status_at, f.logical_time)
+                      ELSE 'PARTIALLY_FILLED' END
     FROM (SELECT user_id, run_id, order_id, sum(quantity) AS quantity,
-                 sum(quantity * price) AS notional, max(logical_time) AS logical_time
+                 sum(quantity * price) AS notional
           FROM new_rows GROUP BY user_id, run_id, order_id) f
     WHERE o.user_id = f.user_id AND o.run_id = f.run_id AND o.order_id = f.order_id;
 
-    FOR e IN SELECT * FROM new_rows LOOP
-        PERFORM position_apply(e);
+    FOR it IN SELECT DISTINCT user_id, run_id, symbol FROM new_rows LOOP
+        PERFORM position_follow_ledger(it.user_id, it.run_id, it.symbol);
     END LOOP;
-
-    UPDATE strategy_run r
-    SET cash = r.cash + f.flow
-    FROM (SELECT user_id, run_id, sum(execution_cash_flow(side, quantity, price, commission)) AS flow
-          FROM new_rows GROUP BY user_id, run_id) f
-    WHERE r.user_id = f.user_id AND r.run_id = f.run_id;
-
-    INSERT INTO event_ledger (user_id, run_id, logical_time, event_type, subject, payload)
-    SELECT user_id, run_id, logical_time, 'EXECUTION', order_id || '/' || execution_id,
-           jsonb_build_object('symbol', symbol, 'side', side, 'quantity', quantity,
-                              'price', price, 'commission', commission,
-                              'commission_currency', commission_currency, 'event_at', event_at)
-    FROM new_rows;
+    FOR it IN SELECT DISTINCT user_id, run_id FROM new_rows LOOP
+        PERFORM strategy_run_follow_ledger(it.user_id, it.run_id);
+    END LOOP;
     RETURN NULL;
 END $$;
+
+COMMENT ON FUNCTION execution_apply IS
+    'Trigger: executions are told to the ledger and move orders, positions and cash.';
+
+-- UTC, so that no session's time zone decides what the ledger says.
+CREATE FUNCTION execution_event_payload(e execution) RETURNS jsonb
+LANGUAGE sql STABLE SET search_path = public, pg_temp SET timezone = 'UTC' AS $$
+    SELECT jsonb_build_object('symbol', e.symbol, 'side', e.side, 'quantity', e.quantity,
+                              'price', e.price, 'commission', e.commission,
+                              'commission_currency', e.commission_currency,
+                              'event_at', e.event_at)
+$$;
+
+COMMENT ON FUNCTION execution_event_payload IS 'What the event of an execution says.';
 
 -- What an execution does to cash, in the run's currency: a buy pays, a sale receives, both pay
 -- commission.
 CREATE FUNCTION execution_cash_flow(side text, quantity numeric, price numeric, commission numeric)
-RETURNS numeric LANGUAGE sql IMMUTABLE AS $$
-    SELECT CASE WHEN side = 'BUY' THEN -quantity * price ELSE quantity * price END - commission
-$$;
+RETURNS numeric LANGUAGE sql IMMUTABLE
+RETURN CASE WHEN side = 'BUY' THEN -quantity * price ELSE quantity * price END - commission;
 
 COMMENT ON FUNCTION execution_cash_flow IS 'What one execution does to cash, in currency.';
 
@@ -120,9 +155,9 @@ CREATE TRIGGER execution_a_prepare_insert BEFORE INSERT ON execution
 CREATE TRIGGER execution_m_apply AFTER INSERT ON execution
     REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION execution_apply();
 CREATE TRIGGER execution_z_refuse_change BEFORE UPDATE OR DELETE ON execution
-    FOR EACH ROW WHEN (pg_trigger_depth() = 0) EXECUTE FUNCTION history_refuse_change('execution');
+    FOR EACH ROW EXECUTE FUNCTION history_refuse_change('execution', 'append_only');
 CREATE TRIGGER execution_z_refuse_truncate BEFORE TRUNCATE ON execution
-    FOR EACH STATEMENT EXECUTE FUNCTION history_refuse_change('execution');
+    FOR EACH STATEMENT EXECUTE FUNCTION history_refuse_change('execution', 'append_only');
 
 CREATE VIEW paper_trade AS
     SELECT user_id, run_id, execution_id, order_id, symbol, side, quantity, price, commission,

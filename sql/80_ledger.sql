@@ -18,6 +18,9 @@ CREATE TABLE event_ledger (
     CONSTRAINT event_ledger_once_per_logical_time
         UNIQUE (user_id, run_id, logical_time, event_type, subject),
     CONSTRAINT event_ledger_seq_positive CHECK (seq > 0),
+    CONSTRAINT event_ledger_logical_time_in_range CHECK (time_in_range(logical_time)),
+    CONSTRAINT event_ledger_subject_short CHECK (length(subject) <= 200),
+    CONSTRAINT event_ledger_tick_has_no_subject CHECK (event_type <> 'TICK' OR subject = ''),
     CONSTRAINT event_ledger_event_type_format CHECK (event_type ~ '^[A-Z][A-Z0-9_]{0,62}$'),
     CONSTRAINT event_ledger_payload_is_object CHECK (jsonb_typeof(payload) = 'object'),
     CONSTRAINT event_ledger_hash_is_sha256 CHECK (length(hash) = 32)
@@ -27,6 +30,14 @@ CREATE TABLE event_ledger (
 -- of one SIP occurrence and a second rebalance of one period.
 CREATE UNIQUE INDEX event_ledger_occasion_once ON event_ledger (user_id, run_id, subject)
     WHERE event_type IN ('SIP_EXECUTED', 'SIP_REJECTED', 'SIP_SKIPPED', 'REBALANCED');
+
+-- This prevents a run from ending twice.
+CREATE UNIQUE INDEX event_ledger_run_ends_once ON event_ledger (user_id, run_id)
+    WHERE event_type IN ('RUN_STOPPED', 'RUN_ERROR');
+
+-- What positions and cash follow: the few events after books_seq, or all of a run in an audit.
+CREATE INDEX event_ledger_books_idx ON event_ledger (user_id, run_id, seq)
+    WHERE event_type IN ('EXECUTION', 'SPLIT_APPLIED');
 
 COMMENT ON TABLE event_ledger IS 'Everything that happened to a run; append-only, hash-chained.';
 COMMENT ON COLUMN event_ledger.seq IS 'Position in the run''s chain: 1, 2, 3, ... without a gap.';
@@ -40,11 +51,10 @@ COMMENT ON COLUMN event_ledger.hash IS
 CREATE FUNCTION event_hash(previous bytea, of_user uuid, of_run uuid, seq bigint,
                            logical_time timestamptz, event_type text, subject text,
                            payload jsonb, recorded_at timestamptz)
-RETURNS bytea LANGUAGE sql IMMUTABLE AS $$
-    SELECT sha256(previous || convert_to(jsonb_build_array(
-        of_user, of_run, seq, extract(epoch FROM logical_time), event_type, subject, payload,
-        extract(epoch FROM recorded_at))::text, 'UTF8'))
-$$;
+RETURNS bytea LANGUAGE sql IMMUTABLE
+RETURN sha256(previous || convert_to(jsonb_build_array(
+    of_user, of_run, seq, extract(epoch FROM logical_time), event_type, subject, payload,
+    extract(epoch FROM recorded_at))::text, 'UTF8'));
 
 COMMENT ON FUNCTION event_hash IS 'The hash of a ledger row, given the one before it.';
 
@@ -68,7 +78,10 @@ DECLARE
     next_seq bigint;
     expected bytea;
 BEGIN
-    PERFORM run_lock_running(NEW.user_id, NEW.run_id, 'event_ledger');
+    PERFORM run_lock(NEW.user_id, NEW.run_id, 'event_ledger', 'RUNNING',
+                     -- How a run that was asked to stop ended is all that it still tells.
+                     CASE WHEN NEW.event_type IN ('RUN_STOPPED', 'RUN_ERROR') THEN 'STOPPING'
+                          ELSE 'RUNNING' END);
     SELECT seq, logical_time, hash INTO head FROM event_ledger
     WHERE user_id = NEW.user_id AND run_id = NEW.run_id ORDER BY seq DESC LIMIT 1;
     next_seq := coalesce(head.seq, 0) + 1;
@@ -111,17 +124,13 @@ BEGIN
     RETURN NEW;
 END $$;
 
-CREATE TRIGGER event_ledger_a_append BEFORE INSERT ON event_ledger
-    FOR EACH ROW EXECUTE FUNCTION event_ledger_append();
-CREATE TRIGGER event_ledger_z_refuse_change BEFORE UPDATE OR DELETE ON event_ledger
-    FOR EACH ROW WHEN (pg_trigger_depth() = 0)
-    EXECUTE FUNCTION history_refuse_change('event_ledger');
-CREATE TRIGGER event_ledger_z_refuse_truncate BEFORE TRUNCATE ON event_ledger
-    FOR EACH STATEMENT EXECUTE FUNCTION history_refuse_change('event_ledger');
+COMMENT ON FUNCTION event_ledger_append IS
+    'Trigger: numbers and chains an event, which may not be earlier than the one before it.';
 
--- What an order's events carry: all that was asked for, no surrogate ids.
+-- What an order's events carry: all that was asked for, no surrogate ids. UTC, so that no
+-- session's time zone decides what the ledger says.
 CREATE FUNCTION orders_event_payload(o orders) RETURNS jsonb
-LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+LANGUAGE sql STABLE SET search_path = public, pg_temp SET timezone = 'UTC' AS $$
     SELECT jsonb_strip_nulls(jsonb_build_object(
         'symbol', o.symbol, 'side', o.side, 'quantity', o.quantity, 'order_type', o.order_type,
         'time_in_force', o.time_in_force, 'limit_price', o.limit_price,
@@ -131,6 +140,122 @@ LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
         'reject_source', o.reject_source, 'reject_code', o.reject_code,
         'status_reason', o.status_reason))
 $$;
+
+COMMENT ON FUNCTION orders_event_payload IS 'What the event of an order''s placing says.';
+
+-- Events that tell of rows are not taken on anybody's word: the row must be there and say the
+-- same. Positions and cash follow these events, so forging one would forge money.
+CREATE FUNCTION event_ledger_check_fact() RETURNS trigger
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+DECLARE
+    is_true boolean;
+BEGIN
+    is_true := CASE
+        WHEN NEW.event_type = 'EXECUTION' THEN EXISTS (
+            SELECT FROM execution e
+            WHERE e.user_id = NEW.user_id AND e.run_id = NEW.run_id
+              AND e.execution_id = substr(NEW.subject, 38)
+              AND e.order_id || '/' || e.execution_id = NEW.subject
+              AND e.logical_time = NEW.logical_time AND execution_event_payload(e) = NEW.payload)
+        WHEN NEW.event_type = 'SPLIT_APPLIED' THEN EXISTS (
+            SELECT FROM split_applied s
+            WHERE s.user_id = NEW.user_id AND s.run_id = NEW.run_id
+              AND split_event_subject(s) = NEW.subject
+              AND s.logical_time = NEW.logical_time AND split_event_payload(s) = NEW.payload)
+        WHEN NEW.event_type = 'TICK' THEN tick_agrees_with_mark(NEW)
+        ELSE order_event_is_true(NEW) END;
+    IF NOT is_true THEN
+        RAISE EXCEPTION 'no row of run % bears out the event % of %', NEW.run_id, NEW.event_type,
+            NEW.subject
+            USING ERRCODE = '23T08', CONSTRAINT = 'event_ledger_tells_what_happened',
+                  TABLE = 'event_ledger', COLUMN = 'event_type',
+                  HINT = 'Write the row itself; the database tells the ledger.';
+    END IF;
+    RETURN NEW;
+END $$;
+
+COMMENT ON FUNCTION event_ledger_check_fact IS
+    'Trigger: an event that tells of a row says what the row says.';
+
+-- A tick that names figures names those of its mark.
+CREATE FUNCTION tick_agrees_with_mark(tick event_ledger) RETURNS boolean
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+DECLARE
+    mark jsonb;
+BEGIN
+    IF NOT tick.payload ?| ARRAY['cash', 'market_value', 'equity'] THEN
+        RETURN true;
+    END IF;
+    SELECT jsonb_build_object('cash', m.cash, 'market_value', m.market_value, 'equity', m.equity)
+    INTO mark FROM mtm_ledger m
+    WHERE m.user_id = tick.user_id AND m.run_id = tick.run_id
+      AND m.logical_time = tick.logical_time;
+    RETURN FOUND AND tick.payload @> mark;
+END $$;
+
+COMMENT ON FUNCTION tick_agrees_with_mark IS
+    'Whether a TICK event''s cash, market value and equity are those of the mark of its time.';
+
+-- An order's event is written with the move that it tells, so that it is never told again.
+CREATE FUNCTION order_event_is_true(event event_ledger) RETURNS boolean
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT EXISTS (
+        SELECT FROM orders o
+        WHERE o.user_id = event.user_id AND o.run_id = event.run_id
+          AND o.order_id = CASE
+              WHEN event.subject ~ '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}(@|$)'
+              THEN left(event.subject, 36)::uuid END
+          AND (event.subject = o.order_id::text OR event.event_type = 'ORDER_RESTATED')
+          AND CASE WHEN event.event_type = 'ORDER_PLACED'
+                   THEN o.status IN ('NEW', 'PENDING') AND o.logical_time = event.logical_time
+                   WHEN event.event_type = 'ORDER_RESTATED'
+                   THEN orders_event_payload(o) = event.payload
+                        AND EXISTS (SELECT FROM strategy_run r
+                                    JOIN event_ledger l ON l.user_id = r.user_id
+                                                       AND l.run_id = r.run_id
+                                                       AND l.seq > r.books_seq
+                                    WHERE r.user_id = event.user_id AND r.run_id = event.run_id
+                                      AND l.event_type = 'SPLIT_APPLIED'
+                                      AND l.payload ->> 'symbol' = o.symbol)
+                   ELSE 'ORDER_' || o.status = event.event_type
+                        AND o.status_at = event.logical_time END)
+$$;
+
+COMMENT ON FUNCTION order_event_is_true IS 'Whether an order is as its event says.';
+
+-- How a run ended is told just before it ends; at the end of the transaction it must be true.
+CREATE FUNCTION event_ledger_check_end() RETURNS trigger
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
+    IF EXISTS (SELECT FROM strategy_run
+               WHERE user_id = NEW.user_id AND run_id = NEW.run_id
+                 AND 'RUN_' || status <> NEW.event_type
+                 AND NOT (NEW.event_type = 'RUN_STOPPING' AND status IN ('STOPPED', 'ERROR'))) THEN
+        RAISE EXCEPTION 'run % has not moved as its event % says', NEW.run_id, NEW.event_type
+            USING ERRCODE = '23T08', CONSTRAINT = 'event_ledger_tells_what_happened',
+                  TABLE = 'event_ledger', COLUMN = 'event_type',
+                  HINT = 'Move the run itself; the database tells the ledger.';
+    END IF;
+    RETURN NULL;
+END $$;
+
+COMMENT ON FUNCTION event_ledger_check_end IS
+    'Trigger, at commit: a run whose event says that it ended has ended so.';
+
+CREATE TRIGGER event_ledger_a_append BEFORE INSERT ON event_ledger
+    FOR EACH ROW EXECUTE FUNCTION event_ledger_append();
+CREATE TRIGGER event_ledger_b_check_fact BEFORE INSERT ON event_ledger
+    FOR EACH ROW WHEN (NEW.event_type IN ('EXECUTION', 'SPLIT_APPLIED', 'TICK')
+                       OR starts_with(NEW.event_type, 'ORDER_'))
+    EXECUTE FUNCTION event_ledger_check_fact();
+CREATE CONSTRAINT TRIGGER event_ledger_m_check_end AFTER INSERT ON event_ledger
+    DEFERRABLE INITIALLY DEFERRED
+    FOR EACH ROW WHEN (NEW.event_type IN ('RUN_STOPPING', 'RUN_STOPPED', 'RUN_ERROR'))
+    EXECUTE FUNCTION event_ledger_check_end();
+CREATE TRIGGER event_ledger_z_refuse_change BEFORE UPDATE OR DELETE ON event_ledger
+    FOR EACH ROW EXECUTE FUNCTION history_refuse_change('event_ledger', 'append_only');
+CREATE TRIGGER event_ledger_z_refuse_truncate BEFORE TRUNCATE ON event_ledger
+    FOR EACH STATEMENT EXECUTE FUNCTION history_refuse_change('event_ledger', 'append_only');
 
 CREATE FUNCTION orders_record_insert() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
@@ -143,6 +268,8 @@ BEGIN
     RETURN NULL;
 END $$;
 
+COMMENT ON FUNCTION orders_record_insert IS 'Trigger: tells the ledger of orders placed.';
+
 -- Moves by a fill are told by the execution's own event.
 CREATE FUNCTION orders_record_move() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
@@ -154,10 +281,12 @@ BEGIN
                'status_reason', n.status_reason))
     FROM new_rows n
     JOIN old_rows o ON o.user_id = n.user_id AND o.run_id = n.run_id AND o.order_id = n.order_id
-    WHERE n.status <> o.status AND n.status NOT IN ('FILLED', 'PARTIALLY_FILLED')
+    WHERE n.status <> o.status AND n.filled_quantity = o.filled_quantity
     ORDER BY n.order_id;
     RETURN NULL;
 END $$;
+
+COMMENT ON FUNCTION orders_record_move IS 'Trigger: tells the ledger of moves that no fill made.';
 
 CREATE TRIGGER orders_m_record_insert AFTER INSERT ON orders
     REFERENCING NEW TABLE AS new_rows

@@ -22,6 +22,9 @@ CREATE TABLE sip_plan (
         CHECK (amount > 0 AND amount < 1e15 AND min_scale(amount) <= 8),
     CONSTRAINT sip_plan_day_of_month_in_range CHECK (day_of_month BETWEEN 1 AND 31),
     CONSTRAINT sip_plan_ends_after_it_starts CHECK (end_on >= start_on),
+    CONSTRAINT sip_plan_days_in_range CHECK (
+        start_on BETWEEN '0001-01-02' AND '9999-12-30'
+        AND coalesce(end_on, start_on) <= '9999-12-30'),
     CONSTRAINT sip_plan_status_known CHECK (status IN ('ACTIVE', 'PAUSED')),
     CONSTRAINT sip_plan_missed_policy_known
         CHECK (missed_policy IN ('RUN_EACH', 'RUN_ONCE', 'SKIP'))
@@ -33,37 +36,41 @@ COMMENT ON COLUMN sip_plan.amount IS 'Money per execution, in the run''s currenc
 COMMENT ON COLUMN sip_plan.day_of_month IS
     'Planned day; the last day of a shorter month, the next session if it is none.';
 COMMENT ON COLUMN sip_plan.missed_policy IS
-    'What becomes of occasions that were missed: RUN_EACH, RUN_ONCE (the newest), SKIP; a skip is recorded.';
+    'What becomes of missed occasions: RUN_EACH, RUN_ONCE (the newest), SKIP; a skip is recorded.';
 
 CREATE FUNCTION sip_plan_guard_write() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
-DECLARE
-    run_now text;
 BEGIN
-    SELECT status INTO run_now FROM strategy_run
-    WHERE user_id = NEW.user_id AND run_id = NEW.run_id FOR NO KEY UPDATE;
-    IF NOT FOUND THEN
-        RAISE EXCEPTION 'user % has no run %', NEW.user_id, NEW.run_id
-            USING ERRCODE = 'foreign_key_violation', CONSTRAINT = 'sip_plan_belongs_to_run',
-                  TABLE = 'sip_plan', COLUMN = 'run_id',
-                  HINT = 'Give a run together with the user who owns it.';
-    ELSIF run_now NOT IN ('CREATED', 'RUNNING') THEN
-        RAISE EXCEPTION 'run % is %, so its plans can not be written', NEW.run_id, run_now
-            USING ERRCODE = '23T03', CONSTRAINT = 'sip_plan_run_is_running', TABLE = 'sip_plan',
-                  HINT = 'An ended run is never written again; make a new run.';
+    PERFORM run_lock(NEW.user_id, NEW.run_id, 'sip_plan', 'CREATED', 'RUNNING');
+    IF TG_OP = 'INSERT' THEN
+        NEW.created_at := now();
+        RETURN NEW;
+    END IF;
+    PERFORM row_check_keeps_run(OLD.user_id, OLD.run_id, NEW.user_id, NEW.run_id, 'sip_plan');
+    -- The ledger knows a plan's occasions by its name: a second plan of that name would not buy.
+    IF (NEW.plan, NEW.created_at) IS DISTINCT FROM (OLD.plan, OLD.created_at) THEN
+        RAISE EXCEPTION 'plan % keeps its name', OLD.plan
+            USING ERRCODE = '23T09', CONSTRAINT = 'sip_plan_name_fixed', TABLE = 'sip_plan',
+                  COLUMN = 'plan', HINT = 'Pause it and add another plan.';
     END IF;
     RETURN NEW;
 END $$;
 
+COMMENT ON FUNCTION sip_plan_guard_write IS
+    'Trigger: plans of a run that has not ended, each with the name that it was made with.';
+
 CREATE TRIGGER sip_plan_a_guard_write BEFORE INSERT OR UPDATE ON sip_plan
     FOR EACH ROW EXECUTE FUNCTION sip_plan_guard_write();
+CREATE TRIGGER sip_plan_z_refuse_delete BEFORE DELETE ON sip_plan
+    FOR EACH ROW EXECUTE FUNCTION history_refuse_change('sip_plan', 'kept');
+CREATE TRIGGER sip_plan_z_refuse_truncate BEFORE TRUNCATE ON sip_plan
+    FOR EACH STATEMENT EXECUTE FUNCTION history_refuse_change('sip_plan', 'kept');
 
 -- The occasion a plan has in a month: its key in the ledger, and the planned day.
 CREATE FUNCTION sip_planned_day(month date, day_of_month integer) RETURNS date
-LANGUAGE sql IMMUTABLE AS $$
-    SELECT least(date_trunc('month', month)::date + day_of_month - 1,
-                 (date_trunc('month', month) + interval '1 month - 1 day')::date)
-$$;
+LANGUAGE sql IMMUTABLE
+RETURN least(date_trunc('month', month::timestamp)::date + day_of_month - 1,
+             (date_trunc('month', month::timestamp) + interval '1 month - 1 day')::date);
 
 COMMENT ON FUNCTION sip_planned_day IS 'The planned day of a plan in a month.';
 
@@ -108,4 +115,5 @@ LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
 $$;
 
 COMMENT ON FUNCTION sip_due IS
-    'Occasions of a run''s active plans that are due at a session and not yet in the ledger, with the open of the session of the plan''s next one.';
+    'Occasions of a run''s active plans that are due at a session and not yet in the ledger, with '
+    'the open of the session of the plan''s next one.';

@@ -21,7 +21,7 @@ CREATE TABLE risk_limit (
         CASE WHEN kind IN ('FORBIDDEN_SYMBOL', 'ALLOWED_SYMBOL')
              THEN symbol IS NOT NULL AND limit_value IS NULL
              ELSE limit_value >= 0 AND limit_value < 1e20 AND limit_value IS NOT NULL END),
-    CONSTRAINT risk_limit_symbol_upper CHECK (symbol = upper(symbol))
+    CONSTRAINT risk_limit_symbol_format CHECK (symbol ~ '^[A-Z0-9][A-Z0-9._=^/ -]{0,31}$')
 );
 
 COMMENT ON TABLE risk_limit IS 'Limits that every order of a user, or of one run, must meet.';
@@ -33,10 +33,33 @@ COMMENT ON COLUMN risk_limit.limit_value IS
 -- The limits that hold for a run are looked up by its user.
 CREATE INDEX risk_limit_run_idx ON risk_limit (user_id, run_id, kind);
 
+-- A limit is removed and made again, not moved to somebody else; an ended run takes no more.
+CREATE FUNCTION risk_limit_guard_write() RETURNS trigger
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
+    IF NEW.run_id IS NOT NULL THEN
+        PERFORM run_lock(NEW.user_id, NEW.run_id, 'risk_limit', 'CREATED', 'RUNNING', 'STOPPING');
+    END IF;
+    IF TG_OP = 'INSERT' THEN
+        NEW.created_at := now();
+        NEW.symbol := upper(btrim(NEW.symbol));
+    ELSE
+        PERFORM row_check_keeps_run(OLD.user_id, OLD.run_id, NEW.user_id, NEW.run_id, 'risk_limit');
+    END IF;
+    RETURN NEW;
+END $$;
+
+COMMENT ON FUNCTION risk_limit_guard_write IS
+    'Trigger: limits of runs that have not ended, each with the user and run it was made for.';
+
+CREATE TRIGGER risk_limit_a_guard_write BEFORE INSERT OR UPDATE ON risk_limit
+    FOR EACH ROW EXECUTE FUNCTION risk_limit_guard_write();
+
 -- What makes an order nonsense in itself.
 CREATE FUNCTION orders_validation_code(o orders) RETURNS text
-LANGUAGE sql IMMUTABLE AS $$
-    SELECT CASE
+LANGUAGE sql IMMUTABLE
+RETURN
+    CASE
         WHEN o.quantity <= 0 THEN 'QUANTITY_NOT_POSITIVE'
         WHEN o.order_type IN ('LIMIT', 'STOP_LIMIT') AND o.limit_price IS NULL
             THEN 'LIMIT_PRICE_MISSING'
@@ -56,15 +79,14 @@ LANGUAGE sql IMMUTABLE AS $$
         WHEN o.time_in_force = 'GTD' AND o.expire_at IS NULL THEN 'EXPIRE_AT_MISSING'
         WHEN o.time_in_force IN ('OPG', 'CLS') AND o.order_type NOT IN ('MARKET', 'LIMIT')
             THEN 'ORDER_TYPE_NOT_ALLOWED_IN_AUCTION'
-    END
-$$;
+    END;
 
 COMMENT ON FUNCTION orders_validation_code IS 'Why an order is nonsense in itself, or NULL.';
 
 CREATE FUNCTION orders_price_code(o orders) RETURNS text
 LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
     SELECT 'PRICE_NOT_POSITIVE'
-    WHERE least(o.limit_price, o.stop_price) <= 0
+    WHERE least(o.limit_price, o.stop_price, o.reference_price) <= 0
       AND NOT EXISTS (SELECT FROM instrument i
                       WHERE i.symbol = o.symbol AND i.negative_price_allowed)
 $$;
@@ -75,7 +97,8 @@ COMMENT ON FUNCTION orders_price_code IS 'Why an order''s prices can not be, or 
 CREATE FUNCTION orders_exposure(o orders) RETURNS numeric
 LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
     SELECT coalesce((SELECT p.quantity FROM position p
-                     WHERE p.user_id = o.user_id AND p.run_id = o.run_id AND p.symbol = o.symbol), 0)
+                     WHERE p.user_id = o.user_id AND p.run_id = o.run_id
+                       AND p.symbol = o.symbol), 0)
          + coalesce((SELECT sum(w.quantity - w.filled_quantity) FROM orders w
                      WHERE w.user_id = o.user_id AND w.run_id = o.run_id AND w.symbol = o.symbol
                        AND w.side = o.side
@@ -106,7 +129,8 @@ LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
          ORDER BY b.bar_end DESC LIMIT 1))
 $$;
 
-COMMENT ON FUNCTION orders_known_price IS 'The last price of an order''s symbol that its run knows.';
+COMMENT ON FUNCTION orders_known_price IS
+    'The last price of an order''s symbol that its run knows.';
 
 -- The first limit that an order breaks, with the limit and the value, or no row.
 CREATE FUNCTION orders_broken_limit(o orders, price numeric, exposure numeric)
@@ -125,16 +149,18 @@ LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
         UNION ALL
         SELECT h.kind, h.limit_value, v.value
         FROM here h
-        CROSS JOIN LATERAL (SELECT CASE h.kind
-            WHEN 'MAX_ORDER_QUANTITY' THEN o.quantity
-            WHEN 'MAX_ORDER_NOTIONAL' THEN o.quantity * abs(price)
-            WHEN 'MAX_POSITION'
+        CROSS JOIN LATERAL (SELECT CASE
+            WHEN h.kind = 'MAX_ORDER_QUANTITY' THEN o.quantity
+            WHEN h.kind = 'MAX_ORDER_NOTIONAL' THEN o.quantity * abs(price)
+            WHEN h.kind = 'MAX_POSITION'
             THEN abs(exposure + CASE WHEN o.side = 'BUY' THEN o.quantity ELSE -o.quantity END)
             END AS value) v
         WHERE h.kind IN ('MAX_ORDER_QUANTITY', 'MAX_ORDER_NOTIONAL', 'MAX_POSITION')
           AND (h.symbol IS NULL OR h.symbol = o.symbol)
           -- What can't be valued can't be shown to be within a limit.
           AND (v.value > h.limit_value OR v.value IS NULL)
+          -- Out of a position that is too large one may always get.
+          AND (h.kind <> 'MAX_POSITION' OR v.value > abs(exposure))
     )
     SELECT b.code, b.limit_value, b.value FROM broken b ORDER BY b.code, b.limit_value LIMIT 1
 $$;

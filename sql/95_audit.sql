@@ -12,7 +12,9 @@ CREATE VIEW audit_orphan AS
         UNION ALL SELECT user_id, run_id, 'mtm_ledger ' || logical_time FROM mtm_ledger
         UNION ALL SELECT user_id, run_id, 'event_ledger ' || seq FROM event_ledger
         UNION ALL SELECT user_id, run_id, 'sip_plan ' || plan FROM sip_plan
-        UNION ALL SELECT user_id, run_id, 'split_applied ' || symbol FROM split_applied) c
+        UNION ALL SELECT user_id, run_id, 'split_applied ' || symbol FROM split_applied
+        UNION ALL SELECT user_id, run_id, 'risk_limit ' || limit_id FROM risk_limit
+                  WHERE run_id IS NOT NULL) c
     LEFT JOIN strategy_run r ON r.user_id = c.user_id AND r.run_id = c.run_id
     WHERE r.run_id IS NULL;
 
@@ -90,39 +92,41 @@ CREATE VIEW audit_cash AS
     WHERE r.cash <> r.initial_cash + coalesce(e.flow, 0)
     UNION ALL
     SELECT user_id, run_id, 'cash', format('is %s in a cash account', cash)
-    FROM strategy_run WHERE account_type = 'CASH' AND cash < 0;
+    FROM strategy_run WHERE account_type = 'CASH' AND cash < 0
+    UNION ALL
+    SELECT r.user_id, r.run_id, 'books_seq',
+           format('is %s, the last event that the books follow is %s', r.books_seq,
+                  coalesce(l.seq, 0))
+    FROM strategy_run r
+    LEFT JOIN (SELECT user_id, run_id, max(seq) AS seq FROM event_ledger
+               WHERE event_type IN ('EXECUTION', 'SPLIT_APPLIED') GROUP BY user_id, run_id) l
+        ON l.user_id = r.user_id AND l.run_id = r.run_id
+    WHERE r.books_seq <> coalesce(l.seq, 0);
 
 COMMENT ON VIEW audit_cash IS 'Runs whose cash is not their initial cash and their executions.';
 
--- Positions as the ledger alone tells them, event by event.
+-- Positions as the ledger alone tells them, symbol by symbol, event by event.
 CREATE FUNCTION position_from_ledger(of_user uuid, of_run uuid)
 RETURNS TABLE (symbol text, quantity numeric, cost_basis numeric, realized_pnl numeric)
 LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
 DECLARE
-    e     record;
-    held  jsonb := '{}';
-    h     jsonb;
-    a     record;
+    event event_ledger;
+    p     public.position;
 BEGIN
-    FOR e IN SELECT l.event_type, l.payload, l.payload ->> 'symbol' AS symbol FROM event_ledger l
-             WHERE l.user_id = of_user AND l.run_id = of_run
-               AND l.event_type IN ('EXECUTION', 'SPLIT_APPLIED') ORDER BY l.seq
+    FOR event IN SELECT * FROM event_ledger l
+                 WHERE l.user_id = of_user AND l.run_id = of_run
+                   AND l.event_type IN ('EXECUTION', 'SPLIT_APPLIED')
+                 ORDER BY l.payload ->> 'symbol', l.seq
     LOOP
-        h := coalesce(held -> e.symbol, '{"quantity": 0, "cost": 0, "realized": 0}');
-        IF e.event_type = 'SPLIT_APPLIED' THEN
-            h := h || jsonb_build_object('quantity', e.payload -> 'quantity_after');
-        ELSE
-            a := position_after((h ->> 'quantity')::numeric, (h ->> 'cost')::numeric,
-                CASE WHEN e.payload ->> 'side' = 'BUY' THEN 1 ELSE -1 END
-                    * (e.payload ->> 'quantity')::numeric, (e.payload ->> 'price')::numeric);
-            h := jsonb_build_object('quantity', a.quantity_after, 'cost', a.cost_after,
-                                    'realized', (h ->> 'realized')::numeric + a.realized);
+        IF p.symbol <> event.payload ->> 'symbol' THEN
+            RETURN QUERY SELECT p.symbol, p.quantity, p.cost_basis, p.realized_pnl;
+            p := NULL;
         END IF;
-        held := held || jsonb_build_object(e.symbol, h);
+        p := position_after_event(p, event);
     END LOOP;
-    RETURN QUERY SELECT p.key, (p.value ->> 'quantity')::numeric, (p.value ->> 'cost')::numeric,
-                        (p.value ->> 'realized')::numeric
-                 FROM jsonb_each(held) p;
+    -- A split of what was never held makes no position.
+    RETURN QUERY SELECT p.symbol, p.quantity, p.cost_basis, p.realized_pnl
+                 WHERE p.symbol IS NOT NULL;
 END $$;
 
 COMMENT ON FUNCTION position_from_ledger IS 'A run''s positions, rebuilt from its ledger alone.';
@@ -148,7 +152,8 @@ COMMENT ON VIEW audit_position IS 'Positions that are not what the ledger makes 
 
 CREATE VIEW audit_mark AS
     SELECT user_id, run_id, 'mtm_ledger ' || logical_time AS subject,
-           format('equity %s is not cash %s + market value %s', equity, cash, market_value) AS finding
+           format('equity %s is not cash %s + market value %s', equity, cash, market_value)
+               AS finding
     FROM mtm_ledger WHERE equity <> cash + market_value
     UNION ALL
     SELECT t.user_id, t.run_id, 'event_ledger TICK ' || t.logical_time,
@@ -156,7 +161,7 @@ CREATE VIEW audit_mark AS
     FROM event_ledger t
     LEFT JOIN mtm_ledger m ON m.user_id = t.user_id AND m.run_id = t.run_id
                           AND m.logical_time = t.logical_time
-    WHERE t.event_type = 'TICK'
+    WHERE t.event_type = 'TICK' AND t.payload ?| ARRAY['cash', 'market_value', 'equity']
       AND (m.cash, m.market_value, m.equity) IS DISTINCT FROM
           ((t.payload ->> 'cash')::numeric, (t.payload ->> 'market_value')::numeric,
            (t.payload ->> 'equity')::numeric)
@@ -165,15 +170,12 @@ CREATE VIEW audit_mark AS
            format('says cash %s, the executions before it make it %s', c.payload ->> 'cash', c.cash)
     FROM (
         SELECT l.user_id, l.run_id, l.logical_time, l.event_type, l.payload,
-               r.initial_cash + coalesce(sum(execution_cash_flow(
-                   l.payload ->> 'side', (l.payload ->> 'quantity')::numeric,
-                   (l.payload ->> 'price')::numeric, (l.payload ->> 'commission')::numeric))
-                   FILTER (WHERE l.event_type = 'EXECUTION')
-                   OVER (PARTITION BY l.user_id, l.run_id ORDER BY l.seq), 0) AS cash
+               r.initial_cash + sum(event_cash_flow(l.event_type, l.payload))
+                   OVER (PARTITION BY l.user_id, l.run_id ORDER BY l.seq) AS cash
         FROM event_ledger l
         JOIN strategy_run r ON r.user_id = l.user_id AND r.run_id = l.run_id
         WHERE l.event_type IN ('EXECUTION', 'TICK')) c
-    WHERE c.event_type = 'TICK' AND (c.payload ->> 'cash')::numeric IS DISTINCT FROM c.cash;
+    WHERE c.event_type = 'TICK' AND (c.payload ->> 'cash')::numeric <> c.cash;
 
 COMMENT ON VIEW audit_mark IS 'Marks and ticks that are not what the books make them.';
 
@@ -193,15 +195,47 @@ CREATE VIEW audit_chain AS
 
 COMMENT ON VIEW audit_chain IS 'Events that break their run''s chain.';
 
+-- What the ledger tells of each order, from its placing or its last restatement.
 CREATE VIEW audit_event AS
     SELECT o.user_id, o.run_id, 'order ' || o.order_id AS subject,
-           'has no event of its placing' AS finding
+           CASE WHEN t.payload IS NULL THEN 'has no event of its placing'
+                ELSE format('is not what its event tells: %s', t.payload) END AS finding
     FROM orders o
-    WHERE NOT EXISTS (SELECT FROM event_ledger l
+    LEFT JOIN (SELECT DISTINCT ON (user_id, run_id, left(subject, 36))
+                      user_id, run_id, left(subject, 36) AS order_id, payload
+               FROM event_ledger
+               WHERE event_type IN ('ORDER_PLACED', 'ORDER_REJECTED', 'ORDER_RESTATED')
+                 AND payload ? 'symbol'
+               ORDER BY user_id, run_id, left(subject, 36), seq DESC) t
+        ON t.user_id = o.user_id AND t.run_id = o.run_id AND t.order_id = o.order_id::text
+    WHERE (o.symbol, o.side, o.order_type, o.time_in_force, o.quantity, o.limit_price,
+           o.trail_amount, o.trail_percent, o.client_order_id,
+           CASE WHEN o.order_type <> 'TRAIL' THEN o.stop_price END)
+          IS DISTINCT FROM
+          (t.payload ->> 'symbol', t.payload ->> 'side', t.payload ->> 'order_type',
+           t.payload ->> 'time_in_force', (t.payload ->> 'quantity')::numeric,
+           (t.payload ->> 'limit_price')::numeric, (t.payload ->> 'trail_amount')::numeric,
+           (t.payload ->> 'trail_percent')::numeric, t.payload ->> 'client_order_id',
+           CASE WHEN o.order_type <> 'TRAIL' THEN (t.payload ->> 'stop_price')::numeric END)
+    UNION ALL
+    SELECT o.user_id, o.run_id, 'order ' || o.order_id,
+           format('is %s since %s, which no event tells', o.status, o.status_at)
+    FROM orders o
+    WHERE o.status NOT IN ('NEW', 'PENDING', 'PARTIALLY_FILLED', 'FILLED')
+      AND NOT EXISTS (SELECT FROM event_ledger l
                       WHERE l.user_id = o.user_id AND l.run_id = o.run_id
-                        AND l.logical_time = o.logical_time
-                        AND l.event_type IN ('ORDER_PLACED', 'ORDER_REJECTED')
+                        AND l.logical_time = o.status_at
+                        AND l.event_type = 'ORDER_' || o.status
                         AND l.subject = o.order_id::text)
+    UNION ALL
+    SELECT l.user_id, l.run_id, 'event_ledger ' || l.seq,
+           format('tells of an order that is %s', coalesce(o.status, 'not there'))
+    FROM event_ledger l
+    LEFT JOIN orders o ON o.user_id = l.user_id AND o.run_id = l.run_id
+                      AND o.order_id::text = left(l.subject, 36)
+    WHERE l.event_type IN ('ORDER_PLACED', 'ORDER_REJECTED', 'ORDER_CANCELED', 'ORDER_EXPIRED')
+      AND (o.order_id IS NULL
+           OR o.broker = 'paper' AND l.event_type NOT IN ('ORDER_PLACED', 'ORDER_' || o.status))
     UNION ALL
     SELECT e.user_id, e.run_id, 'execution ' || e.execution_id,
            'has no event, or one that says otherwise'
@@ -213,7 +247,9 @@ CREATE VIEW audit_event AS
                         AND l.payload ->> 'symbol' = e.symbol AND l.payload ->> 'side' = e.side
                         AND (l.payload ->> 'quantity')::numeric = e.quantity
                         AND (l.payload ->> 'price')::numeric = e.price
-                        AND (l.payload ->> 'commission')::numeric = e.commission)
+                        AND (l.payload ->> 'commission')::numeric = e.commission
+                        AND l.payload ->> 'commission_currency' = e.commission_currency
+                        AND (l.payload ->> 'event_at')::timestamptz = e.event_at)
     UNION ALL
     SELECT l.user_id, l.run_id, 'event_ledger ' || l.seq, 'tells of an execution that is not there'
     FROM event_ledger l
@@ -222,12 +258,33 @@ CREATE VIEW audit_event AS
                       WHERE e.user_id = l.user_id AND e.run_id = l.run_id
                         AND e.execution_id = substr(l.subject, 38))
     UNION ALL
+    SELECT coalesce(s.user_id, l.user_id), coalesce(s.run_id, l.run_id),
+           coalesce('split_applied ' || split_event_subject(s), 'event_ledger ' || l.seq),
+           CASE WHEN l.seq IS NULL THEN 'has no event, or one that says otherwise'
+                ELSE 'tells of a split that is not there' END
+    FROM split_applied s
+    FULL JOIN (SELECT * FROM event_ledger WHERE event_type = 'SPLIT_APPLIED') l
+        ON l.user_id = s.user_id AND l.run_id = s.run_id AND l.logical_time = s.logical_time
+       AND l.payload ->> 'symbol' = s.symbol AND (l.payload ->> 'ex_date')::date = s.ex_date
+       AND (l.payload ->> 'quantity_before')::numeric = s.quantity_before
+       AND (l.payload ->> 'quantity_after')::numeric = s.quantity_after
+    WHERE s.run_id IS NULL OR l.run_id IS NULL
+    UNION ALL
     SELECT s.user_id, s.run_id, 'engine_state',
            format('stands at %s, the last TICK is at %s', s.last_logical_time, t.logical_time)
     FROM engine_state s
     CROSS JOIN LATERAL (SELECT max(l.logical_time) AS logical_time FROM event_ledger l
                         WHERE l.user_id = s.user_id AND l.run_id = s.run_id
                           AND l.event_type = 'TICK') t
-    WHERE s.last_logical_time IS DISTINCT FROM t.logical_time;
+    WHERE s.last_logical_time IS DISTINCT FROM t.logical_time
+    UNION ALL
+    SELECT l.user_id, l.run_id, 'event_ledger ' || l.seq,
+           format('tells of an end, the run is %s and its last event is %s', r.status, h.seq)
+    FROM event_ledger l
+    JOIN strategy_run r ON r.user_id = l.user_id AND r.run_id = l.run_id
+    CROSS JOIN LATERAL (SELECT max(n.seq) AS seq FROM event_ledger n
+                        WHERE n.user_id = l.user_id AND n.run_id = l.run_id) h
+    WHERE l.event_type IN ('RUN_STOPPED', 'RUN_ERROR')
+      AND (l.event_type <> 'RUN_' || r.status OR l.seq <> h.seq);
 
 COMMENT ON VIEW audit_event IS 'Rows without their event and events without their row.';

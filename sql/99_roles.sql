@@ -11,8 +11,7 @@ BEGIN
                 EXECUTE format('CREATE ROLE %I NOLOGIN', wanted);
             EXCEPTION
                 WHEN insufficient_privilege THEN
-                    RAISE WARNING 'role % can not be created by %', wanted, current_user
-                        USING HINT = format('An administrator must run: CREATE ROLE %I NOLOGIN; then SELECT grant_roles() as the owner.', wanted);
+                    NULL;  -- grant_roles() says below what an administrator must run
                 WHEN duplicate_object OR unique_violation THEN
                     NULL;  -- another database of this server has just made it
             END;
@@ -20,33 +19,82 @@ BEGIN
     END LOOP;
 END $$;
 
--- Grants everything to whichever of the roles exist; it may be called again at any time. The
--- caller becomes a member of the engine's and the auditor's role, so that it can act as them.
+-- The rights of each role: all that it needs and no more. The engine inserts what happens and
+-- moves what moves; it has no right to a number that follows from something else. Those are
+-- written by execution_apply and split_applied_apply, which have the owner's rights.
+CREATE FUNCTION role_rights() RETURNS TABLE (role text, rights text)
+LANGUAGE sql IMMUTABLE SET search_path = public, pg_temp AS $$
+    VALUES
+        ('oms_engine', 'USAGE ON SCHEMA public'),
+        ('oms_engine', 'INSERT ON app_user, instrument, calendar_session, price_bar,
+            corporate_action, engine_state, engine_status, sip_plan'),
+        ('oms_engine', 'INSERT (user_id, run_id, name, status, strategy, parameters, broker, paper,
+            account_type, calendar, currency, tick_at, initial_cash),
+            UPDATE (status) ON strategy_run'),
+        ('oms_engine', 'UPDATE (last_logical_time, state, recorded_at) ON engine_state'),
+        ('oms_engine', 'UPDATE (heartbeat_at, lag_seconds, last_error, error_at)
+            ON engine_status'),
+        ('oms_engine', 'INSERT (user_id, run_id, order_id, client_order_id, symbol, side, quantity,
+            order_type, time_in_force, limit_price, stop_price, trail_amount, trail_percent,
+            expire_at, reference_price, logical_time), UPDATE (status, status_at, status_reason,
+            reject_source, reject_code, stop_price, triggered_at, expire_at)
+            ON orders, paper_order'),
+        ('oms_engine', 'INSERT (user_id, run_id, execution_id, order_id, symbol, side, quantity,
+            price, commission, commission_currency, logical_time, event_at)
+            ON execution, paper_trade'),
+        ('oms_engine', 'UPDATE (mark_price, marked_at) ON position, paper_position'),
+        ('oms_engine', 'INSERT (user_id, run_id, symbol, ex_date, kind, logical_time)
+            ON split_applied'),
+        ('oms_engine', 'INSERT (user_id, run_id, logical_time) ON mtm_ledger, paper_equity_curve'),
+        ('oms_engine', 'INSERT (user_id, run_id, logical_time, event_type, subject, payload)
+            ON event_ledger'),
+        ('oms_engine', 'UPDATE (status, start_on) ON sip_plan'),
+        ('oms_connector', 'USAGE ON SCHEMA public'),
+        ('oms_connector', 'SELECT ON instrument, calendar_session'),
+        ('oms_auditor', 'USAGE ON SCHEMA public')
+$$;
+
+COMMENT ON FUNCTION role_rights IS 'The rights of each role, besides reading.';
+
+-- Named one by one, since other people's tables may be in the schema too.
+CREATE FUNCTION our_relations() RETURNS text[]
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT ARRAY[
+        'app_user', 'calendar_session', 'corporate_action', 'engine_state', 'engine_status',
+        'event_ledger', 'execution', 'instrument', 'mtm_ledger', 'order_status',
+        'order_transition', 'orders', 'position', 'price_bar', 'risk_limit', 'run_status',
+        'run_transition', 'sip_plan', 'split_applied', 'strategy_run',
+        'paper_order', 'paper_trade', 'paper_position', 'paper_equity_curve',
+        'audit_cash', 'audit_chain', 'audit_duplicate', 'audit_event', 'audit_mark',
+        'audit_order', 'audit_orphan', 'audit_position', 'audit_running']
+        -- Not there in a database that was built from sql/.
+        || CASE WHEN to_regclass('public.alembic_version') IS NULL THEN '{}'
+                ELSE '{alembic_version}'::text[] END
+$$;
+
+COMMENT ON FUNCTION our_relations IS 'Our tables and views.';
+
+-- Gives each of the roles that exist exactly its rights; it may be called again at any time. The
+-- caller becomes a member of them, so that it can act as the engine and the auditor.
 CREATE FUNCTION grant_roles() RETURNS SETOF text
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 DECLARE
     item record;
+    ours text := array_to_string(our_relations(), ', ');
 BEGIN
-    FOR item IN SELECT r.rolname, g.needs FROM (VALUES
-        ('oms_engine', 'USAGE ON SCHEMA public'),
-        ('oms_engine', 'SELECT ON ALL TABLES IN SCHEMA public'),
-        ('oms_engine', 'INSERT ON app_user, instrument, calendar_session, price_bar, corporate_action, strategy_run, engine_state, engine_status, orders, execution, position, split_applied, mtm_ledger, event_ledger, sip_plan, risk_limit'),
-        ('oms_engine', 'UPDATE ON strategy_run, engine_state, engine_status, orders, position, sip_plan, risk_limit, instrument'),
-        ('oms_engine', 'INSERT, UPDATE ON paper_order, paper_position'),
-        ('oms_engine', 'INSERT ON paper_trade, paper_equity_curve'),
-        ('oms_engine', 'DELETE ON risk_limit'),
-        ('oms_connector', 'USAGE ON SCHEMA public'),
-        ('oms_connector', 'SELECT ON instrument, calendar_session'),
-        ('oms_auditor', 'USAGE ON SCHEMA public'),
-        ('oms_auditor', 'SELECT ON ALL TABLES IN SCHEMA public')) AS g (role, needs)
-        LEFT JOIN pg_roles r ON r.rolname = g.role
-    LOOP
-        IF item.rolname IS NOT NULL THEN
-            EXECUTE format('GRANT %s TO %I', item.needs, item.rolname);
+    FOR item IN SELECT rolname FROM pg_roles
+                WHERE rolname IN ('oms_engine', 'oms_connector', 'oms_auditor') LOOP
+        EXECUTE format('REVOKE ALL ON %s FROM %I', ours, item.rolname);
+        IF item.rolname <> 'oms_connector' THEN
+            EXECUTE format('GRANT SELECT ON %s TO %I', ours, item.rolname);
         END IF;
     END LOOP;
+    FOR item IN SELECT g.role, g.rights FROM role_rights() g
+                JOIN pg_roles r ON r.rolname = g.role LOOP
+        EXECUTE format('GRANT %s TO %I', item.rights, item.role);
+    END LOOP;
     FOR item IN SELECT rolname FROM pg_roles
-                WHERE rolname IN ('oms_engine', 'oms_auditor', 'oms_connector')
+                WHERE rolname IN ('oms_engine', 'oms_connector', 'oms_auditor')
                   -- From 16 on, who made a role is its member without being able to act as it.
                   AND NOT pg_has_role(current_user, oid, CASE
                       WHEN current_setting('server_version_num')::integer >= 160000 THEN 'SET'
@@ -57,22 +105,42 @@ BEGIN
             RETURN NEXT format('GRANT %I TO %I;', item.rolname, current_user);
         END;
     END LOOP;
-    RETURN QUERY SELECT format('CREATE ROLE %I NOLOGIN;', w)
+    RETURN QUERY SELECT format('CREATE ROLE %I NOLOGIN; GRANT %I TO %I;', w, w, current_user)
                  FROM unnest(ARRAY['oms_engine', 'oms_connector', 'oms_auditor']) w
                  WHERE w NOT IN (SELECT rolname FROM pg_roles);
 END $$;
 
 COMMENT ON FUNCTION grant_roles IS
-    'Grants the roles their rights; returns what an administrator must still run.';
+    'Gives the roles their rights; returns what an administrator must still run.';
 
-REVOKE ALL ON ALL TABLES IN SCHEMA public FROM PUBLIC;
+-- A trigger function is called by its trigger, whoever writes; nobody else needs it, and nobody
+-- shall put it on a table of their own and feed it with rows of their own.
+DO $$
+DECLARE
+    hidden regprocedure;
+BEGIN
+    FOR hidden IN
+        SELECT DISTINCT tgfoid FROM pg_trigger
+        WHERE NOT tgisinternal AND tgrelid::regclass::text = ANY (our_relations())
+    LOOP
+        EXECUTE format('REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC', hidden);
+    END LOOP;
+END $$;
+
+REVOKE EXECUTE ON FUNCTION grant_roles FROM PUBLIC;
 
 DO $$
 DECLARE
     missing text;
 BEGIN
+    EXECUTE format('REVOKE ALL ON %s FROM PUBLIC', array_to_string(our_relations(), ', '));
     FOR missing IN SELECT grant_roles() LOOP
-        RAISE WARNING 'the migration may not run: %', missing
-            USING HINT = 'An administrator must run it; then SELECT grant_roles().';
+        RAISE WARNING 'an administrator must run: %', missing
+            USING HINT = 'Then `oms db migrate`, or SELECT grant_roles() as the owner.';
     END LOOP;
+    IF EXISTS (SELECT FROM pg_namespace n, aclexplode(n.nspacl) a
+               WHERE n.nspname = 'public' AND a.grantee = 0 AND a.privilege_type = 'CREATE') THEN
+        RAISE WARNING 'anybody may create functions in schema public and so change what ours call'
+            USING HINT = 'An administrator must run: REVOKE CREATE ON SCHEMA public FROM PUBLIC;';
+    END IF;
 END $$;

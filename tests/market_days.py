@@ -25,9 +25,8 @@ from engine.strategies.base import PlaceOrder
 
 NEW_YORK = ZoneInfo("America/New_York")
 
-# Sessions of the New York exchange; 2001-01-01 and 2001-01-15 were holidays.
-MON, TUE, WED, THU, FRI = (f"2001-01-{day:02}" for day in range(8, 13))
-NEXT_TUE = "2001-01-16"
+# A week of sessions of the New York exchange.
+MON, TUE, WED, THU, FRI = (f"2001-05-{day:02}" for day in range(7, 12))
 
 # Word for word from the production plan (seed 002): each must return nothing but zero.
 PLAN_QUERIES = (
@@ -94,13 +93,13 @@ def a_run(
 
 
 def a_plan(conn: Connection, run: Run, **terms: Any) -> Plan:
-    """A plan of 500 a month into AAPL on day 8, from January 2001 on."""
+    """A plan of 500 a month into AAPL on day 7, from May 2001 on: due on MON."""
     given = {
         "plan": "apples",
         "symbol": "AAPL",
         "amount": Decimal(500),
-        "day_of_month": 8,
-        "start_on": date(2001, 1, 1),
+        "day_of_month": 7,
+        "start_on": date(2001, 5, 1),
     }
     plan = Plan(**(given | terms))
     add_plan(conn, run.user_id, run.run_id, plan)
@@ -114,11 +113,8 @@ def fresh(conn: Connection, run: Run) -> Run:
 
 def rows(conn: Connection, query: str, run: Run | None = None) -> list[Any]:
     """Rows of a query, in which ``:run`` stands for the run's condition; bare values of one."""
-    key = [] if run is None else [run.user_id, run.run_id]
-    found = conn.execute(
-        query.replace(":run", "user_id = %s AND run_id = %s"),  # type: ignore[arg-type]
-        key,
-    ).fetchall()
+    key = None if run is None else [run.user_id, run.run_id]
+    found = conn.execute(query.replace(":run", "user_id = %s AND run_id = %s"), key).fetchall()
     return [row[0] if len(row) == 1 else row for row in found]
 
 
@@ -150,8 +146,9 @@ def run_tables(conn: Connection) -> list[str]:
     """Every table that hangs on a run."""
     return rows(
         conn,
-        """SELECT DISTINCT conrelid::regclass::text FROM pg_constraint
-           WHERE contype = 'f' AND confrelid IN ('strategy_run'::regclass, 'orders'::regclass)
+        """SELECT DISTINCT t.relname::text
+           FROM pg_constraint f JOIN pg_class t ON t.oid = f.conrelid
+           WHERE f.contype = 'f' AND f.confrelid IN ('strategy_run'::regclass, 'orders'::regclass)
            ORDER BY 1""",
     )
 
@@ -186,12 +183,12 @@ def order_ids(conn: Connection, run: Run) -> list[UUID]:
 def assert_sound(conn: Connection) -> None:
     """The plan's queries and every audit view find nothing."""
     for query in PLAN_QUERIES:
-        found = [row for row in conn.execute(query) if row != (0,)]  # type: ignore[call-overload]
+        found = [row for row in conn.execute(query) if row != (0,)]
         assert not found, query
     views = rows(
         conn,
-        r"""SELECT relname::text FROM pg_class
-            WHERE relkind = 'v' AND relname LIKE 'audit\_%' ORDER BY 1""",
+        """SELECT relname::text FROM pg_class
+           WHERE relkind = 'v' AND starts_with(relname, 'audit_') ORDER BY 1""",
     )
     assert len(views) >= 8, views
     for view in views:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from decimal import Decimal
 from typing import Any
 
 import psycopg
@@ -20,7 +21,7 @@ Hooks = dict[str, Callable[..., Intents]]
 HOOKS: Hooks = {}
 
 # The lock that stops a Blocking strategy, for whoever holds it.
-LOCK = 20010108
+LOCK = 20010507
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ class Blocking(Strategy):
     """Buys one unit of everything; its fills wait for LOCK in the database of OMS_TEST_LOCK_DSN."""
 
     def on_tick(self, context: Context) -> Intents:
-        return [PlaceOrder(symbol, Side.BUY, 1) for symbol in sorted(context.prices)]  # type: ignore[arg-type]
+        return [PlaceOrder(symbol, Side.BUY, Decimal(1)) for symbol in sorted(context.prices)]
 
     def on_fill(self, context: Context, fill: Fill) -> Intents:
         with psycopg.connect(os.environ["OMS_TEST_LOCK_DSN"], autocommit=True) as conn:
@@ -91,7 +92,7 @@ class Forgetful(Strategy):
 
     def on_tick(self, context: Context) -> Intents:
         self.ticks += 1
-        return [PlaceOrder(symbol, Side.BUY, self.ticks) for symbol in context.prices]  # type: ignore[arg-type]
+        return [PlaceOrder(symbol, Side.BUY, Decimal(self.ticks)) for symbol in context.prices]
 
 
 FORGETFUL = f"{__name__}:{Forgetful.__name__}"

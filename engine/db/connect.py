@@ -37,9 +37,15 @@ def open_connection(dsn: str, *, role: str | None = None) -> Connection:
             options=f"-c timezone=UTC -c lock_timeout={LOCK_TIMEOUT_MS}",
         )
     except psycopg.OperationalError as error:
-        reason = str(error).strip().splitlines()[-1]
+        lines = str(error).strip().splitlines()
+        # The last lines are libpq's questions; of several attempts each has its own line.
+        reason = next((line.strip() for line in lines if "failed: " in line), lines[0])
         raise ConfigurationError(
             f"can't connect to Postgres: {reason}; check DB_DSN or run `oms db start`"
+        ) from error
+    except psycopg.ProgrammingError as error:
+        raise ConfigurationError(
+            f"the DSN can't be read: {str(error).strip()}; write it as postgresql://user@host/name"
         ) from error
     if role is not None:
         _act_as(conn, role)

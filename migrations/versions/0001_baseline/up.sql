@@ -1,6 +1,13 @@
 -- Who trades: people and services. Everything that belongs to somebody carries user_id first in
 -- its keys, which isolates users and lets the schema be sharded by user_id.
 
+-- Infinity and years that no program's calendar has would stop whoever reads the row next.
+CREATE FUNCTION time_in_range(moment timestamptz) RETURNS boolean
+LANGUAGE sql IMMUTABLE
+RETURN moment BETWEEN '0001-01-02 00:00Z' AND '9999-12-30 00:00Z';
+
+COMMENT ON FUNCTION time_in_range IS 'Whether a time is of the years 1 to 9999.';
+
 CREATE TABLE app_user (
     user_id    uuid        NOT NULL DEFAULT gen_random_uuid(),
     name       text,
@@ -46,6 +53,8 @@ CREATE TABLE calendar_session (
     open_at      timestamptz NOT NULL,
     close_at     timestamptz NOT NULL,
     CONSTRAINT calendar_session_pkey PRIMARY KEY (calendar, session_date),
+    CONSTRAINT calendar_session_times_in_range
+        CHECK (time_in_range(open_at) AND time_in_range(close_at)),
     CONSTRAINT calendar_session_open_before_close CHECK (open_at < close_at)
 );
 
@@ -65,9 +74,13 @@ CREATE TABLE price_bar (
     CONSTRAINT price_bar_pkey PRIMARY KEY (symbol, bar_end),
     CONSTRAINT price_bar_symbol_known FOREIGN KEY (symbol) REFERENCES instrument (symbol),
     CONSTRAINT price_bar_starts_before_it_ends CHECK (bar_start <= bar_end),
+    CONSTRAINT price_bar_times_in_range
+        CHECK (time_in_range(bar_start) AND time_in_range(bar_end)),
     CONSTRAINT price_bar_high_is_highest CHECK (high >= greatest(open, low, close)),
     CONSTRAINT price_bar_low_is_lowest CHECK (low <= least(open, high, close)),
     CONSTRAINT price_bar_prices_finite CHECK (high < 1e15 AND low > -1e15),
+    CONSTRAINT price_bar_prices_of_8_decimals CHECK (
+        greatest(min_scale(open), min_scale(high), min_scale(low), min_scale(close)) <= 8),
     CONSTRAINT price_bar_volume_not_negative CHECK (volume >= 0 AND volume < 1e18)
 );
 
@@ -85,8 +98,11 @@ CREATE TABLE corporate_action (
     CONSTRAINT corporate_action_pkey PRIMARY KEY (symbol, ex_date, kind),
     CONSTRAINT corporate_action_symbol_known FOREIGN KEY (symbol) REFERENCES instrument (symbol),
     CONSTRAINT corporate_action_kind_known CHECK (kind = 'SPLIT'),
+    CONSTRAINT corporate_action_ex_date_in_range
+        CHECK (ex_date BETWEEN '0001-01-02' AND '9999-12-30'),
     CONSTRAINT corporate_action_ratio_positive
-        CHECK (numerator > 0 AND numerator < 1e6 AND denominator > 0 AND denominator < 1e6)
+        CHECK (numerator > 0 AND numerator < 1e6 AND min_scale(numerator) <= 8
+               AND denominator > 0 AND denominator < 1e6 AND min_scale(denominator) <= 8)
 );
 
 COMMENT ON TABLE corporate_action IS
@@ -163,6 +179,7 @@ CREATE TABLE strategy_run (
     tick_at      text        NOT NULL DEFAULT 'CLOSE',
     initial_cash numeric     NOT NULL DEFAULT 0,
     cash         numeric     NOT NULL,
+    books_seq    bigint      NOT NULL DEFAULT 0,
     created_at   timestamptz NOT NULL DEFAULT now(),
     stopped_at   timestamptz,
     CONSTRAINT strategy_run_pkey PRIMARY KEY (user_id, run_id),
@@ -172,6 +189,9 @@ CREATE TABLE strategy_run (
     CONSTRAINT strategy_run_account_type_known CHECK (account_type IN ('CASH', 'MARGIN')),
     CONSTRAINT strategy_run_tick_at_known CHECK (tick_at IN ('OPEN', 'CLOSE')),
     CONSTRAINT strategy_run_currency_format CHECK (currency ~ '^[A-Z]{3}$'),
+    CONSTRAINT strategy_run_broker_format CHECK (broker ~ '^[a-z][a-z0-9_]{0,31}$'),
+    CONSTRAINT strategy_run_words_short CHECK (
+        length(coalesce(name, '')) <= 100 AND length(strategy) <= 200 AND length(calendar) <= 32),
     CONSTRAINT strategy_run_parameters_is_object CHECK (jsonb_typeof(parameters) = 'object'),
     CONSTRAINT strategy_run_paper_is_object CHECK (jsonb_typeof(paper) = 'object'),
     CONSTRAINT strategy_run_initial_cash_in_range
@@ -190,30 +210,66 @@ CREATE UNIQUE INDEX strategy_run_one_running_per_user
 
 COMMENT ON TABLE strategy_run IS 'A run of a strategy; at most one RUNNING per user.';
 COMMENT ON COLUMN strategy_run.strategy IS 'A shipped strategy''s name, or package.module:Class.';
-COMMENT ON COLUMN strategy_run.parameters IS 'The strategy''s parameters, validated when the run is made.';
-COMMENT ON COLUMN strategy_run.paper IS 'The paper broker''s settings: slippage, commission, volume share, seed.';
-COMMENT ON COLUMN strategy_run.account_type IS 'CASH: no debt and no short position. MARGIN: both.';
-COMMENT ON COLUMN strategy_run.calendar IS 'The exchange calendar (a code of exchange_calendars) that the run follows.';
+COMMENT ON COLUMN strategy_run.parameters IS
+    'The strategy''s parameters, validated when the run is made.';
+COMMENT ON COLUMN strategy_run.paper IS
+    'The paper broker''s settings: slippage, commission, volume share, seed.';
+COMMENT ON COLUMN strategy_run.account_type IS
+    'CASH: no debt and no short position. MARGIN: both.';
+COMMENT ON COLUMN strategy_run.calendar IS
+    'The exchange calendar (a code of exchange_calendars) that the run follows.';
 COMMENT ON COLUMN strategy_run.tick_at IS 'Which moment of a session the schedule ticks at.';
 COMMENT ON COLUMN strategy_run.cash IS
     'Initial cash and what the executions did to it; computed by the database, in currency.';
+COMMENT ON COLUMN strategy_run.books_seq IS
+    'Number of the last EXECUTION or SPLIT_APPLIED event that cash and positions follow.';
+
+-- The one gate of every write into a run: lock its row, so that a concurrent stop waits for us or
+-- is seen by us, and refuse unless its status is one of those allowed. The lock order is run, then
+-- orders by id, then ledger. A run that does not exist is the foreign key's business; saying so
+-- here adds the hint.
+CREATE FUNCTION run_lock(of_user uuid, of_run uuid, for_table text, VARIADIC allowed text[])
+RETURNS strategy_run LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+DECLARE
+    run strategy_run;
+BEGIN
+    SELECT * INTO run FROM strategy_run
+    WHERE user_id = of_user AND run_id = of_run FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'user % has no run %', of_user, of_run
+            USING ERRCODE = 'foreign_key_violation', CONSTRAINT = for_table || '_belongs_to_run',
+                  TABLE = for_table, COLUMN = 'run_id',
+                  HINT = 'Give a run together with the user who owns it.';
+    ELSIF run.status <> ALL (allowed) THEN
+        RAISE EXCEPTION 'run % is %, so % can not be written', of_run, run.status, for_table
+            USING ERRCODE = '23T03', CONSTRAINT = for_table || '_run_is_running', TABLE = for_table,
+                  HINT = CASE WHEN run.status = 'CREATED' THEN 'Start the run first.'
+                              ELSE 'An ended run is never written again; make a new run.' END;
+    END IF;
+    RETURN run;
+END $$;
+
+COMMENT ON FUNCTION run_lock IS
+    'Locks a run''s row and returns it; refuses unless its status is one of those allowed.';
 
 CREATE FUNCTION strategy_run_prepare_insert() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 BEGIN
-    IF NEW.cash IS DISTINCT FROM NEW.initial_cash AND NEW.cash IS NOT NULL THEN
-        RAISE EXCEPTION 'a new run''s cash is its initial_cash (%), not %', NEW.initial_cash, NEW.cash
+    IF NEW.cash <> NEW.initial_cash OR NEW.books_seq <> 0 THEN
+        RAISE EXCEPTION 'a new run''s cash is its initial_cash (%), not %',
+            NEW.initial_cash, NEW.cash
             USING ERRCODE = '23T04', CONSTRAINT = 'strategy_run_cash_from_executions',
                   TABLE = 'strategy_run', COLUMN = 'cash',
-                  HINT = 'Leave cash out; give initial_cash.';
+                  HINT = 'Leave cash and books_seq out; give initial_cash.';
     END IF;
     NEW.cash := NEW.initial_cash;
-    IF NEW.status IN ('STOPPED', 'ERROR') THEN
-        NEW.stopped_at := coalesce(NEW.stopped_at, now());
-    END IF;
+    NEW.created_at := now();
+    NEW.stopped_at := CASE WHEN NEW.status IN ('STOPPED', 'ERROR') THEN now() END;
     PERFORM strategy_run_refuse_second_running(NEW.user_id, NEW.run_id, NEW.status);
     RETURN NEW;
 END $$;
+
+COMMENT ON FUNCTION strategy_run_prepare_insert IS 'Trigger: a run begins with its initial cash.';
 
 -- The unique index is what holds, also in a race; this says the same earlier and with a hint.
 CREATE FUNCTION strategy_run_refuse_second_running(of_user uuid, not_run uuid, new_status text)
@@ -234,68 +290,94 @@ BEGIN
     END IF;
 END $$;
 
+COMMENT ON FUNCTION strategy_run_refuse_second_running IS
+    'Refuses a second RUNNING run of a user, with a hint that names the first.';
+
+-- Cash is not guarded by who writes it but proven, whoever does: it may change only by what the
+-- EXECUTION events say that it does not yet have (50_executions.sql).
 CREATE FUNCTION strategy_run_check_update() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+DECLARE
+    due record;
 BEGIN
-    IF (NEW.user_id, NEW.run_id, NEW.initial_cash, NEW.broker, NEW.account_type, NEW.currency,
-        NEW.calendar)
-       IS DISTINCT FROM
-       (OLD.user_id, OLD.run_id, OLD.initial_cash, OLD.broker, OLD.account_type, OLD.currency,
-        OLD.calendar) THEN
-        RAISE EXCEPTION 'run % keeps its identity, initial cash, broker, account type, currency and calendar',
-            OLD.run_id
-            USING ERRCODE = '23T09', CONSTRAINT = 'strategy_run_terms_fixed',
-                  TABLE = 'strategy_run', HINT = 'Make a new run instead.';
-    END IF;
     IF OLD.stopped_at IS NOT NULL AND NEW.status = OLD.status THEN
         RAISE EXCEPTION 'run % is %, so it can not be changed', OLD.run_id, OLD.status
             USING ERRCODE = '23T03', CONSTRAINT = 'strategy_run_run_is_running',
                   TABLE = 'strategy_run',
                   HINT = 'An ended run is never written again; make a new run.';
     END IF;
-    -- Depth 1 is a statement that somebody sent; what the executions' own trigger sends is deeper.
-    IF NEW.cash IS DISTINCT FROM OLD.cash AND pg_trigger_depth() = 1 THEN
-        RAISE EXCEPTION 'the cash of run % follows from its executions', OLD.run_id
-            USING ERRCODE = '23T04', CONSTRAINT = 'strategy_run_cash_from_executions',
-                  TABLE = 'strategy_run', COLUMN = 'cash',
-                  HINT = 'Insert executions; the database computes cash.';
+    PERFORM strategy_run_check_terms(OLD, NEW);
+    NEW.stopped_at := OLD.stopped_at;
+    IF (NEW.cash, NEW.books_seq) IS DISTINCT FROM (OLD.cash, OLD.books_seq) THEN
+        due := strategy_run_books_due(OLD);
+        IF (NEW.cash, NEW.books_seq) IS DISTINCT FROM (due.cash, due.books_seq) THEN
+            RAISE EXCEPTION 'the cash of run % follows from its executions: %, not %', OLD.run_id,
+                due.cash, NEW.cash
+                USING ERRCODE = '23T04', CONSTRAINT = 'strategy_run_cash_from_executions',
+                      TABLE = 'strategy_run', COLUMN = 'cash',
+                      HINT = 'Insert executions; the database computes cash.';
+        END IF;
     END IF;
     RETURN NEW;
 END $$;
 
--- A run that ends takes its pending orders with it, whoever ends it: the orders are cancelled and
--- the events written while the run still counts as RUNNING, in the same statement.
+COMMENT ON FUNCTION strategy_run_check_update IS
+    'Trigger: an ended run stays as it is, terms are kept, cash is proven.';
+
+-- What a run was made of is fixed; what its strategy works with is so from the first event on,
+-- which tells it.
+CREATE FUNCTION strategy_run_check_terms(was strategy_run, now_is strategy_run) RETURNS void
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
+    IF (now_is.user_id, now_is.run_id, now_is.initial_cash, now_is.broker, now_is.account_type,
+        now_is.currency, now_is.calendar)
+       IS DISTINCT FROM
+       (was.user_id, was.run_id, was.initial_cash, was.broker, was.account_type,
+        was.currency, was.calendar)
+       OR (now_is.strategy, now_is.parameters, now_is.paper, now_is.created_at)
+          IS DISTINCT FROM (was.strategy, was.parameters, was.paper, was.created_at)
+          AND EXISTS (SELECT FROM event_ledger
+                      WHERE user_id = was.user_id AND run_id = was.run_id) THEN
+        RAISE EXCEPTION 'run % keeps what it was made of: its identity, cash, broker, account, '
+            'currency, calendar, strategy and settings', was.run_id
+            USING ERRCODE = '23T09', CONSTRAINT = 'strategy_run_terms_fixed',
+                  TABLE = 'strategy_run', HINT = 'Make a new run instead.';
+    END IF;
+END $$;
+
+COMMENT ON FUNCTION strategy_run_check_terms IS 'Refuses a change of what a run was made of.';
+
+-- A run that leaves RUNNING takes its open paper orders with it, whoever ends it: the orders are
+-- cancelled and the events written while the run still counts as RUNNING, in the same statement.
 CREATE FUNCTION strategy_run_check_move() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
-DECLARE
-    last_time timestamptz;
 BEGIN
     IF NOT EXISTS (SELECT FROM run_transition
                    WHERE from_status = OLD.status AND to_status = NEW.status) THEN
         RAISE EXCEPTION 'run % cannot go from % to %', OLD.run_id, OLD.status, NEW.status
             USING ERRCODE = '23T02', CONSTRAINT = 'strategy_run_status_transition',
                   TABLE = 'strategy_run', COLUMN = 'status',
-                  HINT = 'run_transition lists the allowed moves; an ended run stays ended, make a new one.';
+                  HINT = 'run_transition lists the allowed moves; an ended run stays ended.';
     END IF;
     PERFORM strategy_run_refuse_second_running(NEW.user_id, NEW.run_id, NEW.status);
+    IF OLD.status = 'RUNNING' THEN
+        UPDATE orders SET status = 'CANCELED', status_reason = 'RUN_' || NEW.status
+        WHERE user_id = OLD.user_id AND run_id = OLD.run_id AND broker = 'paper'
+          AND status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED');
+    END IF;
+    IF OLD.status IN ('RUNNING', 'STOPPING') THEN
+        INSERT INTO event_ledger (user_id, run_id, event_type, payload)
+        VALUES (OLD.user_id, OLD.run_id, 'RUN_' || NEW.status,
+                jsonb_build_object('cash', OLD.cash));
+    END IF;
     IF NEW.status IN ('STOPPED', 'ERROR') THEN
         NEW.stopped_at := now();
-        IF OLD.status = 'RUNNING' THEN
-            SELECT coalesce(max(logical_time), now()) INTO last_time FROM event_ledger
-            WHERE user_id = OLD.user_id AND run_id = OLD.run_id;
-            UPDATE orders SET status = 'CANCELED', status_at = greatest(last_time, status_at),
-                              status_reason = 'RUN_' || NEW.status
-            WHERE user_id = OLD.user_id AND run_id = OLD.run_id
-              AND status IN ('NEW', 'PENDING', 'PARTIALLY_FILLED') AND broker = 'paper';
-            SELECT coalesce(max(logical_time), now()) INTO last_time FROM event_ledger
-            WHERE user_id = OLD.user_id AND run_id = OLD.run_id;
-            INSERT INTO event_ledger (user_id, run_id, logical_time, event_type, payload)
-            VALUES (OLD.user_id, OLD.run_id, last_time, 'RUN_' || NEW.status,
-                    jsonb_build_object('cash', OLD.cash));
-        END IF;
     END IF;
     RETURN NEW;
 END $$;
+
+COMMENT ON FUNCTION strategy_run_check_move IS
+    'Trigger: only moves of run_transition; the end cancels what is open and is told.';
 
 CREATE TRIGGER strategy_run_a_prepare_insert BEFORE INSERT ON strategy_run
     FOR EACH ROW EXECUTE FUNCTION strategy_run_prepare_insert();
@@ -305,62 +387,57 @@ CREATE TRIGGER strategy_run_b_check_move BEFORE UPDATE ON strategy_run
     FOR EACH ROW WHEN (OLD.status IS DISTINCT FROM NEW.status)
     EXECUTE FUNCTION strategy_run_check_move();
 
--- The one gate of every write into a run: lock its row, so that a concurrent stop waits for us or
--- is seen by us, and refuse unless it is RUNNING. The lock order is run, then orders by id, then
--- ledger. A run that does not exist is the foreign key's business; saying so here adds the hint.
-CREATE FUNCTION run_lock_running(of_user uuid, of_run uuid, for_table text)
-RETURNS strategy_run LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
-DECLARE
-    run strategy_run;
-BEGIN
-    SELECT * INTO run FROM strategy_run
-    WHERE user_id = of_user AND run_id = of_run FOR NO KEY UPDATE;
-    IF NOT FOUND THEN
-        RAISE EXCEPTION 'user % has no run %', of_user, of_run
-            USING ERRCODE = 'foreign_key_violation', CONSTRAINT = for_table || '_belongs_to_run',
-                  TABLE = for_table, COLUMN = 'run_id',
-                  HINT = 'Give a run together with the user who owns it.';
-    ELSIF run.status <> 'RUNNING' THEN
-        RAISE EXCEPTION 'run % is %, so % can not be written', of_run, run.status, for_table
-            USING ERRCODE = '23T03', CONSTRAINT = for_table || '_run_is_running', TABLE = for_table,
-                  HINT = CASE WHEN run.status = 'CREATED' THEN 'Start the run first.'
-                              ELSE 'An ended run is never written again; make a new run.' END;
-    END IF;
-    RETURN run;
-END $$;
-
-COMMENT ON FUNCTION run_lock_running IS
-    'Locks a run''s row and returns it; refuses unless the run exists and is RUNNING.';
-
+-- For tables whose rows are one per run and change: no write unless the run is RUNNING, and no
+-- row wanders to another run, which would take it out of one that has ended.
 CREATE FUNCTION run_guard_write() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 BEGIN
-    IF TG_OP = 'DELETE' THEN
-        PERFORM run_lock_running(OLD.user_id, OLD.run_id, TG_ARGV[0]);
-        RETURN OLD;
+    PERFORM run_lock(NEW.user_id, NEW.run_id, TG_ARGV[0], 'RUNNING');
+    IF TG_OP = 'UPDATE' THEN
+        PERFORM row_check_keeps_run(OLD.user_id, OLD.run_id, NEW.user_id, NEW.run_id, TG_ARGV[0]);
     END IF;
-    PERFORM run_lock_running(NEW.user_id, NEW.run_id, TG_ARGV[0]);
     RETURN NEW;
 END $$;
 
 COMMENT ON FUNCTION run_guard_write IS
     'Trigger: no write into a run that is not RUNNING. Argument: the logical table name.';
 
--- History is added to, never edited. A cascade from the run's own deletion comes from a foreign
--- key's trigger and is therefore deeper than depth 0.
+CREATE FUNCTION row_check_keeps_run(old_user uuid, old_run uuid, new_user uuid, new_run uuid,
+                                    for_table text)
+RETURNS void LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
+    IF (old_user, old_run) IS DISTINCT FROM (new_user, new_run) THEN
+        RAISE EXCEPTION 'a row of % stays with run %', for_table, old_run
+            USING ERRCODE = '23T09', CONSTRAINT = for_table || '_keeps_its_run', TABLE = for_table,
+                  COLUMN = 'run_id', HINT = 'Write a row of its own for the other run.';
+    END IF;
+END $$;
+
+COMMENT ON FUNCTION row_check_keeps_run IS 'Refuses to move a row to another user or run.';
+
+-- History is added to, never edited, and goes only with its run. A cascade comes when the run's
+-- row is gone already; that the row is gone is the proof, not how deep in triggers we are, since
+-- anybody's trigger on a table of their own is as deep.
 CREATE FUNCTION history_refuse_change() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 BEGIN
+    IF TG_OP = 'DELETE' THEN
+        IF NOT EXISTS (SELECT FROM strategy_run
+                       WHERE user_id = OLD.user_id AND run_id = OLD.run_id) THEN
+            RETURN OLD;
+        END IF;
+    END IF;
     RAISE EXCEPTION '% of % is not possible: it is history', TG_OP, TG_ARGV[0]
-        USING ERRCODE = '23T09', CONSTRAINT = TG_ARGV[0] || '_append_only', TABLE = TG_ARGV[0],
+        USING ERRCODE = '23T09', CONSTRAINT = TG_ARGV[0] || '_' || TG_ARGV[1], TABLE = TG_ARGV[0],
               HINT = 'History is only added to. Correct it by a new row, or delete the whole run.';
 END $$;
 
 COMMENT ON FUNCTION history_refuse_change IS
-    'Trigger: append-only. Argument: the logical table name.';
+    'Trigger: rows go only with their run. Arguments: the logical table name, and append_only '
+    'where rows never change or kept where they do.';
 
 CREATE TRIGGER strategy_run_z_refuse_truncate BEFORE TRUNCATE ON strategy_run
-    FOR EACH STATEMENT EXECUTE FUNCTION history_refuse_change('strategy_run');
+    FOR EACH STATEMENT EXECUTE FUNCTION history_refuse_change('strategy_run', 'kept');
 
 CREATE TABLE engine_state (
     user_id           uuid        NOT NULL,
@@ -379,7 +456,8 @@ COMMENT ON COLUMN engine_state.state IS 'What the strategy asked to be remembere
 COMMENT ON COLUMN engine_state.last_logical_time IS
     'Logical time of the last tick; proven against the TICK event in event_ledger.';
 
-CREATE FUNCTION engine_state_check_time() RETURNS trigger
+-- An engine_state that forgot the last tick would have the run begin anew.
+CREATE FUNCTION engine_state_check_write() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 BEGIN
     IF NEW.last_logical_time IS DISTINCT FROM
@@ -390,16 +468,21 @@ BEGIN
                   TABLE = 'engine_state', COLUMN = 'last_logical_time',
                   HINT = 'Write the TICK event first; last_logical_time is the newest one''s.';
     END IF;
+    NEW.recorded_at := now();
     RETURN NEW;
 END $$;
 
+COMMENT ON FUNCTION engine_state_check_write IS
+    'Trigger: last_logical_time is that of the newest TICK event.';
+
 CREATE TRIGGER engine_state_a_guard_write BEFORE INSERT OR UPDATE ON engine_state
     FOR EACH ROW EXECUTE FUNCTION run_guard_write('engine_state');
-CREATE TRIGGER engine_state_a_guard_delete BEFORE DELETE ON engine_state
-    FOR EACH ROW WHEN (pg_trigger_depth() = 0) EXECUTE FUNCTION run_guard_write('engine_state');
-CREATE TRIGGER engine_state_b_check_time BEFORE INSERT OR UPDATE ON engine_state
-    FOR EACH ROW WHEN (NEW.last_logical_time IS NOT NULL)
-    EXECUTE FUNCTION engine_state_check_time();
+CREATE TRIGGER engine_state_b_check_write BEFORE INSERT OR UPDATE ON engine_state
+    FOR EACH ROW EXECUTE FUNCTION engine_state_check_write();
+CREATE TRIGGER engine_state_z_refuse_delete BEFORE DELETE ON engine_state
+    FOR EACH ROW EXECUTE FUNCTION history_refuse_change('engine_state', 'kept');
+CREATE TRIGGER engine_state_z_refuse_truncate BEFORE TRUNCATE ON engine_state
+    FOR EACH STATEMENT EXECUTE FUNCTION history_refuse_change('engine_state', 'kept');
 
 CREATE TABLE engine_status (
     user_id      uuid        NOT NULL,
@@ -411,16 +494,22 @@ CREATE TABLE engine_status (
     CONSTRAINT engine_status_pkey PRIMARY KEY (user_id, run_id),
     CONSTRAINT engine_status_belongs_to_run FOREIGN KEY (user_id, run_id)
         REFERENCES strategy_run (user_id, run_id) ON DELETE CASCADE,
-    CONSTRAINT engine_status_error_has_time CHECK ((last_error IS NULL) = (error_at IS NULL))
+    CONSTRAINT engine_status_error_has_time CHECK ((last_error IS NULL) = (error_at IS NULL)),
+    CONSTRAINT engine_status_lag_in_range CHECK (abs(lag_seconds) < 1e12),
+    CONSTRAINT engine_status_times_in_range
+        CHECK (time_in_range(heartbeat_at) AND time_in_range(coalesce(error_at, heartbeat_at)))
 ) WITH (fillfactor = 50);
 
 COMMENT ON TABLE engine_status IS 'How a run is doing; one row a run.';
-COMMENT ON COLUMN engine_status.lag_seconds IS 'Wall clock less logical time at the last live tick.';
+COMMENT ON COLUMN engine_status.lag_seconds IS
+    'Wall clock less logical time at the last live tick.';
 
 CREATE TRIGGER engine_status_a_guard_write BEFORE INSERT OR UPDATE ON engine_status
     FOR EACH ROW EXECUTE FUNCTION run_guard_write('engine_status');
-CREATE TRIGGER engine_status_a_guard_delete BEFORE DELETE ON engine_status
-    FOR EACH ROW WHEN (pg_trigger_depth() = 0) EXECUTE FUNCTION run_guard_write('engine_status');
+CREATE TRIGGER engine_status_z_refuse_delete BEFORE DELETE ON engine_status
+    FOR EACH ROW EXECUTE FUNCTION history_refuse_change('engine_status', 'kept');
+CREATE TRIGGER engine_status_z_refuse_truncate BEFORE TRUNCATE ON engine_status
+    FOR EACH STATEMENT EXECUTE FUNCTION history_refuse_change('engine_status', 'kept');
 
 -- Orders: what was asked for, and what became of it. One model for every broker; paper is a broker.
 -- What an honest program may get wrong (a quantity, the cash, a limit) is stored as REJECTED with
@@ -437,7 +526,8 @@ COMMENT ON TABLE order_status IS 'The states of an order.';
 
 INSERT INTO order_status (status, is_open, why) VALUES
     ('NEW', true, 'Committed, nothing sent.'),
-    ('PENDING', true, 'Held in our own book: resting at the paper broker, throttled, or out of session.'),
+    ('PENDING', true,
+     'Held in our own book: resting at the paper broker, throttled, or out of session.'),
     ('PENDING_SUBMIT', true, 'Sent, outcome unknown.'),
     ('ROUTED', true, 'The broker works it.'),
     ('PARTIALLY_FILLED', true, 'Something is filled, something still works.'),
@@ -458,7 +548,8 @@ CREATE TABLE order_transition (
     CONSTRAINT order_transition_to_known FOREIGN KEY (to_status) REFERENCES order_status (status)
 );
 
-COMMENT ON TABLE order_transition IS 'The moves that an order''s status may make; no other is possible.';
+COMMENT ON TABLE order_transition IS
+    'The moves that an order''s status may make; no other is possible.';
 
 INSERT INTO order_transition (from_status, to_status, why) VALUES
     ('NEW', 'PENDING', 'It rests in our own book, or waits for the session or the throttle.'),
@@ -498,7 +589,8 @@ INSERT INTO order_transition (from_status, to_status, why) VALUES
     ('PARTIALLY_FILLED', 'PENDING_CANCEL', 'A cancel of the rest was sent.'),
     ('PARTIALLY_FILLED', 'PENDING_MODIFY', 'A modification of the rest was sent.'),
     ('PENDING_CANCEL', 'CANCELED', 'The cancel was confirmed.'),
-    ('PENDING_CANCEL', 'PARTIALLY_FILLED', 'A fill overtook the cancel, or the cancel was refused.'),
+    ('PENDING_CANCEL', 'PARTIALLY_FILLED',
+     'A fill overtook the cancel, or the cancel was refused.'),
     ('PENDING_CANCEL', 'FILLED', 'The last fill overtook the cancel.'),
     ('PENDING_CANCEL', 'ROUTED', 'The cancel was refused.'),
     ('PENDING_CANCEL', 'REJECTED', 'The broker refused the order itself.'),
@@ -551,12 +643,13 @@ CREATE TABLE orders (
         CASE WHEN side = 'BUY'
               AND status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
              THEN (quantity - filled_quantity)
-                  * coalesce(limit_price, stop_price, reference_price, 0)
+                  * greatest(coalesce(limit_price, stop_price, reference_price, 0), 0)
              ELSE 0 END) STORED,
     CONSTRAINT orders_pkey PRIMARY KEY (user_id, run_id, order_id),
     CONSTRAINT orders_belongs_to_run FOREIGN KEY (user_id, run_id)
         REFERENCES strategy_run (user_id, run_id) ON DELETE CASCADE,
     CONSTRAINT orders_symbol_format CHECK (symbol ~ '^[A-Z0-9][A-Z0-9._=^/ -]{0,31}$'),
+    CONSTRAINT orders_client_order_id_short CHECK (length(client_order_id) <= 128),
     CONSTRAINT orders_side_known CHECK (side IN ('BUY', 'SELL')),
     CONSTRAINT orders_order_type_known
         CHECK (order_type IN ('MARKET', 'LIMIT', 'STOP', 'STOP_LIMIT', 'TRAIL')),
@@ -572,9 +665,11 @@ CREATE TABLE orders (
         AND abs(coalesce(reference_price, 0)) < 1e15
         AND min_scale(coalesce(reference_price, 0)) <= 8),
     CONSTRAINT orders_trail_in_range CHECK (
-        coalesce(trail_amount, 1) > 0 AND coalesce(trail_amount, 1) < 1e15
-        AND coalesce(trail_percent, 1) > 0 AND coalesce(trail_percent, 1) < 100
-        OR status = 'REJECTED'),
+        abs(coalesce(trail_amount, 0)) < 1e15 AND min_scale(coalesce(trail_amount, 0)) <= 8
+        AND abs(coalesce(trail_percent, 0)) < 1e15 AND min_scale(coalesce(trail_percent, 0)) <= 8),
+    CONSTRAINT orders_trail_positive_unless_rejected CHECK (
+        coalesce(trail_amount, 1) > 0 AND coalesce(trail_percent, 1) > 0
+        AND coalesce(trail_percent, 1) < 100 OR status = 'REJECTED'),
     CONSTRAINT orders_filled_quantity_not_negative CHECK (filled_quantity >= 0),
     CONSTRAINT orders_not_overfilled_on_paper
         CHECK (filled_quantity <= quantity OR broker <> 'paper' OR status = 'REJECTED'),
@@ -591,7 +686,10 @@ CREATE TABLE orders (
              THEN reject_code IS NOT NULL
                   AND reject_source IN ('VALIDATION', 'RISK', 'COMPLIANCE', 'BROKER')
              ELSE reject_code IS NULL AND reject_source IS NULL END),
-    CONSTRAINT orders_status_after_birth CHECK (status_at >= logical_time)
+    CONSTRAINT orders_status_after_birth CHECK (status_at >= logical_time),
+    CONSTRAINT orders_times_in_range CHECK (
+        time_in_range(coalesce(expire_at, logical_time))
+        AND time_in_range(coalesce(triggered_at, logical_time)) AND time_in_range(status_at))
 ) WITH (fillfactor = 70);
 
 -- This prevents the same client order from being taken twice.
@@ -603,9 +701,12 @@ CREATE INDEX orders_open_idx ON orders (user_id, run_id, symbol)
     WHERE status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED');
 
 COMMENT ON TABLE orders IS 'Orders of every run and broker.';
-COMMENT ON COLUMN orders.quantity IS 'Units ordered; positive unless the order was rejected for it.';
-COMMENT ON COLUMN orders.trail_amount IS 'TRAIL: distance of the stop from the best price, in currency.';
-COMMENT ON COLUMN orders.trail_percent IS 'TRAIL: distance of the stop from the best price, in percent.';
+COMMENT ON COLUMN orders.quantity IS
+    'Units ordered; positive unless the order was rejected for it.';
+COMMENT ON COLUMN orders.trail_amount IS
+    'TRAIL: distance of the stop from the best price, in currency.';
+COMMENT ON COLUMN orders.trail_percent IS
+    'TRAIL: distance of the stop from the best price, in percent.';
 COMMENT ON COLUMN orders.expire_at IS 'Last moment at which it may fill; NULL: no end.';
 COMMENT ON COLUMN orders.triggered_at IS 'Logical time at which its stop was reached.';
 COMMENT ON COLUMN orders.reference_price IS
@@ -625,7 +726,7 @@ LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 DECLARE
     run strategy_run;
 BEGIN
-    run := run_lock_running(NEW.user_id, NEW.run_id, 'orders');
+    run := run_lock(NEW.user_id, NEW.run_id, 'orders', 'RUNNING');
     NEW.broker := run.broker;
     NEW.symbol := upper(btrim(NEW.symbol));
     NEW.side := upper(btrim(NEW.side));
@@ -643,6 +744,7 @@ BEGIN
         NEW.logical_time := run_last_time(NEW.user_id, NEW.run_id);
     END IF;
     NEW.status_at := NEW.logical_time;
+    NEW.recorded_at := now();
     IF NEW.status NOT IN ('NEW', 'PENDING', 'REJECTED') THEN
         RAISE EXCEPTION 'an order can not be born %', NEW.status
             USING ERRCODE = '23T01', CONSTRAINT = 'orders_status_transition', TABLE = 'orders',
@@ -656,39 +758,84 @@ BEGIN
     RETURN NEW;
 END $$;
 
+COMMENT ON FUNCTION orders_prepare_insert IS
+    'Trigger: the stored words, the run''s broker; born NEW, PENDING or REJECTED, nothing filled.';
+
+-- What was asked for is fixed, what was filled is proven by the executions, whoever writes it.
+-- A day's end and a trigger are noted once, a trailing stop only tightens, a reason belongs to
+-- its move.
 CREATE FUNCTION orders_check_update() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+DECLARE
+    filled record;
 BEGIN
-    PERFORM run_lock_running(NEW.user_id, NEW.run_id, 'orders');
-    IF (NEW.user_id, NEW.run_id, NEW.order_id, NEW.broker, NEW.symbol, NEW.side, NEW.logical_time,
-        NEW.client_order_id, NEW.order_type, NEW.time_in_force, NEW.recorded_at)
-       IS DISTINCT FROM
-       (OLD.user_id, OLD.run_id, OLD.order_id, OLD.broker, OLD.symbol, OLD.side, OLD.logical_time,
-        OLD.client_order_id, OLD.order_type, OLD.time_in_force, OLD.recorded_at) THEN
-        RAISE EXCEPTION 'order % keeps its identity, symbol, side, type and time', OLD.order_id
-            USING ERRCODE = '23T09', CONSTRAINT = 'orders_terms_fixed', TABLE = 'orders',
-                  HINT = 'Cancel it and place another.';
-    ELSIF OLD.status IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
-          AND NEW.status = OLD.status THEN
+    PERFORM run_lock(OLD.user_id, OLD.run_id, 'orders', 'RUNNING');
+    IF OLD.status IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED') AND NEW.status = OLD.status THEN
         RAISE EXCEPTION 'order % is %, so it can not be changed', OLD.order_id, OLD.status
             USING ERRCODE = '23T09', CONSTRAINT = 'orders_closed_fixed', TABLE = 'orders',
                   HINT = 'A closed order is history; place another.';
-    ELSIF pg_trigger_depth() = 1
-          AND (NEW.filled_quantity, NEW.filled_notional, NEW.quantity)
-              IS DISTINCT FROM (OLD.filled_quantity, OLD.filled_notional, OLD.quantity) THEN
-        RAISE EXCEPTION 'the quantities of order % follow from its placing and its executions',
-            OLD.order_id
-            USING ERRCODE = '23T04', CONSTRAINT = 'orders_filled_from_executions',
-                  TABLE = 'orders', COLUMN = 'filled_quantity',
-                  HINT = 'Insert executions; the database sums them.';
-    ELSIF pg_trigger_depth() = 1 AND NEW.status <> OLD.status
-          AND NEW.status IN ('FILLED', 'PARTIALLY_FILLED') THEN
-        RAISE EXCEPTION 'order % becomes % by its executions', OLD.order_id, NEW.status
-            USING ERRCODE = '23T01', CONSTRAINT = 'orders_status_transition', TABLE = 'orders',
-                  COLUMN = 'status', HINT = 'Insert the execution; the database moves the order.';
+    ELSIF NOT orders_keeps_terms(OLD, NEW) THEN
+        RAISE EXCEPTION 'order % keeps what was asked for, and its reasons', OLD.order_id
+            USING ERRCODE = '23T09', CONSTRAINT = 'orders_terms_fixed', TABLE = 'orders',
+                  HINT = 'Cancel it and place another.';
+    ELSIF (NEW.filled_quantity, NEW.filled_notional)
+          IS DISTINCT FROM (OLD.filled_quantity, OLD.filled_notional) THEN
+        SELECT coalesce(sum(quantity), 0) AS quantity,
+               coalesce(sum(quantity * price), 0) AS notional
+        INTO filled FROM execution
+        WHERE user_id = OLD.user_id AND run_id = OLD.run_id AND order_id = OLD.order_id;
+        IF (NEW.filled_quantity, NEW.filled_notional) <> (filled.quantity, filled.notional) THEN
+            RAISE EXCEPTION 'the executions of order % fill %, not %', OLD.order_id,
+                filled.quantity, NEW.filled_quantity
+                USING ERRCODE = '23T04', CONSTRAINT = 'orders_filled_from_executions',
+                      TABLE = 'orders', COLUMN = 'filled_quantity',
+                      HINT = 'Insert executions; the database sums them.';
+        END IF;
     END IF;
     RETURN NEW;
 END $$;
+
+COMMENT ON FUNCTION orders_check_update IS
+    'Trigger: an order keeps its terms, a closed one everything; what is filled is proven.';
+
+CREATE FUNCTION orders_keeps_terms(was orders, now_is orders) RETURNS boolean
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    IF (now_is.user_id, now_is.run_id, now_is.order_id, now_is.client_order_id, now_is.broker,
+        now_is.symbol, now_is.side, now_is.order_type, now_is.time_in_force, now_is.trail_percent,
+        now_is.logical_time, now_is.recorded_at)
+       IS DISTINCT FROM
+       (was.user_id, was.run_id, was.order_id, was.client_order_id, was.broker,
+        was.symbol, was.side, was.order_type, was.time_in_force, was.trail_percent,
+        was.logical_time, was.recorded_at)
+       OR now_is.expire_at IS DISTINCT FROM was.expire_at AND was.expire_at IS NOT NULL
+       OR now_is.triggered_at IS DISTINCT FROM was.triggered_at AND was.triggered_at IS NOT NULL
+       OR now_is.status = was.status
+          AND (now_is.status_at, now_is.status_reason, now_is.reject_source, now_is.reject_code)
+              IS DISTINCT FROM
+              (was.status_at, was.status_reason, was.reject_source, was.reject_code) THEN
+        RETURN false;
+    END IF;
+    RETURN (now_is.quantity, now_is.limit_price, now_is.trail_amount, now_is.reference_price)
+           IS NOT DISTINCT FROM
+           (was.quantity, was.limit_price, was.trail_amount, was.reference_price)
+           AND (now_is.stop_price IS NOT DISTINCT FROM was.stop_price
+                OR orders_stop_tightens(was, now_is.stop_price))
+        OR orders_follows_split(was, now_is);
+END $$;
+
+COMMENT ON FUNCTION orders_keeps_terms IS
+    'Whether an update leaves alone what was asked for, or restates it for a split.';
+
+CREATE FUNCTION orders_stop_tightens(was orders, stop_price numeric) RETURNS boolean
+LANGUAGE sql IMMUTABLE
+RETURN was.order_type = 'TRAIL' AND stop_price IS NOT NULL
+       AND (was.stop_price IS NULL
+            OR CASE WHEN was.side = 'BUY' THEN stop_price < was.stop_price
+                    ELSE stop_price > was.stop_price END);
+
+COMMENT ON FUNCTION orders_stop_tightens IS
+    'Whether a new stop of a trailing order is nearer to the market than its old one.';
 
 -- What a paper order may not do although the table of moves, which is for every broker, allows it:
 -- come back from its end. Our own book has no late messages.
@@ -702,11 +849,14 @@ BEGIN
             USING ERRCODE = '23T01', CONSTRAINT = 'orders_status_transition', TABLE = 'orders',
                   COLUMN = 'status', HINT = 'order_transition lists the allowed moves.';
     END IF;
-    IF NEW.status_at = OLD.status_at THEN
+    -- A fill moves an order at the time of its event, anything else at the time that it says.
+    IF NEW.status_at = OLD.status_at OR NEW.filled_quantity <> OLD.filled_quantity THEN
         NEW.status_at := greatest(OLD.status_at, run_last_time(NEW.user_id, NEW.run_id));
     END IF;
     RETURN NEW;
 END $$;
+
+COMMENT ON FUNCTION orders_check_move IS 'Trigger: only moves of order_transition.';
 
 CREATE TRIGGER orders_a_prepare_insert BEFORE INSERT ON orders
     FOR EACH ROW EXECUTE FUNCTION orders_prepare_insert();
@@ -716,9 +866,9 @@ CREATE TRIGGER orders_b_check_move BEFORE UPDATE ON orders
     FOR EACH ROW WHEN (OLD.status IS DISTINCT FROM NEW.status)
     EXECUTE FUNCTION orders_check_move();
 CREATE TRIGGER orders_z_refuse_delete BEFORE DELETE ON orders
-    FOR EACH ROW WHEN (pg_trigger_depth() = 0) EXECUTE FUNCTION history_refuse_change('orders');
+    FOR EACH ROW EXECUTE FUNCTION history_refuse_change('orders', 'kept');
 CREATE TRIGGER orders_z_refuse_truncate BEFORE TRUNCATE ON orders
-    FOR EACH STATEMENT EXECUTE FUNCTION history_refuse_change('orders');
+    FOR EACH STATEMENT EXECUTE FUNCTION history_refuse_change('orders', 'kept');
 
 -- The names that people's SQL uses for paper runs.
 CREATE VIEW paper_order AS
@@ -745,30 +895,35 @@ CREATE TABLE execution (
     quantity            numeric     NOT NULL,
     price               numeric     NOT NULL,
     commission          numeric     NOT NULL DEFAULT 0,
-    commission_currency text        NOT NULL DEFAULT 'USD',
+    commission_currency text        NOT NULL,
     logical_time        timestamptz NOT NULL,
     event_at            timestamptz NOT NULL,
     recorded_at         timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT execution_pkey PRIMARY KEY (user_id, run_id, execution_id),
     CONSTRAINT execution_belongs_to_order FOREIGN KEY (user_id, run_id, order_id)
         REFERENCES orders (user_id, run_id, order_id) ON DELETE CASCADE,
+    CONSTRAINT execution_execution_id_format
+        CHECK (execution_id ~ '^[[:graph:]]([[:print:]]{0,126}[[:graph:]])?$'),
     CONSTRAINT execution_quantity_positive
         CHECK (quantity > 0 AND quantity < 1e15 AND min_scale(quantity) <= 8),
     CONSTRAINT execution_price_in_range CHECK (abs(price) < 1e15 AND min_scale(price) <= 8),
     CONSTRAINT execution_commission_in_range
         CHECK (abs(commission) < 1e15 AND min_scale(commission) <= 16),
-    CONSTRAINT execution_commission_currency_format CHECK (commission_currency ~ '^[A-Z]{3}$')
+    CONSTRAINT execution_commission_currency_format CHECK (commission_currency ~ '^[A-Z]{3}$'),
+    CONSTRAINT execution_event_at_in_range CHECK (time_in_range(event_at))
 );
 
 -- The executions of an order: its history, its cascade, its audit.
 CREATE INDEX execution_order_idx ON execution (user_id, run_id, order_id);
 
 COMMENT ON TABLE execution IS 'Executions (fills) of every run and broker; append-only.';
-COMMENT ON COLUMN execution.execution_id IS 'The broker''s id; at the paper broker order id and number.';
+COMMENT ON COLUMN execution.execution_id IS
+    'The broker''s id; at the paper broker order id and number.';
 COMMENT ON COLUMN execution.symbol IS 'Taken from the order.';
 COMMENT ON COLUMN execution.side IS 'Taken from the order.';
 COMMENT ON COLUMN execution.price IS 'In currency per unit.';
 COMMENT ON COLUMN execution.commission IS 'Positive costs money; negative is a rebate.';
+COMMENT ON COLUMN execution.commission_currency IS 'The run''s, unless it is given.';
 COMMENT ON COLUMN execution.event_at IS 'When the broker says that it happened.';
 
 CREATE FUNCTION execution_prepare_insert() RETURNS trigger
@@ -777,7 +932,7 @@ DECLARE
     run strategy_run;
     o   orders;
 BEGIN
-    run := run_lock_running(NEW.user_id, NEW.run_id, 'execution');
+    run := run_lock(NEW.user_id, NEW.run_id, 'execution', 'RUNNING');
     SELECT * INTO o FROM orders
     WHERE user_id = NEW.user_id AND run_id = NEW.run_id AND order_id = NEW.order_id;
     IF NOT FOUND THEN
@@ -794,58 +949,88 @@ BEGIN
     NEW.side := o.side;
     NEW.logical_time := coalesce(NEW.logical_time, run_last_time(NEW.user_id, NEW.run_id));
     NEW.event_at := coalesce(NEW.event_at, NEW.logical_time);
-    IF NEW.price <= 0 AND NOT EXISTS (SELECT FROM instrument
-                                      WHERE symbol = NEW.symbol AND negative_price_allowed) THEN
-        RAISE EXCEPTION 'a price of % is not possible for %', NEW.price, NEW.symbol
-            USING ERRCODE = 'check_violation', CONSTRAINT = 'execution_price_positive',
-                  TABLE = 'execution', COLUMN = 'price',
-                  HINT = 'Only an instrument with negative_price_allowed trades at or below zero.';
-    END IF;
+    NEW.commission_currency := coalesce(NEW.commission_currency, run.currency);
+    NEW.recorded_at := now();
+    PERFORM execution_check_money(NEW, run);
     RETURN NEW;
 END $$;
 
-CREATE FUNCTION execution_apply() RETURNS trigger
+COMMENT ON FUNCTION execution_prepare_insert IS
+    'Trigger: only an open order trades; symbol and side are the order''s.';
+
+CREATE FUNCTION execution_check_money(e execution, run strategy_run) RETURNS void
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
-DECLARE
-    e execution;
 BEGIN
+    IF e.price <= 0 AND NOT EXISTS (SELECT FROM instrument
+                                    WHERE symbol = e.symbol AND negative_price_allowed) THEN
+        RAISE EXCEPTION 'a price of % is not possible for %', e.price, e.symbol
+            USING ERRCODE = 'check_violation', CONSTRAINT = 'execution_price_positive',
+                  TABLE = 'execution', COLUMN = 'price',
+                  HINT = 'Only an instrument with negative_price_allowed trades at or below zero.';
+    ELSIF e.commission <> 0 AND e.commission_currency <> run.currency THEN
+        RAISE EXCEPTION 'a commission in % can not be paid from cash in %', e.commission_currency,
+            run.currency
+            USING ERRCODE = 'check_violation', CONSTRAINT = 'execution_commission_in_run_currency',
+                  TABLE = 'execution', COLUMN = 'commission_currency',
+                  HINT = 'Convert the commission into the run''s currency.';
+    END IF;
+END $$;
+
+COMMENT ON FUNCTION execution_check_money IS
+    'Refuses a price that can not be, and a commission in another currency than the run''s.';
+
+-- The event first: it is what position and cash follow, and their own triggers prove that they do,
+-- so that writing past this function falsifies nothing. It has the owner's rights, so that nobody
+-- else needs a right to write what follows from executions.
+CREATE FUNCTION execution_apply() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+DECLARE
+    it record;
+BEGIN
+    INSERT INTO event_ledger (user_id, run_id, logical_time, event_type, subject, payload)
+    SELECT e.user_id, e.run_id, e.logical_time, 'EXECUTION', e.order_id || '/' || e.execution_id,
+           execution_event_payload(e)
+    FROM new_rows e;
+
     UPDATE orders o
     SET filled_quantity = o.filled_quantity + f.quantity,
         filled_notional = o.filled_notional + f.notional,
         status = CASE WHEN o.filled_quantity + f.quantity >= o.quantity THEN 'FILLED'
                       WHEN o.status IN ('PENDING_CANCEL', 'PENDING_MODIFY') THEN o.status
-                      ELSE 'PARTIALLY_FILLED' END,
-        status_at = greatest(o.status_at, f.logical_time)
+                      ELSE 'PARTIALLY_FILLED' END
     FROM (SELECT user_id, run_id, order_id, sum(quantity) AS quantity,
-                 sum(quantity * price) AS notional, max(logical_time) AS logical_time
+                 sum(quantity * price) AS notional
           FROM new_rows GROUP BY user_id, run_id, order_id) f
     WHERE o.user_id = f.user_id AND o.run_id = f.run_id AND o.order_id = f.order_id;
 
-    FOR e IN SELECT * FROM new_rows LOOP
-        PERFORM position_apply(e);
+    FOR it IN SELECT DISTINCT user_id, run_id, symbol FROM new_rows LOOP
+        PERFORM position_follow_ledger(it.user_id, it.run_id, it.symbol);
     END LOOP;
-
-    UPDATE strategy_run r
-    SET cash = r.cash + f.flow
-    FROM (SELECT user_id, run_id, sum(execution_cash_flow(side, quantity, price, commission)) AS flow
-          FROM new_rows GROUP BY user_id, run_id) f
-    WHERE r.user_id = f.user_id AND r.run_id = f.run_id;
-
-    INSERT INTO event_ledger (user_id, run_id, logical_time, event_type, subject, payload)
-    SELECT user_id, run_id, logical_time, 'EXECUTION', order_id || '/' || execution_id,
-           jsonb_build_object('symbol', symbol, 'side', side, 'quantity', quantity,
-                              'price', price, 'commission', commission,
-                              'commission_currency', commission_currency, 'event_at', event_at)
-    FROM new_rows;
+    FOR it IN SELECT DISTINCT user_id, run_id FROM new_rows LOOP
+        PERFORM strategy_run_follow_ledger(it.user_id, it.run_id);
+    END LOOP;
     RETURN NULL;
 END $$;
+
+COMMENT ON FUNCTION execution_apply IS
+    'Trigger: executions are told to the ledger and move orders, positions and cash.';
+
+-- UTC, so that no session's time zone decides what the ledger says.
+CREATE FUNCTION execution_event_payload(e execution) RETURNS jsonb
+LANGUAGE sql STABLE SET search_path = public, pg_temp SET timezone = 'UTC' AS $$
+    SELECT jsonb_build_object('symbol', e.symbol, 'side', e.side, 'quantity', e.quantity,
+                              'price', e.price, 'commission', e.commission,
+                              'commission_currency', e.commission_currency,
+                              'event_at', e.event_at)
+$$;
+
+COMMENT ON FUNCTION execution_event_payload IS 'What the event of an execution says.';
 
 -- What an execution does to cash, in the run's currency: a buy pays, a sale receives, both pay
 -- commission.
 CREATE FUNCTION execution_cash_flow(side text, quantity numeric, price numeric, commission numeric)
-RETURNS numeric LANGUAGE sql IMMUTABLE AS $$
-    SELECT CASE WHEN side = 'BUY' THEN -quantity * price ELSE quantity * price END - commission
-$$;
+RETURNS numeric LANGUAGE sql IMMUTABLE
+RETURN CASE WHEN side = 'BUY' THEN -quantity * price ELSE quantity * price END - commission;
 
 COMMENT ON FUNCTION execution_cash_flow IS 'What one execution does to cash, in currency.';
 
@@ -854,9 +1039,9 @@ CREATE TRIGGER execution_a_prepare_insert BEFORE INSERT ON execution
 CREATE TRIGGER execution_m_apply AFTER INSERT ON execution
     REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION execution_apply();
 CREATE TRIGGER execution_z_refuse_change BEFORE UPDATE OR DELETE ON execution
-    FOR EACH ROW WHEN (pg_trigger_depth() = 0) EXECUTE FUNCTION history_refuse_change('execution');
+    FOR EACH ROW EXECUTE FUNCTION history_refuse_change('execution', 'append_only');
 CREATE TRIGGER execution_z_refuse_truncate BEFORE TRUNCATE ON execution
-    FOR EACH STATEMENT EXECUTE FUNCTION history_refuse_change('execution');
+    FOR EACH STATEMENT EXECUTE FUNCTION history_refuse_change('execution', 'append_only');
 
 CREATE VIEW paper_trade AS
     SELECT user_id, run_id, execution_id, order_id, symbol, side, quantity, price, commission,
@@ -893,6 +1078,7 @@ CREATE TABLE position (
     CONSTRAINT position_mark_price_in_range
         CHECK (abs(mark_price) < 1e15 AND min_scale(mark_price) <= 8),
     CONSTRAINT position_mark_has_time CHECK ((mark_price IS NULL) = (marked_at IS NULL)),
+    CONSTRAINT position_marked_at_in_range CHECK (time_in_range(marked_at)),
     CONSTRAINT position_holding_has_mark CHECK (quantity = 0 OR mark_price IS NOT NULL)
 ) WITH (fillfactor = 50);
 
@@ -900,7 +1086,8 @@ COMMENT ON TABLE position IS 'Holdings by run and symbol, at average cost.';
 COMMENT ON COLUMN position.quantity IS 'Units held, negative when short; computed by the database.';
 COMMENT ON COLUMN position.cost_basis IS
     'Cost of what is held, without commission, in currency; negative when short.';
-COMMENT ON COLUMN position.realized_pnl IS 'Profit of what was closed, before commission, in currency.';
+COMMENT ON COLUMN position.realized_pnl IS
+    'Profit of what was closed, before commission, in currency.';
 COMMENT ON COLUMN position.mark_price IS 'Last price that the run saw, per unit.';
 COMMENT ON COLUMN position.marked_at IS 'Logical time of the mark.';
 
@@ -910,7 +1097,7 @@ COMMENT ON COLUMN position.marked_at IS 'Logical time of the mark.';
 CREATE FUNCTION position_after(quantity numeric, cost_basis numeric, delta numeric, price numeric,
                                OUT quantity_after numeric, OUT cost_after numeric,
                                OUT realized numeric)
-LANGUAGE plpgsql IMMUTABLE AS $$
+LANGUAGE plpgsql IMMUTABLE SET search_path = public, pg_temp AS $$
 DECLARE
     closed numeric;
     removed numeric;
@@ -930,70 +1117,46 @@ END $$;
 
 COMMENT ON FUNCTION position_after IS 'A position after a trade of delta units, by average cost.';
 
-CREATE FUNCTION position_apply(e execution) RETURNS void
-LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
-DECLARE
-    p     position%ROWTYPE;
-    a     record;
-    delta numeric := CASE WHEN e.side = 'BUY' THEN e.quantity ELSE -e.quantity END;
-BEGIN
-    SELECT * INTO p FROM position
-    WHERE user_id = e.user_id AND run_id = e.run_id AND symbol = e.symbol;
-    a := position_after(coalesce(p.quantity, 0), coalesce(p.cost_basis, 0), delta, e.price);
-    IF a.quantity_after < 0 AND delta < 0
-       AND (SELECT account_type FROM strategy_run
-            WHERE user_id = e.user_id AND run_id = e.run_id) = 'CASH' THEN
-        RAISE EXCEPTION 'selling % % leaves a short position of % in a cash account',
-            e.quantity, e.symbol, a.quantity_after
-            USING ERRCODE = '23T04', CONSTRAINT = 'position_not_short_in_cash_account',
-                  TABLE = 'position', COLUMN = 'quantity',
-                  HINT = 'Sell at most what is held, or use a MARGIN account.';
-    END IF;
-    IF p.symbol IS NULL THEN
-        INSERT INTO position (user_id, run_id, symbol, quantity, cost_basis, realized_pnl,
-                              mark_price, marked_at)
-        VALUES (e.user_id, e.run_id, e.symbol, a.quantity_after, a.cost_after, a.realized,
-                e.price, e.logical_time);
-    ELSE
-        -- A mark from before the trade is older news than the trade's own price.
-        UPDATE position
-        SET quantity = a.quantity_after, cost_basis = a.cost_after,
-            realized_pnl = p.realized_pnl + a.realized,
-            mark_price = CASE WHEN p.marked_at >= e.logical_time THEN p.mark_price ELSE e.price END,
-            marked_at = CASE WHEN p.marked_at >= e.logical_time THEN p.marked_at
-                             ELSE e.logical_time END
-        WHERE user_id = e.user_id AND run_id = e.run_id AND symbol = e.symbol;
-    END IF;
-END $$;
-
 CREATE FUNCTION position_check_write() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+DECLARE
+    due public.position;
 BEGIN
-    PERFORM run_lock_running(NEW.user_id, NEW.run_id, 'position');
-    IF TG_OP = 'INSERT' AND (NEW.quantity, NEW.cost_basis, NEW.realized_pnl) <> (0, 0, 0)
-       OR TG_OP = 'UPDATE' AND (NEW.user_id, NEW.run_id, NEW.symbol, NEW.quantity, NEW.cost_basis,
-                                NEW.realized_pnl)
-                               IS DISTINCT FROM
-                               (OLD.user_id, OLD.run_id, OLD.symbol, OLD.quantity, OLD.cost_basis,
-                                OLD.realized_pnl) THEN
-        RAISE EXCEPTION 'the position in % follows from its executions', NEW.symbol
+    PERFORM run_lock(NEW.user_id, NEW.run_id, 'position', 'RUNNING');
+    IF TG_OP = 'UPDATE' THEN
+        PERFORM row_check_keeps_run(OLD.user_id, OLD.run_id, NEW.user_id, NEW.run_id, 'position');
+        IF NEW.marked_at < OLD.marked_at OR NEW.marked_at IS NULL AND OLD.marked_at IS NOT NULL THEN
+            RAISE EXCEPTION 'the mark of % is from %, not from an earlier %', NEW.symbol,
+                OLD.marked_at, NEW.marked_at
+                USING ERRCODE = '23T07', CONSTRAINT = 'position_mark_moves_forward',
+                      TABLE = 'position', COLUMN = 'marked_at', HINT = 'Mark with a newer price.';
+        ELSIF (NEW.symbol, NEW.quantity, NEW.cost_basis, NEW.realized_pnl)
+              IS NOT DISTINCT FROM (OLD.symbol, OLD.quantity, OLD.cost_basis, OLD.realized_pnl) THEN
+            RETURN NEW;
+        END IF;
+    END IF;
+    due := position_due(NEW.user_id, NEW.run_id, NEW.symbol);
+    IF (NEW.quantity, NEW.cost_basis, NEW.realized_pnl)
+       IS DISTINCT FROM
+       (coalesce(due.quantity, 0), coalesce(due.cost_basis, 0), coalesce(due.realized_pnl, 0))
+       OR TG_OP = 'UPDATE' AND NEW.symbol <> OLD.symbol THEN
+        RAISE EXCEPTION 'the position in % follows from its executions: %, not %', NEW.symbol,
+            coalesce(due.quantity, 0), NEW.quantity
             USING ERRCODE = '23T04', CONSTRAINT = 'position_from_executions', TABLE = 'position',
                   COLUMN = 'quantity', HINT = 'Insert executions; the database computes positions.';
-    ELSIF TG_OP = 'UPDATE' AND NEW.marked_at < OLD.marked_at THEN
-        RAISE EXCEPTION 'the mark of % is from %, not from an earlier %', NEW.symbol,
-            OLD.marked_at, NEW.marked_at
-            USING ERRCODE = '23T07', CONSTRAINT = 'position_mark_moves_forward',
-                  TABLE = 'position', COLUMN = 'marked_at', HINT = 'Mark with a newer price.';
     END IF;
     RETURN NEW;
 END $$;
 
+COMMENT ON FUNCTION position_check_write IS
+    'Trigger: quantity, cost and profit are what the ledger makes them; a mark is no older.';
+
 CREATE TRIGGER position_a_check_write BEFORE INSERT OR UPDATE ON position
-    FOR EACH ROW WHEN (pg_trigger_depth() = 0) EXECUTE FUNCTION position_check_write();
+    FOR EACH ROW EXECUTE FUNCTION position_check_write();
 CREATE TRIGGER position_z_refuse_delete BEFORE DELETE ON position
-    FOR EACH ROW WHEN (pg_trigger_depth() = 0) EXECUTE FUNCTION history_refuse_change('position');
+    FOR EACH ROW EXECUTE FUNCTION history_refuse_change('position', 'kept');
 CREATE TRIGGER position_z_refuse_truncate BEFORE TRUNCATE ON position
-    FOR EACH STATEMENT EXECUTE FUNCTION history_refuse_change('position');
+    FOR EACH STATEMENT EXECUTE FUNCTION history_refuse_change('position', 'kept');
 
 CREATE VIEW paper_position AS
     SELECT user_id, run_id, symbol, quantity, avg_cost, cost_basis, realized_pnl, mark_price,
@@ -1025,7 +1188,8 @@ CREATE TABLE split_applied (
         REFERENCES corporate_action (symbol, ex_date, kind)
 );
 
-COMMENT ON TABLE split_applied IS 'Splits that a run''s position and orders went through; append-only.';
+COMMENT ON TABLE split_applied IS
+    'Splits that a run''s position and orders went through; append-only.';
 COMMENT ON COLUMN split_applied.quantity_before IS 'Position before it; computed by the database.';
 COMMENT ON COLUMN split_applied.quantity_after IS
     'Position after it, cut to 8 decimals; computed by the database.';
@@ -1036,7 +1200,7 @@ DECLARE
     run    strategy_run;
     action corporate_action;
 BEGIN
-    run := run_lock_running(NEW.user_id, NEW.run_id, 'split_applied');
+    run := run_lock(NEW.user_id, NEW.run_id, 'split_applied', 'RUNNING');
     SELECT * INTO action FROM corporate_action
     WHERE symbol = NEW.symbol AND ex_date = NEW.ex_date AND kind = NEW.kind;
     IF NOT FOUND THEN
@@ -1046,92 +1210,189 @@ BEGIN
                   HINT = 'Announce it in corporate_action (oms data import --splits) first.';
     END IF;
     NEW.logical_time := coalesce(NEW.logical_time, run_last_time(NEW.user_id, NEW.run_id));
+    IF NOT split_is_due(run, NEW.ex_date, NEW.logical_time) THEN
+        RAISE EXCEPTION 'the split of % on % is not due at %', NEW.symbol, NEW.ex_date,
+            NEW.logical_time
+            USING ERRCODE = '23T07', CONSTRAINT = 'split_applied_when_due',
+                  TABLE = 'split_applied', COLUMN = 'ex_date',
+                  HINT = 'A split is applied between the last tick before its day and the next.';
+    END IF;
     SELECT coalesce(sum(quantity), 0) INTO NEW.quantity_before FROM position
     WHERE user_id = NEW.user_id AND run_id = NEW.run_id AND symbol = NEW.symbol;
     NEW.quantity_after :=
         trunc(NEW.quantity_before * action.numerator / action.denominator, 8);
+    NEW.recorded_at := now();
     RETURN NEW;
 END $$;
 
--- Position: more units at the same cost, and a mark in the new unit. Resting orders: the same
--- money for the new unit. A partly filled order can't be restated without falsifying its
--- executions, so its rest is cancelled and placed again.
-CREATE FUNCTION split_applied_apply() RETURNS trigger
-LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+COMMENT ON FUNCTION split_applied_prepare_insert IS
+    'Trigger: only an announced split, when it is due; the quantities are the position''s.';
+
+-- A position that was opened in new units must not be split again: the ex-date is after the session
+-- of the last tick (of the first event, before any tick) and has come. Where the calendar says
+-- nothing, days in UTC decide, which are at most one off.
+CREATE FUNCTION split_is_due(run strategy_run, ex_date date, at timestamptz) RETURNS boolean
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
 DECLARE
-    ratio numeric;
-    o     orders;
+    since timestamptz;
 BEGIN
-    SELECT numerator / denominator INTO ratio FROM corporate_action
-    WHERE symbol = NEW.symbol AND ex_date = NEW.ex_date AND kind = NEW.kind;
+    SELECT max(logical_time) INTO since FROM event_ledger
+    WHERE user_id = run.user_id AND run_id = run.run_id AND event_type = 'TICK';
+    IF since IS NULL THEN
+        SELECT min(logical_time) INTO since FROM event_ledger
+        WHERE user_id = run.user_id AND run_id = run.run_id;
+    END IF;
+    RETURN (since IS NULL
+            OR ex_date > coalesce((calendar_session_at(run.calendar, since)).session_date,
+                                  (since AT TIME ZONE 'UTC')::date - 2))
+       AND ex_date <= greatest((calendar_session_at(run.calendar, at)).session_date,
+                               (at AT TIME ZONE 'UTC')::date);
+END $$;
 
-    UPDATE position
-    SET quantity = NEW.quantity_after, mark_price = round(mark_price / ratio, 8)
-    WHERE user_id = NEW.user_id AND run_id = NEW.run_id AND symbol = NEW.symbol;
+COMMENT ON FUNCTION split_is_due IS
+    'Whether a split''s ex-date lies between a run''s last tick and a moment.';
 
+-- The event first: position and orders follow it. Resting orders ask the same money for the new
+-- unit. A partly filled order can't be restated without falsifying its executions, so its rest is
+-- cancelled and placed again.
+CREATE FUNCTION split_applied_apply() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+DECLARE
+    o orders;
+BEGIN
+    -- Two splits in one statement, or a trade beside the split, would both start from one position.
+    IF NEW.quantity_before <> coalesce((SELECT quantity FROM position
+                                        WHERE user_id = NEW.user_id AND run_id = NEW.run_id
+                                          AND symbol = NEW.symbol), 0) THEN
+        RAISE EXCEPTION 'the position in % has changed since this split began', NEW.symbol
+            USING ERRCODE = '23T08', CONSTRAINT = 'split_applied_starts_from_position',
+                  TABLE = 'split_applied', COLUMN = 'quantity_before',
+                  HINT = 'Apply one split of a symbol a statement, and nothing beside it.';
+    END IF;
+    INSERT INTO event_ledger (user_id, run_id, logical_time, event_type, subject, payload)
+    VALUES (NEW.user_id, NEW.run_id, NEW.logical_time, 'SPLIT_APPLIED',
+            split_event_subject(NEW), split_event_payload(NEW));
+    PERFORM position_follow_ledger(NEW.user_id, NEW.run_id, NEW.symbol);
     FOR o IN SELECT * FROM orders
              WHERE user_id = NEW.user_id AND run_id = NEW.run_id AND symbol = NEW.symbol
                AND status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
                AND broker = 'paper'
              ORDER BY order_id
     LOOP
-        PERFORM split_restate_order(o, NEW, ratio);
+        PERFORM split_restate_order(o, NEW);
     END LOOP;
-
-    INSERT INTO event_ledger (user_id, run_id, logical_time, event_type, subject, payload)
-    VALUES (NEW.user_id, NEW.run_id, NEW.logical_time, 'SPLIT_APPLIED',
-            NEW.symbol || '@' || NEW.ex_date,
-            jsonb_build_object('symbol', NEW.symbol, 'ex_date', NEW.ex_date,
-                               'quantity_before', NEW.quantity_before,
-                               'quantity_after', NEW.quantity_after));
+    PERFORM strategy_run_follow_ledger(NEW.user_id, NEW.run_id);
     RETURN NULL;
 END $$;
 
-CREATE FUNCTION split_restate_order(o orders, split split_applied, ratio numeric) RETURNS void
+COMMENT ON FUNCTION split_applied_apply IS
+    'Trigger: a split is told to the ledger and restates resting orders and the position.';
+
+CREATE FUNCTION split_event_subject(split split_applied) RETURNS text
+LANGUAGE sql IMMUTABLE
+RETURN split.symbol || '@' || to_char(split.ex_date::timestamp, 'YYYY-MM-DD');
+
+COMMENT ON FUNCTION split_event_subject IS 'What the event of a split is about: symbol and day.';
+
+CREATE FUNCTION split_event_payload(split split_applied) RETURNS jsonb
+LANGUAGE sql STABLE SET search_path = public, pg_temp SET timezone = 'UTC' AS $$
+    SELECT jsonb_build_object('symbol', split.symbol, 'ex_date', split.ex_date,
+                              'numerator', c.numerator, 'denominator', c.denominator,
+                              'quantity_before', split.quantity_before,
+                              'quantity_after', split.quantity_after)
+    FROM corporate_action c
+    WHERE c.symbol = split.symbol AND c.ex_date = split.ex_date AND c.kind = split.kind
+$$;
+
+COMMENT ON FUNCTION split_event_payload IS 'What the event of a split says.';
+
+-- An order as a split states it: more units at the same money.
+CREATE FUNCTION orders_after_split(o orders, numerator numeric, denominator numeric) RETURNS orders
+LANGUAGE plpgsql IMMUTABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    o.quantity := trunc((o.quantity - o.filled_quantity) * numerator / denominator, 8);
+    o.limit_price := round(o.limit_price * denominator / numerator, 8);
+    o.stop_price := round(o.stop_price * denominator / numerator, 8);
+    o.trail_amount := round(o.trail_amount * denominator / numerator, 8);
+    o.reference_price := round(o.reference_price * denominator / numerator, 8);
+    RETURN o;
+END $$;
+
+COMMENT ON FUNCTION orders_after_split IS 'The rest of an order in a split''s new units.';
+
+-- The proof of a restated order: its run is just going through a split of the symbol, told to the
+-- ledger and not yet taken up by the books, and the order is what that split makes of it.
+CREATE FUNCTION orders_follows_split(was orders, now_is orders) RETURNS boolean
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+DECLARE
+    split jsonb;
+    due   orders;
+BEGIN
+    SELECT l.payload INTO split
+    FROM strategy_run r
+    JOIN event_ledger l ON l.user_id = r.user_id AND l.run_id = r.run_id AND l.seq > r.books_seq
+    WHERE r.user_id = was.user_id AND r.run_id = was.run_id AND l.event_type = 'SPLIT_APPLIED'
+      AND l.payload ->> 'symbol' = was.symbol
+    ORDER BY l.seq DESC LIMIT 1;
+    IF NOT FOUND OR was.filled_quantity <> 0 THEN
+        RETURN false;
+    END IF;
+    due := orders_after_split(was, (split ->> 'numerator')::numeric,
+                              (split ->> 'denominator')::numeric);
+    RETURN (now_is.quantity, now_is.limit_price, now_is.stop_price, now_is.trail_amount,
+            now_is.reference_price)
+           IS NOT DISTINCT FROM
+           (due.quantity, due.limit_price, due.stop_price, due.trail_amount, due.reference_price);
+END $$;
+
+COMMENT ON FUNCTION orders_follows_split IS 'Whether an order is restated by the split under way.';
+
+CREATE FUNCTION split_restate_order(o orders, split split_applied) RETURNS void
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 DECLARE
-    rest numeric := trunc((o.quantity - o.filled_quantity) * ratio, 8);
+    ratio corporate_action;
+    rest  orders;
 BEGIN
-    IF o.filled_quantity = 0 AND rest > 0 THEN
+    SELECT * INTO ratio FROM corporate_action
+    WHERE symbol = split.symbol AND ex_date = split.ex_date AND kind = split.kind;
+    rest := orders_after_split(o, ratio.numerator, ratio.denominator);
+    IF o.filled_quantity = 0 AND rest.quantity > 0 THEN
         UPDATE orders
-        SET quantity = rest,
-            limit_price = round(o.limit_price / ratio, 8),
-            stop_price = round(o.stop_price / ratio, 8),
-            trail_amount = round(o.trail_amount / ratio, 8),
-            reference_price = round(o.reference_price / ratio, 8)
+        SET quantity = rest.quantity, limit_price = rest.limit_price,
+            stop_price = rest.stop_price, trail_amount = rest.trail_amount,
+            reference_price = rest.reference_price
         WHERE user_id = o.user_id AND run_id = o.run_id AND order_id = o.order_id;
         INSERT INTO event_ledger (user_id, run_id, logical_time, event_type, subject, payload)
-        SELECT user_id, run_id, split.logical_time, 'ORDER_RESTATED',
-               order_id || '@' || split.ex_date, orders_event_payload(orders)
-        FROM orders
-        WHERE user_id = o.user_id AND run_id = o.run_id AND order_id = o.order_id;
+        VALUES (o.user_id, o.run_id, split.logical_time, 'ORDER_RESTATED',
+                o.order_id || '@' || to_char(split.ex_date::timestamp, 'YYYY-MM-DD'),
+                orders_event_payload(rest));
         RETURN;
     END IF;
-    UPDATE orders
-    SET status = 'CANCELED', status_at = greatest(status_at, split.logical_time),
-        status_reason = 'SPLIT'
+    UPDATE orders SET status = 'CANCELED', status_reason = 'SPLIT'
     WHERE user_id = o.user_id AND run_id = o.run_id AND order_id = o.order_id;
-    IF rest > 0 THEN
+    IF rest.quantity > 0 THEN
         INSERT INTO orders (user_id, run_id, order_id, symbol, side, quantity, order_type,
                             time_in_force, limit_price, stop_price, trail_amount, trail_percent,
                             expire_at, triggered_at, reference_price, status_reason, logical_time)
-        VALUES (o.user_id, o.run_id, md5(o.order_id::text || split.ex_date)::uuid, o.symbol,
-                o.side, rest, o.order_type, o.time_in_force, round(o.limit_price / ratio, 8),
-                round(o.stop_price / ratio, 8), round(o.trail_amount / ratio, 8),
-                o.trail_percent, o.expire_at, o.triggered_at,
-                round(o.reference_price / ratio, 8), 'REST_AFTER_SPLIT', split.logical_time);
+        VALUES (o.user_id, o.run_id,
+                md5(o.order_id || to_char(split.ex_date::timestamp, 'YYYY-MM-DD'))::uuid, o.symbol,
+                o.side, rest.quantity, o.order_type, o.time_in_force, rest.limit_price,
+                rest.stop_price, rest.trail_amount, o.trail_percent, o.expire_at, o.triggered_at,
+                rest.reference_price, 'REST_AFTER_SPLIT', split.logical_time);
     END IF;
 END $$;
+
+COMMENT ON FUNCTION split_restate_order IS
+    'Restates a resting order, or replaces a partly filled one.';
 
 CREATE TRIGGER split_applied_a_prepare_insert BEFORE INSERT ON split_applied
     FOR EACH ROW EXECUTE FUNCTION split_applied_prepare_insert();
 CREATE TRIGGER split_applied_m_apply AFTER INSERT ON split_applied
     FOR EACH ROW EXECUTE FUNCTION split_applied_apply();
 CREATE TRIGGER split_applied_z_refuse_change BEFORE UPDATE OR DELETE ON split_applied
-    FOR EACH ROW WHEN (pg_trigger_depth() = 0)
-    EXECUTE FUNCTION history_refuse_change('split_applied');
+    FOR EACH ROW EXECUTE FUNCTION history_refuse_change('split_applied', 'append_only');
 CREATE TRIGGER split_applied_z_refuse_truncate BEFORE TRUNCATE ON split_applied
-    FOR EACH STATEMENT EXECUTE FUNCTION history_refuse_change('split_applied');
+    FOR EACH STATEMENT EXECUTE FUNCTION history_refuse_change('split_applied', 'append_only');
 
 -- The mark: what a run was worth at a logical time. Cash and market value are the books', whoever
 -- writes the row; equity is their sum by definition.
@@ -1146,7 +1407,8 @@ CREATE TABLE mtm_ledger (
     recorded_at  timestamptz NOT NULL DEFAULT now(),
     CONSTRAINT mtm_ledger_one_per_logical_time PRIMARY KEY (user_id, run_id, logical_time),
     CONSTRAINT mtm_ledger_belongs_to_run FOREIGN KEY (user_id, run_id)
-        REFERENCES strategy_run (user_id, run_id) ON DELETE CASCADE
+        REFERENCES strategy_run (user_id, run_id) ON DELETE CASCADE,
+    CONSTRAINT mtm_ledger_logical_time_in_range CHECK (time_in_range(logical_time))
 );
 
 COMMENT ON TABLE mtm_ledger IS 'Mark-to-market by run and logical time; append-only.';
@@ -1158,17 +1420,20 @@ COMMENT ON COLUMN mtm_ledger.equity IS 'cash + market_value.';
 CREATE FUNCTION mtm_ledger_prepare_insert() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 DECLARE
-    run   strategy_run;
-    held  numeric;
+    run    strategy_run;
+    held   numeric;
     newest timestamptz;
 BEGIN
-    run := run_lock_running(NEW.user_id, NEW.run_id, 'mtm_ledger');
+    run := run_lock(NEW.user_id, NEW.run_id, 'mtm_ledger', 'RUNNING');
     NEW.logical_time := coalesce(NEW.logical_time, run_last_time(NEW.user_id, NEW.run_id));
-    SELECT max(logical_time) INTO newest FROM mtm_ledger
-    WHERE user_id = NEW.user_id AND run_id = NEW.run_id;
+    NEW.recorded_at := now();
+    -- The books are those of the newest event: an earlier time had others.
+    SELECT greatest((SELECT max(logical_time) FROM mtm_ledger
+                     WHERE user_id = NEW.user_id AND run_id = NEW.run_id),
+                    (SELECT max(logical_time) FROM event_ledger
+                     WHERE user_id = NEW.user_id AND run_id = NEW.run_id)) INTO newest;
     IF NEW.logical_time < newest THEN
-        RAISE EXCEPTION 'run % is already marked at %, after %', NEW.run_id, newest,
-            NEW.logical_time
+        RAISE EXCEPTION 'run % already stands at %, after %', NEW.run_id, newest, NEW.logical_time
             USING ERRCODE = '23T07', CONSTRAINT = 'mtm_ledger_time_moves_forward',
                   TABLE = 'mtm_ledger', COLUMN = 'logical_time',
                   HINT = 'A run only moves forward; mark it at a later logical_time.';
@@ -1187,12 +1452,15 @@ BEGIN
     RETURN NEW;
 END $$;
 
+COMMENT ON FUNCTION mtm_ledger_prepare_insert IS
+    'Trigger: cash and market value are the books'', at a time that is not past.';
+
 CREATE TRIGGER mtm_ledger_a_prepare_insert BEFORE INSERT ON mtm_ledger
     FOR EACH ROW EXECUTE FUNCTION mtm_ledger_prepare_insert();
 CREATE TRIGGER mtm_ledger_z_refuse_change BEFORE UPDATE OR DELETE ON mtm_ledger
-    FOR EACH ROW WHEN (pg_trigger_depth() = 0) EXECUTE FUNCTION history_refuse_change('mtm_ledger');
+    FOR EACH ROW EXECUTE FUNCTION history_refuse_change('mtm_ledger', 'append_only');
 CREATE TRIGGER mtm_ledger_z_refuse_truncate BEFORE TRUNCATE ON mtm_ledger
-    FOR EACH STATEMENT EXECUTE FUNCTION history_refuse_change('mtm_ledger');
+    FOR EACH STATEMENT EXECUTE FUNCTION history_refuse_change('mtm_ledger', 'append_only');
 
 CREATE VIEW paper_equity_curve AS
     SELECT user_id, run_id, logical_time, cash, market_value, equity, recorded_at
@@ -1223,6 +1491,9 @@ CREATE TABLE event_ledger (
     CONSTRAINT event_ledger_once_per_logical_time
         UNIQUE (user_id, run_id, logical_time, event_type, subject),
     CONSTRAINT event_ledger_seq_positive CHECK (seq > 0),
+    CONSTRAINT event_ledger_logical_time_in_range CHECK (time_in_range(logical_time)),
+    CONSTRAINT event_ledger_subject_short CHECK (length(subject) <= 200),
+    CONSTRAINT event_ledger_tick_has_no_subject CHECK (event_type <> 'TICK' OR subject = ''),
     CONSTRAINT event_ledger_event_type_format CHECK (event_type ~ '^[A-Z][A-Z0-9_]{0,62}$'),
     CONSTRAINT event_ledger_payload_is_object CHECK (jsonb_typeof(payload) = 'object'),
     CONSTRAINT event_ledger_hash_is_sha256 CHECK (length(hash) = 32)
@@ -1232,6 +1503,14 @@ CREATE TABLE event_ledger (
 -- of one SIP occurrence and a second rebalance of one period.
 CREATE UNIQUE INDEX event_ledger_occasion_once ON event_ledger (user_id, run_id, subject)
     WHERE event_type IN ('SIP_EXECUTED', 'SIP_REJECTED', 'SIP_SKIPPED', 'REBALANCED');
+
+-- This prevents a run from ending twice.
+CREATE UNIQUE INDEX event_ledger_run_ends_once ON event_ledger (user_id, run_id)
+    WHERE event_type IN ('RUN_STOPPED', 'RUN_ERROR');
+
+-- What positions and cash follow: the few events after books_seq, or all of a run in an audit.
+CREATE INDEX event_ledger_books_idx ON event_ledger (user_id, run_id, seq)
+    WHERE event_type IN ('EXECUTION', 'SPLIT_APPLIED');
 
 COMMENT ON TABLE event_ledger IS 'Everything that happened to a run; append-only, hash-chained.';
 COMMENT ON COLUMN event_ledger.seq IS 'Position in the run''s chain: 1, 2, 3, ... without a gap.';
@@ -1245,11 +1524,10 @@ COMMENT ON COLUMN event_ledger.hash IS
 CREATE FUNCTION event_hash(previous bytea, of_user uuid, of_run uuid, seq bigint,
                            logical_time timestamptz, event_type text, subject text,
                            payload jsonb, recorded_at timestamptz)
-RETURNS bytea LANGUAGE sql IMMUTABLE AS $$
-    SELECT sha256(previous || convert_to(jsonb_build_array(
-        of_user, of_run, seq, extract(epoch FROM logical_time), event_type, subject, payload,
-        extract(epoch FROM recorded_at))::text, 'UTF8'))
-$$;
+RETURNS bytea LANGUAGE sql IMMUTABLE
+RETURN sha256(previous || convert_to(jsonb_build_array(
+    of_user, of_run, seq, extract(epoch FROM logical_time), event_type, subject, payload,
+    extract(epoch FROM recorded_at))::text, 'UTF8'));
 
 COMMENT ON FUNCTION event_hash IS 'The hash of a ledger row, given the one before it.';
 
@@ -1273,7 +1551,10 @@ DECLARE
     next_seq bigint;
     expected bytea;
 BEGIN
-    PERFORM run_lock_running(NEW.user_id, NEW.run_id, 'event_ledger');
+    PERFORM run_lock(NEW.user_id, NEW.run_id, 'event_ledger', 'RUNNING',
+                     -- How a run that was asked to stop ended is all that it still tells.
+                     CASE WHEN NEW.event_type IN ('RUN_STOPPED', 'RUN_ERROR') THEN 'STOPPING'
+                          ELSE 'RUNNING' END);
     SELECT seq, logical_time, hash INTO head FROM event_ledger
     WHERE user_id = NEW.user_id AND run_id = NEW.run_id ORDER BY seq DESC LIMIT 1;
     next_seq := coalesce(head.seq, 0) + 1;
@@ -1316,17 +1597,13 @@ BEGIN
     RETURN NEW;
 END $$;
 
-CREATE TRIGGER event_ledger_a_append BEFORE INSERT ON event_ledger
-    FOR EACH ROW EXECUTE FUNCTION event_ledger_append();
-CREATE TRIGGER event_ledger_z_refuse_change BEFORE UPDATE OR DELETE ON event_ledger
-    FOR EACH ROW WHEN (pg_trigger_depth() = 0)
-    EXECUTE FUNCTION history_refuse_change('event_ledger');
-CREATE TRIGGER event_ledger_z_refuse_truncate BEFORE TRUNCATE ON event_ledger
-    FOR EACH STATEMENT EXECUTE FUNCTION history_refuse_change('event_ledger');
+COMMENT ON FUNCTION event_ledger_append IS
+    'Trigger: numbers and chains an event, which may not be earlier than the one before it.';
 
--- What an order's events carry: all that was asked for, no surrogate ids.
+-- What an order's events carry: all that was asked for, no surrogate ids. UTC, so that no
+-- session's time zone decides what the ledger says.
 CREATE FUNCTION orders_event_payload(o orders) RETURNS jsonb
-LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+LANGUAGE sql STABLE SET search_path = public, pg_temp SET timezone = 'UTC' AS $$
     SELECT jsonb_strip_nulls(jsonb_build_object(
         'symbol', o.symbol, 'side', o.side, 'quantity', o.quantity, 'order_type', o.order_type,
         'time_in_force', o.time_in_force, 'limit_price', o.limit_price,
@@ -1336,6 +1613,122 @@ LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
         'reject_source', o.reject_source, 'reject_code', o.reject_code,
         'status_reason', o.status_reason))
 $$;
+
+COMMENT ON FUNCTION orders_event_payload IS 'What the event of an order''s placing says.';
+
+-- Events that tell of rows are not taken on anybody's word: the row must be there and say the
+-- same. Positions and cash follow these events, so forging one would forge money.
+CREATE FUNCTION event_ledger_check_fact() RETURNS trigger
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+DECLARE
+    is_true boolean;
+BEGIN
+    is_true := CASE
+        WHEN NEW.event_type = 'EXECUTION' THEN EXISTS (
+            SELECT FROM execution e
+            WHERE e.user_id = NEW.user_id AND e.run_id = NEW.run_id
+              AND e.execution_id = substr(NEW.subject, 38)
+              AND e.order_id || '/' || e.execution_id = NEW.subject
+              AND e.logical_time = NEW.logical_time AND execution_event_payload(e) = NEW.payload)
+        WHEN NEW.event_type = 'SPLIT_APPLIED' THEN EXISTS (
+            SELECT FROM split_applied s
+            WHERE s.user_id = NEW.user_id AND s.run_id = NEW.run_id
+              AND split_event_subject(s) = NEW.subject
+              AND s.logical_time = NEW.logical_time AND split_event_payload(s) = NEW.payload)
+        WHEN NEW.event_type = 'TICK' THEN tick_agrees_with_mark(NEW)
+        ELSE order_event_is_true(NEW) END;
+    IF NOT is_true THEN
+        RAISE EXCEPTION 'no row of run % bears out the event % of %', NEW.run_id, NEW.event_type,
+            NEW.subject
+            USING ERRCODE = '23T08', CONSTRAINT = 'event_ledger_tells_what_happened',
+                  TABLE = 'event_ledger', COLUMN = 'event_type',
+                  HINT = 'Write the row itself; the database tells the ledger.';
+    END IF;
+    RETURN NEW;
+END $$;
+
+COMMENT ON FUNCTION event_ledger_check_fact IS
+    'Trigger: an event that tells of a row says what the row says.';
+
+-- A tick that names figures names those of its mark.
+CREATE FUNCTION tick_agrees_with_mark(tick event_ledger) RETURNS boolean
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+DECLARE
+    mark jsonb;
+BEGIN
+    IF NOT tick.payload ?| ARRAY['cash', 'market_value', 'equity'] THEN
+        RETURN true;
+    END IF;
+    SELECT jsonb_build_object('cash', m.cash, 'market_value', m.market_value, 'equity', m.equity)
+    INTO mark FROM mtm_ledger m
+    WHERE m.user_id = tick.user_id AND m.run_id = tick.run_id
+      AND m.logical_time = tick.logical_time;
+    RETURN FOUND AND tick.payload @> mark;
+END $$;
+
+COMMENT ON FUNCTION tick_agrees_with_mark IS
+    'Whether a TICK event''s cash, market value and equity are those of the mark of its time.';
+
+-- An order's event is written with the move that it tells, so that it is never told again.
+CREATE FUNCTION order_event_is_true(event event_ledger) RETURNS boolean
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT EXISTS (
+        SELECT FROM orders o
+        WHERE o.user_id = event.user_id AND o.run_id = event.run_id
+          AND o.order_id = CASE
+              WHEN event.subject ~ '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}(@|$)'
+              THEN left(event.subject, 36)::uuid END
+          AND (event.subject = o.order_id::text OR event.event_type = 'ORDER_RESTATED')
+          AND CASE WHEN event.event_type = 'ORDER_PLACED'
+                   THEN o.status IN ('NEW', 'PENDING') AND o.logical_time = event.logical_time
+                   WHEN event.event_type = 'ORDER_RESTATED'
+                   THEN orders_event_payload(o) = event.payload
+                        AND EXISTS (SELECT FROM strategy_run r
+                                    JOIN event_ledger l ON l.user_id = r.user_id
+                                                       AND l.run_id = r.run_id
+                                                       AND l.seq > r.books_seq
+                                    WHERE r.user_id = event.user_id AND r.run_id = event.run_id
+                                      AND l.event_type = 'SPLIT_APPLIED'
+                                      AND l.payload ->> 'symbol' = o.symbol)
+                   ELSE 'ORDER_' || o.status = event.event_type
+                        AND o.status_at = event.logical_time END)
+$$;
+
+COMMENT ON FUNCTION order_event_is_true IS 'Whether an order is as its event says.';
+
+-- How a run ended is told just before it ends; at the end of the transaction it must be true.
+CREATE FUNCTION event_ledger_check_end() RETURNS trigger
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
+    IF EXISTS (SELECT FROM strategy_run
+               WHERE user_id = NEW.user_id AND run_id = NEW.run_id
+                 AND 'RUN_' || status <> NEW.event_type
+                 AND NOT (NEW.event_type = 'RUN_STOPPING' AND status IN ('STOPPED', 'ERROR'))) THEN
+        RAISE EXCEPTION 'run % has not moved as its event % says', NEW.run_id, NEW.event_type
+            USING ERRCODE = '23T08', CONSTRAINT = 'event_ledger_tells_what_happened',
+                  TABLE = 'event_ledger', COLUMN = 'event_type',
+                  HINT = 'Move the run itself; the database tells the ledger.';
+    END IF;
+    RETURN NULL;
+END $$;
+
+COMMENT ON FUNCTION event_ledger_check_end IS
+    'Trigger, at commit: a run whose event says that it ended has ended so.';
+
+CREATE TRIGGER event_ledger_a_append BEFORE INSERT ON event_ledger
+    FOR EACH ROW EXECUTE FUNCTION event_ledger_append();
+CREATE TRIGGER event_ledger_b_check_fact BEFORE INSERT ON event_ledger
+    FOR EACH ROW WHEN (NEW.event_type IN ('EXECUTION', 'SPLIT_APPLIED', 'TICK')
+                       OR starts_with(NEW.event_type, 'ORDER_'))
+    EXECUTE FUNCTION event_ledger_check_fact();
+CREATE CONSTRAINT TRIGGER event_ledger_m_check_end AFTER INSERT ON event_ledger
+    DEFERRABLE INITIALLY DEFERRED
+    FOR EACH ROW WHEN (NEW.event_type IN ('RUN_STOPPING', 'RUN_STOPPED', 'RUN_ERROR'))
+    EXECUTE FUNCTION event_ledger_check_end();
+CREATE TRIGGER event_ledger_z_refuse_change BEFORE UPDATE OR DELETE ON event_ledger
+    FOR EACH ROW EXECUTE FUNCTION history_refuse_change('event_ledger', 'append_only');
+CREATE TRIGGER event_ledger_z_refuse_truncate BEFORE TRUNCATE ON event_ledger
+    FOR EACH STATEMENT EXECUTE FUNCTION history_refuse_change('event_ledger', 'append_only');
 
 CREATE FUNCTION orders_record_insert() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
@@ -1348,6 +1741,8 @@ BEGIN
     RETURN NULL;
 END $$;
 
+COMMENT ON FUNCTION orders_record_insert IS 'Trigger: tells the ledger of orders placed.';
+
 -- Moves by a fill are told by the execution's own event.
 CREATE FUNCTION orders_record_move() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
@@ -1359,10 +1754,12 @@ BEGIN
                'status_reason', n.status_reason))
     FROM new_rows n
     JOIN old_rows o ON o.user_id = n.user_id AND o.run_id = n.run_id AND o.order_id = n.order_id
-    WHERE n.status <> o.status AND n.status NOT IN ('FILLED', 'PARTIALLY_FILLED')
+    WHERE n.status <> o.status AND n.filled_quantity = o.filled_quantity
     ORDER BY n.order_id;
     RETURN NULL;
 END $$;
+
+COMMENT ON FUNCTION orders_record_move IS 'Trigger: tells the ledger of moves that no fill made.';
 
 CREATE TRIGGER orders_m_record_insert AFTER INSERT ON orders
     REFERENCING NEW TABLE AS new_rows
@@ -1370,6 +1767,137 @@ CREATE TRIGGER orders_m_record_insert AFTER INSERT ON orders
 CREATE TRIGGER orders_m_record_move AFTER UPDATE ON orders
     REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows
     FOR EACH STATEMENT EXECUTE FUNCTION orders_record_move();
+
+-- The books follow the ledger: cash and positions take up the EXECUTION and SPLIT_APPLIED events
+-- after strategy_run.books_seq, and nothing else ever changes them. Their tables' triggers prove it
+-- with the functions below, whoever writes.
+
+CREATE FUNCTION event_cash_flow(event_type text, payload jsonb) RETURNS numeric
+LANGUAGE sql IMMUTABLE
+RETURN CASE WHEN event_type = 'EXECUTION'
+            THEN execution_cash_flow(payload ->> 'side', (payload ->> 'quantity')::numeric,
+                                     (payload ->> 'price')::numeric,
+                                     (payload ->> 'commission')::numeric)
+            ELSE 0 END;
+
+COMMENT ON FUNCTION event_cash_flow IS 'What a ledger event does to cash, in currency.';
+
+-- What a run's cash and books_seq must be: what they are, and what the events after books_seq add.
+CREATE FUNCTION strategy_run_books_due(run strategy_run, OUT cash numeric, OUT books_seq bigint)
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT run.cash + coalesce(sum(event_cash_flow(event_type, payload)), 0),
+           coalesce(max(seq), run.books_seq)
+    FROM event_ledger
+    WHERE user_id = run.user_id AND run_id = run.run_id AND seq > run.books_seq
+      AND event_type IN ('EXECUTION', 'SPLIT_APPLIED')
+$$;
+
+COMMENT ON FUNCTION strategy_run_books_due IS
+    'What the ledger makes of a run''s cash and books_seq.';
+
+CREATE FUNCTION strategy_run_follow_ledger(of_user uuid, of_run uuid) RETURNS void
+LANGUAGE sql SET search_path = public, pg_temp AS $$
+    UPDATE strategy_run r
+    SET (cash, books_seq) = (SELECT d.cash, d.books_seq FROM strategy_run_books_due(r) d)
+    WHERE r.user_id = of_user AND r.run_id = of_run
+$$;
+
+COMMENT ON FUNCTION strategy_run_follow_ledger IS
+    'Brings a run''s cash up to the last event of its ledger.';
+
+-- One step of the fold that makes a position of a run's events, here and in the audit. A split
+-- keeps the cost and states the mark in the new unit. A mark from before a trade is older news
+-- than the trade's own price.
+CREATE FUNCTION position_after_event(p public.position, event event_ledger)
+RETURNS public.position
+LANGUAGE plpgsql IMMUTABLE SET search_path = public, pg_temp AS $$
+DECLARE
+    units numeric := (event.payload ->> 'quantity')::numeric;
+    price numeric := (event.payload ->> 'price')::numeric;
+    a     record;
+BEGIN
+    p.user_id := event.user_id;
+    p.run_id := event.run_id;
+    p.symbol := event.payload ->> 'symbol';
+    p.quantity := coalesce(p.quantity, 0);
+    p.cost_basis := coalesce(p.cost_basis, 0);
+    p.realized_pnl := coalesce(p.realized_pnl, 0);
+    IF event.event_type = 'SPLIT_APPLIED' THEN
+        p.quantity := (event.payload ->> 'quantity_after')::numeric;
+        p.mark_price := round(p.mark_price * (event.payload ->> 'denominator')::numeric
+                              / (event.payload ->> 'numerator')::numeric, 8);
+        RETURN p;
+    END IF;
+    a := position_after(p.quantity, p.cost_basis,
+                        CASE WHEN event.payload ->> 'side' = 'BUY' THEN units ELSE -units END,
+                        price);
+    p.quantity := a.quantity_after;
+    p.cost_basis := a.cost_after;
+    p.realized_pnl := p.realized_pnl + a.realized;
+    IF p.marked_at IS NULL OR p.marked_at < event.logical_time THEN
+        p.mark_price := price;
+        p.marked_at := event.logical_time;
+    END IF;
+    RETURN p;
+END $$;
+
+COMMENT ON FUNCTION position_after_event IS
+    'A position after an EXECUTION or SPLIT_APPLIED event of its symbol.';
+
+-- What a position must be: what it is, and what the events after the run's books_seq make of it.
+CREATE FUNCTION position_due(of_user uuid, of_run uuid, of_symbol text)
+RETURNS public.position
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+DECLARE
+    run   strategy_run;
+    p     public.position;
+    was   numeric;
+    event event_ledger;
+BEGIN
+    SELECT * INTO run FROM strategy_run WHERE user_id = of_user AND run_id = of_run;
+    SELECT * INTO p FROM position
+    WHERE user_id = of_user AND run_id = of_run AND symbol = of_symbol;
+    FOR event IN SELECT * FROM event_ledger
+                 WHERE user_id = of_user AND run_id = of_run AND seq > run.books_seq
+                   AND event_type IN ('EXECUTION', 'SPLIT_APPLIED')
+                   AND payload ->> 'symbol' = of_symbol
+                 ORDER BY seq
+    LOOP
+        was := coalesce(p.quantity, 0);
+        p := position_after_event(p, event);
+        IF p.quantity < 0 AND p.quantity < was AND run.account_type = 'CASH' THEN
+            RAISE EXCEPTION 'selling % % leaves a short position of % in a cash account',
+                was - p.quantity, of_symbol, p.quantity
+                USING ERRCODE = '23T04', CONSTRAINT = 'position_not_short_in_cash_account',
+                      TABLE = 'position', COLUMN = 'quantity',
+                      HINT = 'Sell at most what is held, or use a MARGIN account.';
+        END IF;
+    END LOOP;
+    RETURN p;
+END $$;
+
+COMMENT ON FUNCTION position_due IS 'What the ledger makes of a position.';
+
+CREATE FUNCTION position_follow_ledger(of_user uuid, of_run uuid, of_symbol text) RETURNS void
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+DECLARE
+    due public.position := position_due(of_user, of_run, of_symbol);
+BEGIN
+    UPDATE position
+    SET quantity = due.quantity, cost_basis = due.cost_basis, realized_pnl = due.realized_pnl,
+        mark_price = due.mark_price, marked_at = due.marked_at
+    WHERE user_id = of_user AND run_id = of_run AND symbol = of_symbol;
+    -- A split of what was never held leaves nothing to write.
+    IF NOT FOUND AND due.marked_at IS NOT NULL THEN
+        INSERT INTO position (user_id, run_id, symbol, quantity, cost_basis, realized_pnl,
+                              mark_price, marked_at)
+        VALUES (of_user, of_run, of_symbol, due.quantity, due.cost_basis, due.realized_pnl,
+                due.mark_price, due.marked_at);
+    END IF;
+END $$;
+
+COMMENT ON FUNCTION position_follow_ledger IS
+    'Brings a position up to the last event of its run''s ledger.';
 
 -- Systematic investment plans: so much money into a symbol on a day of every month, or on the
 -- next session of the run's calendar if that day is none.
@@ -1395,6 +1923,9 @@ CREATE TABLE sip_plan (
         CHECK (amount > 0 AND amount < 1e15 AND min_scale(amount) <= 8),
     CONSTRAINT sip_plan_day_of_month_in_range CHECK (day_of_month BETWEEN 1 AND 31),
     CONSTRAINT sip_plan_ends_after_it_starts CHECK (end_on >= start_on),
+    CONSTRAINT sip_plan_days_in_range CHECK (
+        start_on BETWEEN '0001-01-02' AND '9999-12-30'
+        AND coalesce(end_on, start_on) <= '9999-12-30'),
     CONSTRAINT sip_plan_status_known CHECK (status IN ('ACTIVE', 'PAUSED')),
     CONSTRAINT sip_plan_missed_policy_known
         CHECK (missed_policy IN ('RUN_EACH', 'RUN_ONCE', 'SKIP'))
@@ -1406,37 +1937,41 @@ COMMENT ON COLUMN sip_plan.amount IS 'Money per execution, in the run''s currenc
 COMMENT ON COLUMN sip_plan.day_of_month IS
     'Planned day; the last day of a shorter month, the next session if it is none.';
 COMMENT ON COLUMN sip_plan.missed_policy IS
-    'What becomes of occasions that were missed: RUN_EACH, RUN_ONCE (the newest), SKIP; a skip is recorded.';
+    'What becomes of missed occasions: RUN_EACH, RUN_ONCE (the newest), SKIP; a skip is recorded.';
 
 CREATE FUNCTION sip_plan_guard_write() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
-DECLARE
-    run_now text;
 BEGIN
-    SELECT status INTO run_now FROM strategy_run
-    WHERE user_id = NEW.user_id AND run_id = NEW.run_id FOR NO KEY UPDATE;
-    IF NOT FOUND THEN
-        RAISE EXCEPTION 'user % has no run %', NEW.user_id, NEW.run_id
-            USING ERRCODE = 'foreign_key_violation', CONSTRAINT = 'sip_plan_belongs_to_run',
-                  TABLE = 'sip_plan', COLUMN = 'run_id',
-                  HINT = 'Give a run together with the user who owns it.';
-    ELSIF run_now NOT IN ('CREATED', 'RUNNING') THEN
-        RAISE EXCEPTION 'run % is %, so its plans can not be written', NEW.run_id, run_now
-            USING ERRCODE = '23T03', CONSTRAINT = 'sip_plan_run_is_running', TABLE = 'sip_plan',
-                  HINT = 'An ended run is never written again; make a new run.';
+    PERFORM run_lock(NEW.user_id, NEW.run_id, 'sip_plan', 'CREATED', 'RUNNING');
+    IF TG_OP = 'INSERT' THEN
+        NEW.created_at := now();
+        RETURN NEW;
+    END IF;
+    PERFORM row_check_keeps_run(OLD.user_id, OLD.run_id, NEW.user_id, NEW.run_id, 'sip_plan');
+    -- The ledger knows a plan's occasions by its name: a second plan of that name would not buy.
+    IF (NEW.plan, NEW.created_at) IS DISTINCT FROM (OLD.plan, OLD.created_at) THEN
+        RAISE EXCEPTION 'plan % keeps its name', OLD.plan
+            USING ERRCODE = '23T09', CONSTRAINT = 'sip_plan_name_fixed', TABLE = 'sip_plan',
+                  COLUMN = 'plan', HINT = 'Pause it and add another plan.';
     END IF;
     RETURN NEW;
 END $$;
 
+COMMENT ON FUNCTION sip_plan_guard_write IS
+    'Trigger: plans of a run that has not ended, each with the name that it was made with.';
+
 CREATE TRIGGER sip_plan_a_guard_write BEFORE INSERT OR UPDATE ON sip_plan
     FOR EACH ROW EXECUTE FUNCTION sip_plan_guard_write();
+CREATE TRIGGER sip_plan_z_refuse_delete BEFORE DELETE ON sip_plan
+    FOR EACH ROW EXECUTE FUNCTION history_refuse_change('sip_plan', 'kept');
+CREATE TRIGGER sip_plan_z_refuse_truncate BEFORE TRUNCATE ON sip_plan
+    FOR EACH STATEMENT EXECUTE FUNCTION history_refuse_change('sip_plan', 'kept');
 
 -- The occasion a plan has in a month: its key in the ledger, and the planned day.
 CREATE FUNCTION sip_planned_day(month date, day_of_month integer) RETURNS date
-LANGUAGE sql IMMUTABLE AS $$
-    SELECT least(date_trunc('month', month)::date + day_of_month - 1,
-                 (date_trunc('month', month) + interval '1 month - 1 day')::date)
-$$;
+LANGUAGE sql IMMUTABLE
+RETURN least(date_trunc('month', month::timestamp)::date + day_of_month - 1,
+             (date_trunc('month', month::timestamp) + interval '1 month - 1 day')::date);
 
 COMMENT ON FUNCTION sip_planned_day IS 'The planned day of a plan in a month.';
 
@@ -1481,7 +2016,8 @@ LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
 $$;
 
 COMMENT ON FUNCTION sip_due IS
-    'Occasions of a run''s active plans that are due at a session and not yet in the ledger, with the open of the session of the plan''s next one.';
+    'Occasions of a run''s active plans that are due at a session and not yet in the ledger, with '
+    'the open of the session of the plan''s next one.';
 
 -- Risk: limits are rows, per user or per run, and decided here when an order arrives, so that an
 -- order from psql meets them too. A refusal is stored on the order: source, code, limit and value.
@@ -1506,7 +2042,7 @@ CREATE TABLE risk_limit (
         CASE WHEN kind IN ('FORBIDDEN_SYMBOL', 'ALLOWED_SYMBOL')
              THEN symbol IS NOT NULL AND limit_value IS NULL
              ELSE limit_value >= 0 AND limit_value < 1e20 AND limit_value IS NOT NULL END),
-    CONSTRAINT risk_limit_symbol_upper CHECK (symbol = upper(symbol))
+    CONSTRAINT risk_limit_symbol_format CHECK (symbol ~ '^[A-Z0-9][A-Z0-9._=^/ -]{0,31}$')
 );
 
 COMMENT ON TABLE risk_limit IS 'Limits that every order of a user, or of one run, must meet.';
@@ -1518,10 +2054,33 @@ COMMENT ON COLUMN risk_limit.limit_value IS
 -- The limits that hold for a run are looked up by its user.
 CREATE INDEX risk_limit_run_idx ON risk_limit (user_id, run_id, kind);
 
+-- A limit is removed and made again, not moved to somebody else; an ended run takes no more.
+CREATE FUNCTION risk_limit_guard_write() RETURNS trigger
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
+    IF NEW.run_id IS NOT NULL THEN
+        PERFORM run_lock(NEW.user_id, NEW.run_id, 'risk_limit', 'CREATED', 'RUNNING', 'STOPPING');
+    END IF;
+    IF TG_OP = 'INSERT' THEN
+        NEW.created_at := now();
+        NEW.symbol := upper(btrim(NEW.symbol));
+    ELSE
+        PERFORM row_check_keeps_run(OLD.user_id, OLD.run_id, NEW.user_id, NEW.run_id, 'risk_limit');
+    END IF;
+    RETURN NEW;
+END $$;
+
+COMMENT ON FUNCTION risk_limit_guard_write IS
+    'Trigger: limits of runs that have not ended, each with the user and run it was made for.';
+
+CREATE TRIGGER risk_limit_a_guard_write BEFORE INSERT OR UPDATE ON risk_limit
+    FOR EACH ROW EXECUTE FUNCTION risk_limit_guard_write();
+
 -- What makes an order nonsense in itself.
 CREATE FUNCTION orders_validation_code(o orders) RETURNS text
-LANGUAGE sql IMMUTABLE AS $$
-    SELECT CASE
+LANGUAGE sql IMMUTABLE
+RETURN
+    CASE
         WHEN o.quantity <= 0 THEN 'QUANTITY_NOT_POSITIVE'
         WHEN o.order_type IN ('LIMIT', 'STOP_LIMIT') AND o.limit_price IS NULL
             THEN 'LIMIT_PRICE_MISSING'
@@ -1541,15 +2100,14 @@ LANGUAGE sql IMMUTABLE AS $$
         WHEN o.time_in_force = 'GTD' AND o.expire_at IS NULL THEN 'EXPIRE_AT_MISSING'
         WHEN o.time_in_force IN ('OPG', 'CLS') AND o.order_type NOT IN ('MARKET', 'LIMIT')
             THEN 'ORDER_TYPE_NOT_ALLOWED_IN_AUCTION'
-    END
-$$;
+    END;
 
 COMMENT ON FUNCTION orders_validation_code IS 'Why an order is nonsense in itself, or NULL.';
 
 CREATE FUNCTION orders_price_code(o orders) RETURNS text
 LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
     SELECT 'PRICE_NOT_POSITIVE'
-    WHERE least(o.limit_price, o.stop_price) <= 0
+    WHERE least(o.limit_price, o.stop_price, o.reference_price) <= 0
       AND NOT EXISTS (SELECT FROM instrument i
                       WHERE i.symbol = o.symbol AND i.negative_price_allowed)
 $$;
@@ -1560,7 +2118,8 @@ COMMENT ON FUNCTION orders_price_code IS 'Why an order''s prices can not be, or 
 CREATE FUNCTION orders_exposure(o orders) RETURNS numeric
 LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
     SELECT coalesce((SELECT p.quantity FROM position p
-                     WHERE p.user_id = o.user_id AND p.run_id = o.run_id AND p.symbol = o.symbol), 0)
+                     WHERE p.user_id = o.user_id AND p.run_id = o.run_id
+                       AND p.symbol = o.symbol), 0)
          + coalesce((SELECT sum(w.quantity - w.filled_quantity) FROM orders w
                      WHERE w.user_id = o.user_id AND w.run_id = o.run_id AND w.symbol = o.symbol
                        AND w.side = o.side
@@ -1591,7 +2150,8 @@ LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
          ORDER BY b.bar_end DESC LIMIT 1))
 $$;
 
-COMMENT ON FUNCTION orders_known_price IS 'The last price of an order''s symbol that its run knows.';
+COMMENT ON FUNCTION orders_known_price IS
+    'The last price of an order''s symbol that its run knows.';
 
 -- The first limit that an order breaks, with the limit and the value, or no row.
 CREATE FUNCTION orders_broken_limit(o orders, price numeric, exposure numeric)
@@ -1610,16 +2170,18 @@ LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
         UNION ALL
         SELECT h.kind, h.limit_value, v.value
         FROM here h
-        CROSS JOIN LATERAL (SELECT CASE h.kind
-            WHEN 'MAX_ORDER_QUANTITY' THEN o.quantity
-            WHEN 'MAX_ORDER_NOTIONAL' THEN o.quantity * abs(price)
-            WHEN 'MAX_POSITION'
+        CROSS JOIN LATERAL (SELECT CASE
+            WHEN h.kind = 'MAX_ORDER_QUANTITY' THEN o.quantity
+            WHEN h.kind = 'MAX_ORDER_NOTIONAL' THEN o.quantity * abs(price)
+            WHEN h.kind = 'MAX_POSITION'
             THEN abs(exposure + CASE WHEN o.side = 'BUY' THEN o.quantity ELSE -o.quantity END)
             END AS value) v
         WHERE h.kind IN ('MAX_ORDER_QUANTITY', 'MAX_ORDER_NOTIONAL', 'MAX_POSITION')
           AND (h.symbol IS NULL OR h.symbol = o.symbol)
           -- What can't be valued can't be shown to be within a limit.
           AND (v.value > h.limit_value OR v.value IS NULL)
+          -- Out of a position that is too large one may always get.
+          AND (h.kind <> 'MAX_POSITION' OR v.value > abs(exposure))
     )
     SELECT b.code, b.limit_value, b.value FROM broken b ORDER BY b.code, b.limit_value LIMIT 1
 $$;
@@ -1692,7 +2254,9 @@ CREATE VIEW audit_orphan AS
         UNION ALL SELECT user_id, run_id, 'mtm_ledger ' || logical_time FROM mtm_ledger
         UNION ALL SELECT user_id, run_id, 'event_ledger ' || seq FROM event_ledger
         UNION ALL SELECT user_id, run_id, 'sip_plan ' || plan FROM sip_plan
-        UNION ALL SELECT user_id, run_id, 'split_applied ' || symbol FROM split_applied) c
+        UNION ALL SELECT user_id, run_id, 'split_applied ' || symbol FROM split_applied
+        UNION ALL SELECT user_id, run_id, 'risk_limit ' || limit_id FROM risk_limit
+                  WHERE run_id IS NOT NULL) c
     LEFT JOIN strategy_run r ON r.user_id = c.user_id AND r.run_id = c.run_id
     WHERE r.run_id IS NULL;
 
@@ -1770,39 +2334,41 @@ CREATE VIEW audit_cash AS
     WHERE r.cash <> r.initial_cash + coalesce(e.flow, 0)
     UNION ALL
     SELECT user_id, run_id, 'cash', format('is %s in a cash account', cash)
-    FROM strategy_run WHERE account_type = 'CASH' AND cash < 0;
+    FROM strategy_run WHERE account_type = 'CASH' AND cash < 0
+    UNION ALL
+    SELECT r.user_id, r.run_id, 'books_seq',
+           format('is %s, the last event that the books follow is %s', r.books_seq,
+                  coalesce(l.seq, 0))
+    FROM strategy_run r
+    LEFT JOIN (SELECT user_id, run_id, max(seq) AS seq FROM event_ledger
+               WHERE event_type IN ('EXECUTION', 'SPLIT_APPLIED') GROUP BY user_id, run_id) l
+        ON l.user_id = r.user_id AND l.run_id = r.run_id
+    WHERE r.books_seq <> coalesce(l.seq, 0);
 
 COMMENT ON VIEW audit_cash IS 'Runs whose cash is not their initial cash and their executions.';
 
--- Positions as the ledger alone tells them, event by event.
+-- Positions as the ledger alone tells them, symbol by symbol, event by event.
 CREATE FUNCTION position_from_ledger(of_user uuid, of_run uuid)
 RETURNS TABLE (symbol text, quantity numeric, cost_basis numeric, realized_pnl numeric)
 LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
 DECLARE
-    e     record;
-    held  jsonb := '{}';
-    h     jsonb;
-    a     record;
+    event event_ledger;
+    p     public.position;
 BEGIN
-    FOR e IN SELECT l.event_type, l.payload, l.payload ->> 'symbol' AS symbol FROM event_ledger l
-             WHERE l.user_id = of_user AND l.run_id = of_run
-               AND l.event_type IN ('EXECUTION', 'SPLIT_APPLIED') ORDER BY l.seq
+    FOR event IN SELECT * FROM event_ledger l
+                 WHERE l.user_id = of_user AND l.run_id = of_run
+                   AND l.event_type IN ('EXECUTION', 'SPLIT_APPLIED')
+                 ORDER BY l.payload ->> 'symbol', l.seq
     LOOP
-        h := coalesce(held -> e.symbol, '{"quantity": 0, "cost": 0, "realized": 0}');
-        IF e.event_type = 'SPLIT_APPLIED' THEN
-            h := h || jsonb_build_object('quantity', e.payload -> 'quantity_after');
-        ELSE
-            a := position_after((h ->> 'quantity')::numeric, (h ->> 'cost')::numeric,
-                CASE WHEN e.payload ->> 'side' = 'BUY' THEN 1 ELSE -1 END
-                    * (e.payload ->> 'quantity')::numeric, (e.payload ->> 'price')::numeric);
-            h := jsonb_build_object('quantity', a.quantity_after, 'cost', a.cost_after,
-                                    'realized', (h ->> 'realized')::numeric + a.realized);
+        IF p.symbol <> event.payload ->> 'symbol' THEN
+            RETURN QUERY SELECT p.symbol, p.quantity, p.cost_basis, p.realized_pnl;
+            p := NULL;
         END IF;
-        held := held || jsonb_build_object(e.symbol, h);
+        p := position_after_event(p, event);
     END LOOP;
-    RETURN QUERY SELECT p.key, (p.value ->> 'quantity')::numeric, (p.value ->> 'cost')::numeric,
-                        (p.value ->> 'realized')::numeric
-                 FROM jsonb_each(held) p;
+    -- A split of what was never held makes no position.
+    RETURN QUERY SELECT p.symbol, p.quantity, p.cost_basis, p.realized_pnl
+                 WHERE p.symbol IS NOT NULL;
 END $$;
 
 COMMENT ON FUNCTION position_from_ledger IS 'A run''s positions, rebuilt from its ledger alone.';
@@ -1828,7 +2394,8 @@ COMMENT ON VIEW audit_position IS 'Positions that are not what the ledger makes 
 
 CREATE VIEW audit_mark AS
     SELECT user_id, run_id, 'mtm_ledger ' || logical_time AS subject,
-           format('equity %s is not cash %s + market value %s', equity, cash, market_value) AS finding
+           format('equity %s is not cash %s + market value %s', equity, cash, market_value)
+               AS finding
     FROM mtm_ledger WHERE equity <> cash + market_value
     UNION ALL
     SELECT t.user_id, t.run_id, 'event_ledger TICK ' || t.logical_time,
@@ -1836,7 +2403,7 @@ CREATE VIEW audit_mark AS
     FROM event_ledger t
     LEFT JOIN mtm_ledger m ON m.user_id = t.user_id AND m.run_id = t.run_id
                           AND m.logical_time = t.logical_time
-    WHERE t.event_type = 'TICK'
+    WHERE t.event_type = 'TICK' AND t.payload ?| ARRAY['cash', 'market_value', 'equity']
       AND (m.cash, m.market_value, m.equity) IS DISTINCT FROM
           ((t.payload ->> 'cash')::numeric, (t.payload ->> 'market_value')::numeric,
            (t.payload ->> 'equity')::numeric)
@@ -1845,15 +2412,12 @@ CREATE VIEW audit_mark AS
            format('says cash %s, the executions before it make it %s', c.payload ->> 'cash', c.cash)
     FROM (
         SELECT l.user_id, l.run_id, l.logical_time, l.event_type, l.payload,
-               r.initial_cash + coalesce(sum(execution_cash_flow(
-                   l.payload ->> 'side', (l.payload ->> 'quantity')::numeric,
-                   (l.payload ->> 'price')::numeric, (l.payload ->> 'commission')::numeric))
-                   FILTER (WHERE l.event_type = 'EXECUTION')
-                   OVER (PARTITION BY l.user_id, l.run_id ORDER BY l.seq), 0) AS cash
+               r.initial_cash + sum(event_cash_flow(l.event_type, l.payload))
+                   OVER (PARTITION BY l.user_id, l.run_id ORDER BY l.seq) AS cash
         FROM event_ledger l
         JOIN strategy_run r ON r.user_id = l.user_id AND r.run_id = l.run_id
         WHERE l.event_type IN ('EXECUTION', 'TICK')) c
-    WHERE c.event_type = 'TICK' AND (c.payload ->> 'cash')::numeric IS DISTINCT FROM c.cash;
+    WHERE c.event_type = 'TICK' AND (c.payload ->> 'cash')::numeric <> c.cash;
 
 COMMENT ON VIEW audit_mark IS 'Marks and ticks that are not what the books make them.';
 
@@ -1873,15 +2437,47 @@ CREATE VIEW audit_chain AS
 
 COMMENT ON VIEW audit_chain IS 'Events that break their run''s chain.';
 
+-- What the ledger tells of each order, from its placing or its last restatement.
 CREATE VIEW audit_event AS
     SELECT o.user_id, o.run_id, 'order ' || o.order_id AS subject,
-           'has no event of its placing' AS finding
+           CASE WHEN t.payload IS NULL THEN 'has no event of its placing'
+                ELSE format('is not what its event tells: %s', t.payload) END AS finding
     FROM orders o
-    WHERE NOT EXISTS (SELECT FROM event_ledger l
+    LEFT JOIN (SELECT DISTINCT ON (user_id, run_id, left(subject, 36))
+                      user_id, run_id, left(subject, 36) AS order_id, payload
+               FROM event_ledger
+               WHERE event_type IN ('ORDER_PLACED', 'ORDER_REJECTED', 'ORDER_RESTATED')
+                 AND payload ? 'symbol'
+               ORDER BY user_id, run_id, left(subject, 36), seq DESC) t
+        ON t.user_id = o.user_id AND t.run_id = o.run_id AND t.order_id = o.order_id::text
+    WHERE (o.symbol, o.side, o.order_type, o.time_in_force, o.quantity, o.limit_price,
+           o.trail_amount, o.trail_percent, o.client_order_id,
+           CASE WHEN o.order_type <> 'TRAIL' THEN o.stop_price END)
+          IS DISTINCT FROM
+          (t.payload ->> 'symbol', t.payload ->> 'side', t.payload ->> 'order_type',
+           t.payload ->> 'time_in_force', (t.payload ->> 'quantity')::numeric,
+           (t.payload ->> 'limit_price')::numeric, (t.payload ->> 'trail_amount')::numeric,
+           (t.payload ->> 'trail_percent')::numeric, t.payload ->> 'client_order_id',
+           CASE WHEN o.order_type <> 'TRAIL' THEN (t.payload ->> 'stop_price')::numeric END)
+    UNION ALL
+    SELECT o.user_id, o.run_id, 'order ' || o.order_id,
+           format('is %s since %s, which no event tells', o.status, o.status_at)
+    FROM orders o
+    WHERE o.status NOT IN ('NEW', 'PENDING', 'PARTIALLY_FILLED', 'FILLED')
+      AND NOT EXISTS (SELECT FROM event_ledger l
                       WHERE l.user_id = o.user_id AND l.run_id = o.run_id
-                        AND l.logical_time = o.logical_time
-                        AND l.event_type IN ('ORDER_PLACED', 'ORDER_REJECTED')
+                        AND l.logical_time = o.status_at
+                        AND l.event_type = 'ORDER_' || o.status
                         AND l.subject = o.order_id::text)
+    UNION ALL
+    SELECT l.user_id, l.run_id, 'event_ledger ' || l.seq,
+           format('tells of an order that is %s', coalesce(o.status, 'not there'))
+    FROM event_ledger l
+    LEFT JOIN orders o ON o.user_id = l.user_id AND o.run_id = l.run_id
+                      AND o.order_id::text = left(l.subject, 36)
+    WHERE l.event_type IN ('ORDER_PLACED', 'ORDER_REJECTED', 'ORDER_CANCELED', 'ORDER_EXPIRED')
+      AND (o.order_id IS NULL
+           OR o.broker = 'paper' AND l.event_type NOT IN ('ORDER_PLACED', 'ORDER_' || o.status))
     UNION ALL
     SELECT e.user_id, e.run_id, 'execution ' || e.execution_id,
            'has no event, or one that says otherwise'
@@ -1893,7 +2489,9 @@ CREATE VIEW audit_event AS
                         AND l.payload ->> 'symbol' = e.symbol AND l.payload ->> 'side' = e.side
                         AND (l.payload ->> 'quantity')::numeric = e.quantity
                         AND (l.payload ->> 'price')::numeric = e.price
-                        AND (l.payload ->> 'commission')::numeric = e.commission)
+                        AND (l.payload ->> 'commission')::numeric = e.commission
+                        AND l.payload ->> 'commission_currency' = e.commission_currency
+                        AND (l.payload ->> 'event_at')::timestamptz = e.event_at)
     UNION ALL
     SELECT l.user_id, l.run_id, 'event_ledger ' || l.seq, 'tells of an execution that is not there'
     FROM event_ledger l
@@ -1902,13 +2500,34 @@ CREATE VIEW audit_event AS
                       WHERE e.user_id = l.user_id AND e.run_id = l.run_id
                         AND e.execution_id = substr(l.subject, 38))
     UNION ALL
+    SELECT coalesce(s.user_id, l.user_id), coalesce(s.run_id, l.run_id),
+           coalesce('split_applied ' || split_event_subject(s), 'event_ledger ' || l.seq),
+           CASE WHEN l.seq IS NULL THEN 'has no event, or one that says otherwise'
+                ELSE 'tells of a split that is not there' END
+    FROM split_applied s
+    FULL JOIN (SELECT * FROM event_ledger WHERE event_type = 'SPLIT_APPLIED') l
+        ON l.user_id = s.user_id AND l.run_id = s.run_id AND l.logical_time = s.logical_time
+       AND l.payload ->> 'symbol' = s.symbol AND (l.payload ->> 'ex_date')::date = s.ex_date
+       AND (l.payload ->> 'quantity_before')::numeric = s.quantity_before
+       AND (l.payload ->> 'quantity_after')::numeric = s.quantity_after
+    WHERE s.run_id IS NULL OR l.run_id IS NULL
+    UNION ALL
     SELECT s.user_id, s.run_id, 'engine_state',
            format('stands at %s, the last TICK is at %s', s.last_logical_time, t.logical_time)
     FROM engine_state s
     CROSS JOIN LATERAL (SELECT max(l.logical_time) AS logical_time FROM event_ledger l
                         WHERE l.user_id = s.user_id AND l.run_id = s.run_id
                           AND l.event_type = 'TICK') t
-    WHERE s.last_logical_time IS DISTINCT FROM t.logical_time;
+    WHERE s.last_logical_time IS DISTINCT FROM t.logical_time
+    UNION ALL
+    SELECT l.user_id, l.run_id, 'event_ledger ' || l.seq,
+           format('tells of an end, the run is %s and its last event is %s', r.status, h.seq)
+    FROM event_ledger l
+    JOIN strategy_run r ON r.user_id = l.user_id AND r.run_id = l.run_id
+    CROSS JOIN LATERAL (SELECT max(n.seq) AS seq FROM event_ledger n
+                        WHERE n.user_id = l.user_id AND n.run_id = l.run_id) h
+    WHERE l.event_type IN ('RUN_STOPPED', 'RUN_ERROR')
+      AND (l.event_type <> 'RUN_' || r.status OR l.seq <> h.seq);
 
 COMMENT ON VIEW audit_event IS 'Rows without their event and events without their row.';
 
@@ -1925,8 +2544,7 @@ BEGIN
                 EXECUTE format('CREATE ROLE %I NOLOGIN', wanted);
             EXCEPTION
                 WHEN insufficient_privilege THEN
-                    RAISE WARNING 'role % can not be created by %', wanted, current_user
-                        USING HINT = format('An administrator must run: CREATE ROLE %I NOLOGIN; then SELECT grant_roles() as the owner.', wanted);
+                    NULL;  -- grant_roles() says below what an administrator must run
                 WHEN duplicate_object OR unique_violation THEN
                     NULL;  -- another database of this server has just made it
             END;
@@ -1934,33 +2552,82 @@ BEGIN
     END LOOP;
 END $$;
 
--- Grants everything to whichever of the roles exist; it may be called again at any time. The
--- caller becomes a member of the engine's and the auditor's role, so that it can act as them.
+-- The rights of each role: all that it needs and no more. The engine inserts what happens and
+-- moves what moves; it has no right to a number that follows from something else. Those are
+-- written by execution_apply and split_applied_apply, which have the owner's rights.
+CREATE FUNCTION role_rights() RETURNS TABLE (role text, rights text)
+LANGUAGE sql IMMUTABLE SET search_path = public, pg_temp AS $$
+    VALUES
+        ('oms_engine', 'USAGE ON SCHEMA public'),
+        ('oms_engine', 'INSERT ON app_user, instrument, calendar_session, price_bar,
+            corporate_action, engine_state, engine_status, sip_plan'),
+        ('oms_engine', 'INSERT (user_id, run_id, name, status, strategy, parameters, broker, paper,
+            account_type, calendar, currency, tick_at, initial_cash),
+            UPDATE (status) ON strategy_run'),
+        ('oms_engine', 'UPDATE (last_logical_time, state, recorded_at) ON engine_state'),
+        ('oms_engine', 'UPDATE (heartbeat_at, lag_seconds, last_error, error_at)
+            ON engine_status'),
+        ('oms_engine', 'INSERT (user_id, run_id, order_id, client_order_id, symbol, side, quantity,
+            order_type, time_in_force, limit_price, stop_price, trail_amount, trail_percent,
+            expire_at, reference_price, logical_time), UPDATE (status, status_at, status_reason,
+            reject_source, reject_code, stop_price, triggered_at, expire_at)
+            ON orders, paper_order'),
+        ('oms_engine', 'INSERT (user_id, run_id, execution_id, order_id, symbol, side, quantity,
+            price, commission, commission_currency, logical_time, event_at)
+            ON execution, paper_trade'),
+        ('oms_engine', 'UPDATE (mark_price, marked_at) ON position, paper_position'),
+        ('oms_engine', 'INSERT (user_id, run_id, symbol, ex_date, kind, logical_time)
+            ON split_applied'),
+        ('oms_engine', 'INSERT (user_id, run_id, logical_time) ON mtm_ledger, paper_equity_curve'),
+        ('oms_engine', 'INSERT (user_id, run_id, logical_time, event_type, subject, payload)
+            ON event_ledger'),
+        ('oms_engine', 'UPDATE (status, start_on) ON sip_plan'),
+        ('oms_connector', 'USAGE ON SCHEMA public'),
+        ('oms_connector', 'SELECT ON instrument, calendar_session'),
+        ('oms_auditor', 'USAGE ON SCHEMA public')
+$$;
+
+COMMENT ON FUNCTION role_rights IS 'The rights of each role, besides reading.';
+
+-- Named one by one, since other people's tables may be in the schema too.
+CREATE FUNCTION our_relations() RETURNS text[]
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT ARRAY[
+        'app_user', 'calendar_session', 'corporate_action', 'engine_state', 'engine_status',
+        'event_ledger', 'execution', 'instrument', 'mtm_ledger', 'order_status',
+        'order_transition', 'orders', 'position', 'price_bar', 'risk_limit', 'run_status',
+        'run_transition', 'sip_plan', 'split_applied', 'strategy_run',
+        'paper_order', 'paper_trade', 'paper_position', 'paper_equity_curve',
+        'audit_cash', 'audit_chain', 'audit_duplicate', 'audit_event', 'audit_mark',
+        'audit_order', 'audit_orphan', 'audit_position', 'audit_running']
+        -- Not there in a database that was built from sql/.
+        || CASE WHEN to_regclass('public.alembic_version') IS NULL THEN '{}'
+                ELSE '{alembic_version}'::text[] END
+$$;
+
+COMMENT ON FUNCTION our_relations IS 'Our tables and views.';
+
+-- Gives each of the roles that exist exactly its rights; it may be called again at any time. The
+-- caller becomes a member of them, so that it can act as the engine and the auditor.
 CREATE FUNCTION grant_roles() RETURNS SETOF text
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 DECLARE
     item record;
+    ours text := array_to_string(our_relations(), ', ');
 BEGIN
-    FOR item IN SELECT r.rolname, g.needs FROM (VALUES
-        ('oms_engine', 'USAGE ON SCHEMA public'),
-        ('oms_engine', 'SELECT ON ALL TABLES IN SCHEMA public'),
-        ('oms_engine', 'INSERT ON app_user, instrument, calendar_session, price_bar, corporate_action, strategy_run, engine_state, engine_status, orders, execution, position, split_applied, mtm_ledger, event_ledger, sip_plan, risk_limit'),
-        ('oms_engine', 'UPDATE ON strategy_run, engine_state, engine_status, orders, position, sip_plan, risk_limit, instrument'),
-        ('oms_engine', 'INSERT, UPDATE ON paper_order, paper_position'),
-        ('oms_engine', 'INSERT ON paper_trade, paper_equity_curve'),
-        ('oms_engine', 'DELETE ON risk_limit'),
-        ('oms_connector', 'USAGE ON SCHEMA public'),
-        ('oms_connector', 'SELECT ON instrument, calendar_session'),
-        ('oms_auditor', 'USAGE ON SCHEMA public'),
-        ('oms_auditor', 'SELECT ON ALL TABLES IN SCHEMA public')) AS g (role, needs)
-        LEFT JOIN pg_roles r ON r.rolname = g.role
-    LOOP
-        IF item.rolname IS NOT NULL THEN
-            EXECUTE format('GRANT %s TO %I', item.needs, item.rolname);
+    FOR item IN SELECT rolname FROM pg_roles
+                WHERE rolname IN ('oms_engine', 'oms_connector', 'oms_auditor') LOOP
+        EXECUTE format('REVOKE ALL ON %s FROM %I', ours, item.rolname);
+        IF item.rolname <> 'oms_connector' THEN
+            EXECUTE format('GRANT SELECT ON %s TO %I', ours, item.rolname);
         END IF;
     END LOOP;
+    FOR item IN SELECT g.role, g.rights FROM role_rights() g
+                JOIN pg_roles r ON r.rolname = g.role LOOP
+        EXECUTE format('GRANT %s TO %I', item.rights, item.role);
+    END LOOP;
     FOR item IN SELECT rolname FROM pg_roles
-                WHERE rolname IN ('oms_engine', 'oms_auditor', 'oms_connector')
+                WHERE rolname IN ('oms_engine', 'oms_connector', 'oms_auditor')
                   -- From 16 on, who made a role is its member without being able to act as it.
                   AND NOT pg_has_role(current_user, oid, CASE
                       WHEN current_setting('server_version_num')::integer >= 160000 THEN 'SET'
@@ -1971,23 +2638,43 @@ BEGIN
             RETURN NEXT format('GRANT %I TO %I;', item.rolname, current_user);
         END;
     END LOOP;
-    RETURN QUERY SELECT format('CREATE ROLE %I NOLOGIN;', w)
+    RETURN QUERY SELECT format('CREATE ROLE %I NOLOGIN; GRANT %I TO %I;', w, w, current_user)
                  FROM unnest(ARRAY['oms_engine', 'oms_connector', 'oms_auditor']) w
                  WHERE w NOT IN (SELECT rolname FROM pg_roles);
 END $$;
 
 COMMENT ON FUNCTION grant_roles IS
-    'Grants the roles their rights; returns what an administrator must still run.';
+    'Gives the roles their rights; returns what an administrator must still run.';
 
-REVOKE ALL ON ALL TABLES IN SCHEMA public FROM PUBLIC;
+-- A trigger function is called by its trigger, whoever writes; nobody else needs it, and nobody
+-- shall put it on a table of their own and feed it with rows of their own.
+DO $$
+DECLARE
+    hidden regprocedure;
+BEGIN
+    FOR hidden IN
+        SELECT DISTINCT tgfoid FROM pg_trigger
+        WHERE NOT tgisinternal AND tgrelid::regclass::text = ANY (our_relations())
+    LOOP
+        EXECUTE format('REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC', hidden);
+    END LOOP;
+END $$;
+
+REVOKE EXECUTE ON FUNCTION grant_roles FROM PUBLIC;
 
 DO $$
 DECLARE
     missing text;
 BEGIN
+    EXECUTE format('REVOKE ALL ON %s FROM PUBLIC', array_to_string(our_relations(), ', '));
     FOR missing IN SELECT grant_roles() LOOP
-        RAISE WARNING 'the migration may not run: %', missing
-            USING HINT = 'An administrator must run it; then SELECT grant_roles().';
+        RAISE WARNING 'an administrator must run: %', missing
+            USING HINT = 'Then `oms db migrate`, or SELECT grant_roles() as the owner.';
     END LOOP;
+    IF EXISTS (SELECT FROM pg_namespace n, aclexplode(n.nspacl) a
+               WHERE n.nspname = 'public' AND a.grantee = 0 AND a.privilege_type = 'CREATE') THEN
+        RAISE WARNING 'anybody may create functions in schema public and so change what ours call'
+            USING HINT = 'An administrator must run: REVOKE CREATE ON SCHEMA public FROM PUBLIC;';
+    END IF;
 END $$;
 
