@@ -66,7 +66,7 @@ def test_the_tour_runs_as_it_is_written(at_home: dict[str, str], tmp_path: Path)
         "oms user add cleo",
         f"{start} --name clever",
         replay,
-        "oms position list --run-id clever --json",
+        "oms order list --run-id clever --json",
         "oms audit",
     ):
         done = subprocess.run(
@@ -74,7 +74,7 @@ def test_the_tour_runs_as_it_is_written(at_home: dict[str, str], tmp_path: Path)
         )
         assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         printed[command] = done.stdout
-    assert '"IBM"' in printed["oms position list --run-id clever --json"]
+    assert "FILLED" in printed["oms order list --run-id clever --json"]
 
 
 @pytest.mark.parametrize("document", sorted(p.relative_to(ROOT) for p in ROOT.glob("*.md")))

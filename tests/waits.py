@@ -31,10 +31,12 @@ def wait_until_blocked(watch: Connection, waiting: Connection, *, by: Connection
 def wait_until_someone_is_blocked(watch: Connection, *, by: Connection) -> None:
     """Wait until any connection waits for a lock of ``by``."""
     wait_until(
-        lambda: watch.execute(
-            "SELECT count(*) FROM pg_stat_activity WHERE %s = ANY(pg_blocking_pids(pid))",
-            [by.info.backend_pid],
-        ).fetchone()
-        != (0,),
+        lambda: (
+            watch.execute(
+                "SELECT count(*) FROM pg_stat_activity WHERE %s = ANY(pg_blocking_pids(pid))",
+                [by.info.backend_pid],
+            ).fetchone()
+            != (0,)
+        ),
         "a connection to wait",
     )

@@ -17,14 +17,18 @@ import typer.main
 from psycopg import sql
 
 from cli.main import app, main
-from engine.db.connect import open_connection
+from engine.db.connect import ENGINE_ROLE, open_connection
 from engine.db.install import grant_roles, head, revision
+from engine.market.store import add_instrument
+from engine.runs import add_user
 
 SCRIPT = Path(sysconfig.get_path("scripts"), "oms")
 PROCESS_SECONDS_MAX = 120
 
 # What says which database is meant. The tests name theirs, whatever the user's shell says.
 _PLACES = ("DB_DSN", "PGHOST", "PGHOSTADDR", "PGPORT", "PGSERVICE", "PGDATABASE", "PGUSER")
+
+_stamped: set[tuple[str, str]] = set()
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +97,11 @@ def environment(env: Mapping[str, str]) -> dict[str, str]:
 
 def stamp(dsn: str) -> None:
     """Note the migration that the tests' database, made from ``sql/``, stands for."""
+    # Every test's database has the same name.
+    key = (dsn, os.environ["PYTEST_CURRENT_TEST"])
+    if key in _stamped:
+        return
+    _stamped.add(key)
     with open_connection(dsn) as owner:
         if revision(owner) is None:
             owner.execute("CREATE TABLE alembic_version (version_num text PRIMARY KEY)")
@@ -102,9 +111,10 @@ def stamp(dsn: str) -> None:
 
 def started(dsn: str, user: str = "alice", *options: str) -> str:
     """A user, known symbols and a RUNNING run; its id."""
-    for symbol in ("AAPL", "IBM", "MSFT"):
-        assert oms(dsn, "data", "add", symbol).code == 0
-    assert oms(dsn, "user", "add", user).code == 0
+    with open_connection(dsn, role=ENGINE_ROLE) as conn:
+        for symbol in ("AAPL", "IBM", "MSFT"):
+            add_instrument(conn, symbol)
+        add_user(conn, user)
     made = oms(dsn, "run", "start", "--user", user, "--cash", "10000", *options, "--json")
     assert made.err == ""
     run_id: str = made.json["run_id"]

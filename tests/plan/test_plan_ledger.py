@@ -113,9 +113,7 @@ def test_orders_trades_and_positions_follow_from_each_other(conn: Connection) ->
         ),
     ],
 )
-def test_no_link_of_the_chain_stands_alone(
-    conn: Connection, insert: str, constraint: str
-) -> None:
+def test_no_link_of_the_chain_stands_alone(conn: Connection, insert: str, constraint: str) -> None:
     run = a_run(conn)
     before = snapshot(conn)
     other: UUID | str = "1" if "numeric" in insert else run.run_id

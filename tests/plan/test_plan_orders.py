@@ -81,9 +81,11 @@ def test_a_market_buy_on_a_tick_is_filled_and_everything_follows(conn: Connectio
         Decimal("2.5"),
         100,
     )
-    assert one(
-        conn, "SELECT symbol, quantity, avg_cost FROM paper_position WHERE :run", run
-    ) == ("AAPL", Decimal("2.5"), 100)
+    assert one(conn, "SELECT symbol, quantity, avg_cost FROM paper_position WHERE :run", run) == (
+        "AAPL",
+        Decimal("2.5"),
+        100,
+    )
     assert one(
         conn, "SELECT logical_time, cash, equity FROM paper_equity_curve WHERE :run", run
     ) == (close_on(MON), 9750, 10000)

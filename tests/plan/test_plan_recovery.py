@@ -53,9 +53,7 @@ class Crash(Exception):
 def test_the_second_tick_at_a_time_changes_nothing_and_tells_the_same(conn: Connection) -> None:
     run = a_run(conn)
     a_plan(conn, run)
-    first = run_tick(
-        conn, run.user_id, run.run_id, close_on(MON), BOTH, intents=[buy("1", "IBM")]
-    )
+    first = run_tick(conn, run.user_id, run.run_id, close_on(MON), BOTH, intents=[buy("1", "IBM")])
     before, had = snapshot(conn), counts(conn, run)
     again = run_tick(
         conn, run.user_id, run.run_id, close_on(MON), at_price("7"), intents=[buy("9", "IBM")]
@@ -218,7 +216,9 @@ def crashed(dsn: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Connect
             wait_until(
                 lambda: (
                     child.poll() is not None
-                    or rows(owner, "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted")
+                    or rows(
+                        owner, "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+                    )
                 ),
                 "the child to be inside its tick",
             )
