@@ -118,4 +118,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def run() -> None:
     """The console script."""
+    # A strategy of one's own may lie in the current folder. Last, so that nothing there can take
+    # the place of an installed module.
+    sys.path.append("")
     sys.exit(main(sys.argv[1:]))

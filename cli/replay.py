@@ -60,13 +60,14 @@ def replay(
     from engine.feeds import stored_feed, symbols_of
     from engine.replay import replay as replay_feed
 
-    after = parse_until(start, "start", end=False) - _INSTANT if start else None
+    first = parse_until(start, "start", end=False) if start else None
     upto = parse_until(end, "end", end=True) if end else utc_now()
+    if first is not None and first > upto:
+        raise BadInput(f"The start {utc(first)} is after the end {utc(upto)}; swap them.")
     with acting(dsn) as conn, progress() as move:
         run = reads.find_run(conn, run_id)
-        after = after or reads.run_row(conn, run).last_logical_time or _BEGINNING
-        if after > upto:
-            raise BadInput(f"The start {utc(after)} is after the end {utc(upto)}; swap them.")
+        last = reads.run_row(conn, run).last_logical_time
+        after = first - _INSTANT if first else last or _BEGINNING
         total = reads.count_moments(conn, symbols_of(conn, run), after, upto)
         done = 0
 

@@ -141,9 +141,10 @@ def start(
     """Make a run and start it.
 
     A user has at most one RUNNING run. The strategy and its parameters are
-    checked before anything is written. A parameter's value is text, or JSON
-    where it begins with a brace or a bracket; key.name=value sets one name
-    of an object.
+    checked before anything is written. Your own strategy is named by its
+    module, installed or in the current folder. A parameter's value is text, or
+    JSON where it begins with a brace or a bracket; key.name=value sets one
+    name of an object.
 
     Examples:
       oms run start --user alice --cash 10000

@@ -22,7 +22,7 @@ __all__ = ["schedule"]
 def schedule(
     every: Annotated[
         int, typer.Option("--every", metavar="SECONDS", min=1, help="How often to look.")
-    ] = 30,
+    ] = 60,
     once: Annotated[bool, typer.Option("--once", help="One round, then end.")] = False,
     dsn: Dsn = None,
     as_json: Json = False,
@@ -64,6 +64,8 @@ def _serve(dsn: str | None, every: int, *, as_json: bool) -> None:
     logging.basicConfig(
         stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s"
     )
+    # A round that takes longer than the interval is no news: the next one waits for it.
+    logging.getLogger("apscheduler").setLevel(logging.ERROR)
     where = owner_dsn(dsn)
     with acting(where):
         pass  # what is wrong with the database is said now, not at the first round

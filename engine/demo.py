@@ -18,7 +18,13 @@ from uuid import UUID, uuid5
 
 from engine import resources
 from engine.db.connect import ENGINE_ROLE, Connection, open_connection
-from engine.errors import AlreadyHappened, IllegalRunMove, RunAlreadyRunning, translated
+from engine.errors import (
+    AlreadyHappened,
+    IllegalRunMove,
+    RunAlreadyRunning,
+    RunNotRunning,
+    translated,
+)
 from engine.history import read_history
 from engine.market.imports import read_bars, read_splits
 from engine.market.model import Bar
@@ -131,7 +137,7 @@ def _run_one(
     progress(setup.name, 0, total)
     replayed = replay(conn, run.user_id, run.run_id, feed, progress=told)
     if find_run(conn, run.run_id).status == "RUNNING":
-        with suppress(IllegalRunMove):  # another demo has just stopped it
+        with suppress(IllegalRunMove, RunNotRunning):  # another demo has just stopped it
             stop_run(conn, run.user_id, run.run_id)
     return run, replayed
 

@@ -22,10 +22,13 @@ EngineError
     └── InvalidValue           a value that no row may hold
 
 The database says which rule it was by SQLSTATE and constraint name; RULES turns that into a type.
+The few rules that Postgres enforces without a name (a generated column, a missing value, a view's
+check) are named here, ``<table>_<what must hold>`` like the others.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -143,6 +146,8 @@ SQLSTATES: dict[str, type[RuleViolation]] = {
 }
 
 _TEXT = "Use the format that the message names."
+_SHORT = "Names have at most 100 characters, ids 128, subjects 200."
+_TIME = "Use a time of the years 1 to 9999."
 _RANGE = "Quantities and prices have at most 8 decimals and stay below 10^15."
 _WORD = "Use one of the words that the schema lists."
 _ROW = "Write the row that it names first."
@@ -152,6 +157,8 @@ RULES: dict[str, Rule] = {
     "strategy_run_one_running_per_user": Rule(RunAlreadyRunning, "Stop the running one first."),
     "event_ledger_once_per_logical_time": Rule(AlreadyHappened, "Nothing needs to be written."),
     "event_ledger_occasion_once": Rule(AlreadyHappened, "Nothing needs to be written."),
+    "event_ledger_run_ends_once": Rule(AlreadyHappened, "Nothing needs to be written."),
+    "event_ledger_tick_has_no_subject": Rule(InvalidValue, "Leave the subject of a TICK out."),
     "mtm_ledger_one_per_logical_time": Rule(AlreadyHappened, "Nothing needs to be written."),
     "orders_client_order_id_once": Rule(AlreadyHappened, "Use a new client_order_id."),
     "orders_not_overfilled_on_paper": Rule(OrderNotOpen, "Trade at most what is left of it."),
@@ -160,6 +167,7 @@ RULES: dict[str, Rule] = {
         BooksDisagree, "Spend at most the cash, or use a MARGIN account."
     ),
     "execution_price_positive": Rule(InvalidValue),
+    "execution_commission_in_run_currency": Rule(InvalidValue),
     **dict.fromkeys(
         (
             "app_user_name_printable",
@@ -171,13 +179,39 @@ RULES: dict[str, Rule] = {
             "position_symbol_format",
             "sip_plan_plan_format",
             "strategy_run_currency_format",
-            "risk_limit_symbol_upper",
+            "risk_limit_symbol_format",
+            "strategy_run_broker_format",
         ),
         Rule(InvalidValue, _TEXT),
     ),
     **dict.fromkeys(
         (
+            "event_ledger_subject_short",
+            "execution_execution_id_format",
+            "orders_client_order_id_short",
+            "strategy_run_words_short",
+        ),
+        Rule(InvalidValue, _SHORT),
+    ),
+    **dict.fromkeys(
+        (
+            "calendar_session_times_in_range",
+            "corporate_action_ex_date_in_range",
+            "engine_status_times_in_range",
+            "event_ledger_logical_time_in_range",
+            "execution_event_at_in_range",
+            "mtm_ledger_logical_time_in_range",
+            "orders_times_in_range",
+            "position_marked_at_in_range",
+            "price_bar_times_in_range",
+            "sip_plan_days_in_range",
+        ),
+        Rule(InvalidValue, _TIME),
+    ),
+    **dict.fromkeys(
+        (
             "corporate_action_ratio_positive",
+            "engine_status_lag_in_range",
             "execution_commission_in_range",
             "execution_price_in_range",
             "execution_quantity_positive",
@@ -187,11 +221,13 @@ RULES: dict[str, Rule] = {
             "orders_quantity_in_range",
             "orders_quantity_positive_unless_rejected",
             "orders_trail_in_range",
+            "orders_trail_positive_unless_rejected",
             "position_mark_price_in_range",
             "position_quantity_in_range",
             "price_bar_high_is_highest",
             "price_bar_low_is_lowest",
             "price_bar_prices_finite",
+            "price_bar_prices_of_8_decimals",
             "price_bar_volume_not_negative",
             "sip_plan_amount_positive",
             "sip_plan_day_of_month_in_range",
@@ -244,6 +280,7 @@ RULES: dict[str, Rule] = {
             "engine_status_belongs_to_run",
             "event_ledger_belongs_to_run",
             "execution_belongs_to_order",
+            "execution_belongs_to_run",
             "mtm_ledger_belongs_to_run",
             "order_transition_from_known",
             "order_transition_to_known",
@@ -265,6 +302,19 @@ RULES: dict[str, Rule] = {
 }
 
 _CHECK_VIOLATION = "23514"
+# What Postgres computes by itself. It refuses a value for them before any constraint of ours is
+# asked, and its message names the column only.
+GENERATED: dict[str, str] = {
+    "equity": "mtm_ledger",
+    "avg_fill_price": "orders",
+    "reserved_cash": "orders",
+    "avg_cost": "position",
+    "market_value": "position",
+}
+
+# The views that show paper runs only, and take rows of them only.
+PAPER_VIEWS = ("paper_order", "paper_trade", "paper_position", "paper_equity_curve")
+
 _RETRYABLE = ("40001", "40P01", "55P03")
 
 
@@ -275,6 +325,16 @@ def typed(error: psycopg.Error) -> EngineError | None:
         return DatabaseUnavailable(f"the database went away: {error}".strip())
     if state in _RETRYABLE:
         return Retryable(f"{diag.message_primary}; run it again")
+    if state == "42501":
+        return ConfigurationError(f"{diag.message_primary}; connect as a role that may do this")
+    if state[:2] == "22":
+        return BadInput(f"the database can't take a value: {diag.message_primary}")
+    return _violation(error, state) or _unnamed(error, state)
+
+
+def _violation(error: psycopg.Error, state: str) -> RuleViolation | None:
+    """What a constraint's name, or one of our SQLSTATEs, says."""
+    diag = error.diag
     name = diag.constraint_name or ""
     if state in SQLSTATES:
         return SQLSTATES[state](diag.message_primary or "", name, state, diag.message_hint or "")
@@ -287,8 +347,29 @@ def typed(error: psycopg.Error) -> EngineError | None:
     if name.endswith("_pkey"):
         message = (diag.message_detail or diag.message_primary or "").rstrip(".")
         return AlreadyHappened(message, name, state, "It is there already.")
-    if state == "42501":
-        return ConfigurationError(f"{diag.message_primary}; connect as a role that may do this")
+    return None
+
+
+def _unnamed(error: psycopg.Error, state: str) -> RuleViolation | None:
+    """Rules that Postgres enforces without a constraint's name; they get one here."""
+    message = error.diag.message_primary or ""
+    if state == "23502":
+        table, column = error.diag.table_name, error.diag.column_name
+        return InvalidValue(
+            message, f"{table}_{column}_given", state, f"Give a value for {column}."
+        )
+    if state == "428C9":
+        column = next((c for c in GENERATED if re.search(rf"\b{c}\b", message)), "column")
+        name = f"{GENERATED.get(column, 'table')}_{column}_generated"
+        return NotOurNumber(message, name, state, f"Leave {column} out; the database computes it.")
+    if state == "44000":
+        view = next((v for v in PAPER_VIEWS if re.search(rf"\b{v}\b", message)), "view")
+        return InvalidValue(
+            message,
+            f"{view}_shows_the_row",
+            state,
+            "Use the base table for a run that isn't paper.",
+        )
     return None
 
 

@@ -72,7 +72,7 @@ CREATE TABLE strategy_run (
     CONSTRAINT strategy_run_cash_in_range
         CHECK (abs(cash) < 1e20 AND min_scale(cash) <= 16),
     CONSTRAINT strategy_run_cash_not_negative_in_cash_account
-        CHECK (cash >= 0 OR account_type <> 'CASH'),
+        CHECK (cash >= 0 OR account_type <> 'CASH' OR initial_cash < 0),  -- refused above
     CONSTRAINT strategy_run_stopped_at_iff_over
         CHECK ((stopped_at IS NOT NULL) = (status IN ('STOPPED', 'ERROR')))
 ) WITH (fillfactor = 50);  -- cash changes in place with every trade: leave room for HOT updates
@@ -173,12 +173,6 @@ LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 DECLARE
     due record;
 BEGIN
-    IF OLD.stopped_at IS NOT NULL AND NEW.status = OLD.status THEN
-        RAISE EXCEPTION 'run % is %, so it can not be changed', OLD.run_id, OLD.status
-            USING ERRCODE = '23T03', CONSTRAINT = 'strategy_run_run_is_running',
-                  TABLE = 'strategy_run',
-                  HINT = 'An ended run is never written again; make a new run.';
-    END IF;
     PERFORM strategy_run_check_terms(OLD, NEW);
     NEW.stopped_at := OLD.stopped_at;
     IF (NEW.cash, NEW.books_seq) IS DISTINCT FROM (OLD.cash, OLD.books_seq) THEN
@@ -190,6 +184,12 @@ BEGIN
                       TABLE = 'strategy_run', COLUMN = 'cash',
                       HINT = 'Insert executions; the database computes cash.';
         END IF;
+    END IF;
+    IF OLD.stopped_at IS NOT NULL AND NEW.status = OLD.status THEN
+        RAISE EXCEPTION 'run % is %, so it can not be changed', OLD.run_id, OLD.status
+            USING ERRCODE = '23T03', CONSTRAINT = 'strategy_run_run_is_running',
+                  TABLE = 'strategy_run',
+                  HINT = 'An ended run is never written again; make a new run.';
     END IF;
     RETURN NEW;
 END $$;

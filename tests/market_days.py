@@ -94,7 +94,7 @@ def a_run(
 
 def a_plan(conn: Connection, run: Run, **terms: Any) -> Plan:
     """A plan of 500 a month into AAPL on day 7, from May 2001 on: due on MON."""
-    given = {
+    given: dict[str, Any] = {
         "plan": "apples",
         "symbol": "AAPL",
         "amount": Decimal(500),
@@ -161,7 +161,8 @@ def snapshot(conn: Connection) -> dict[str, tuple[int, str]]:
 def _digest(conn: Connection, table: str) -> tuple[int, str]:
     row = conn.execute(
         sql.SQL(
-            "SELECT count(*), md5(coalesce(string_agg(t::text, '|' ORDER BY t::text), '')) FROM {} t"
+            """SELECT count(*), md5(coalesce(string_agg(t::text, '|' ORDER BY t::text), ''))
+               FROM {} t"""
         ).format(sql.Identifier(table))
     ).fetchone()
     assert row is not None
@@ -174,6 +175,14 @@ def counts(conn: Connection, run: Run) -> dict[str, int]:
         table: one(conn, f"SELECT count(*) FROM {table} WHERE :run", run)
         for table in run_tables(conn)
     }
+
+
+def waiting_for_advisory_locks(conn: Connection) -> int:
+    """How many connections wait for an advisory lock."""
+    waiting: int = one(
+        conn, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
+    )
+    return waiting
 
 
 def order_ids(conn: Connection, run: Run) -> list[UUID]:

@@ -46,23 +46,23 @@ class Scripted(Strategy):
     parameters: ScriptedParameters
 
     def on_start(self, context: Context) -> Intents:
-        return HOOKS.get("on_start", nothing)(context)
+        return _call("on_start", context)
 
     def on_tick(self, context: Context) -> Intents:
-        return HOOKS.get("on_tick", nothing)(context)
+        return _call("on_tick", context)
 
     def on_bar(self, context: Context, bar: Bar) -> Intents:
-        return HOOKS.get("on_bar", nothing)(context, bar)
+        return _call("on_bar", context, bar)
 
     def on_fill(self, context: Context, fill: Fill) -> Intents:
-        return HOOKS.get("on_fill", nothing)(context, fill)
+        return _call("on_fill", context, fill)
 
     def on_stop(self, context: Context) -> None:
-        HOOKS.get("on_stop", nothing)(context)
+        _call("on_stop", context)
 
 
-def nothing(*_: Any) -> Intents:
-    return None
+def _call(hook: str, *arguments: Any) -> Intents:
+    return HOOKS[hook](*arguments) if hook in HOOKS else None
 
 
 SCRIPTED = f"{__name__}:{Scripted.__name__}"

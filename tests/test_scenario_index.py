@@ -64,7 +64,7 @@ def _unknown(index: list[dict[str, Any]], found: list[Mark]) -> Iterator[str]:
     codes = {row["code"] for row in index}
     for mark in found:
         if mark.code not in codes:
-            yield f"{mark.file}::{mark.test} is marked {mark.code}, which scenarios.toml doesn't have"
+            yield f"{mark.file}::{mark.test} is marked {mark.code}, which the index doesn't have"
 
 
 def _of_row(row: dict[str, Any], found: list[Mark]) -> Iterator[str]:

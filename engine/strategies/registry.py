@@ -48,3 +48,5 @@ def make(name: str, parameters: Mapping[str, Any]) -> Strategy:
             f"{'.'.join(map(str, e['loc'])) or 'parameters'}: {e['msg']}" for e in error.errors()
         )
         raise BadInput(f"the parameters of strategy {name!r} don't fit: {problems}") from error
+    except Exception as error:  # a user's constructor may raise anything
+        raise BadInput(f"strategy {name!r} can't be made: {error!r}") from error

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from decimal import Decimal
 
 from engine.orders.model import OrderType, Side, TimeInForce
-from engine.strategies.base import Context, PlaceOrder, Strategy
+from engine.strategies.base import Context, PlaceOrder, Remember, Strategy
 
 
 class Raises(Strategy):
@@ -14,6 +14,15 @@ class Raises(Strategy):
 
     def on_tick(self, context: Context) -> None:
         raise ValueError("on purpose")
+
+
+class FailsLater(Strategy):
+    """Fails at its second tick."""
+
+    def on_tick(self, context: Context) -> Iterator[Remember]:
+        if context.state:
+            raise ValueError("on purpose")
+        yield Remember({"ticked": True})
 
 
 class BidsLow(Strategy):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import pytest
 from cli_cases import bought, oms, process, started
@@ -22,7 +23,7 @@ def _unguarded(dsn: str, table: str) -> Iterator[Connection]:
         owner.execute(f"ALTER TABLE {table} ENABLE TRIGGER USER".encode())
 
 
-def _found(dsn: str) -> dict[str, dict[str, str]]:
+def _found(dsn: str) -> dict[str, dict[str, Any]]:
     done = oms(dsn, "audit", "--json")
     assert done.code == 1
     return {finding["rule"]: finding for finding in done.json["findings"]}
@@ -90,7 +91,8 @@ def test_the_test_plans_own_queries_find_what_they_ask_for(dsn: str) -> None:
         owner.execute("ALTER TABLE engine_state DROP CONSTRAINT engine_state_belongs_to_run")
         owner.execute("ALTER TABLE engine_state DISABLE TRIGGER USER")
         owner.execute(
-            "INSERT INTO engine_state (user_id, run_id) SELECT user_id, gen_random_uuid() FROM app_user"
+            """INSERT INTO engine_state (user_id, run_id)
+               SELECT user_id, gen_random_uuid() FROM app_user"""
         )
 
     found = _found(dsn)

@@ -3,51 +3,74 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
 from cli_cases import process, started
 
+from cli.completion import complete_run, complete_strategy, complete_symbol
 
-def _offers(words: str, env: dict[str, str]) -> list[str]:
+
+def _words(offers: list[tuple[str, str]]) -> list[str]:
+    return sorted(word for word, _ in offers)
+
+
+def _typed(dsn: str | None) -> Any:
+    """What completion sees of the command line so far."""
+    return SimpleNamespace(params={"dsn": dsn})
+
+
+def test_runs_are_offered_by_name_and_once_something_is_typed_by_id(dsn: str) -> None:
+    first = started(dsn, "alice", "--name", "first")
+    nameless = started(dsn, "bob")
+
+    assert _words(complete_run(_typed(dsn), "")) == sorted(["first", nameless])
+    assert _words(complete_run(_typed(dsn), first[:8])) == [first]
+    assert complete_run(_typed(dsn), "fi") == [("first", "sip of alice, RUNNING")]
+    assert complete_run(_typed(dsn), "zz") == []
+
+
+def test_symbols_and_strategies_are_offered(dsn: str) -> None:
+    started(dsn)
+
+    assert _words(complete_symbol(_typed(dsn), "AA")) == ["AAPL"]
+    assert _words(complete_strategy("")) == ["rebalance", "sip"]
+    assert _words(complete_strategy("r")) == ["rebalance"]
+
+
+def test_the_shell_is_answered(dsn: str) -> None:
+    started(dsn, "alice", "--name", "first")
+
     asked = process(
         env={
-            **env,
+            "DB_DSN": dsn,
             "_OMS_COMPLETE": "complete_bash",
-            "COMP_WORDS": words,
-            "COMP_CWORD": str(words.count(" ")),
+            "COMP_WORDS": "oms run show ",
+            "COMP_CWORD": "3",
         }
     )
-    assert asked.err == ""
-    return asked.out.split()
+
+    assert (asked.out.split(), asked.err) == (["first"], "")
 
 
-def test_runs_symbols_strategies_and_commands_are_offered(dsn: str) -> None:
-    run_id = started(dsn, "alice", "--name", "first")
-    nameless = started(dsn, "bob")
-    env = {"DB_DSN": dsn}
+def test_without_a_database_nothing_is_offered_and_nothing_is_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("DB_DSN", "PGHOST", "PGHOSTADDR", "PGPORT", "PGSERVICE", "PGDATABASE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("OMS_HOME", str(tmp_path / "home"))
 
-    assert sorted(_offers("oms run show ", env)) == sorted(["first", nameless])
-    assert _offers(f"oms run show {run_id[:8]}", env) == [run_id]
-    assert _offers("oms tick --run-id fi", env) == ["first"]
-    assert _offers("oms order list --symbol AA", env) == ["AAPL"]
-    assert _offers("oms run start --strategy r", env) == ["rebalance"]
-    assert _offers("oms run st", env) == ["start", "stop"]
-
-
-def test_without_a_database_nothing_is_offered_and_nothing_is_started(tmp_path: Path) -> None:
-    nowhere = {"DB_DSN": "postgresql://x@127.0.0.1:1/x"}
-    never = {"OMS_HOME": str(tmp_path / "home")}
-
-    for env in (nowhere, never):
-        assert _offers("oms run show ", env) == []
-        assert _offers("oms order list --symbol ", env) == []
+    for dsn in (None, "postgresql://x@127.0.0.1:1/x", "nonsense"):
+        assert complete_run(_typed(dsn), "") == []
+        assert complete_symbol(_typed(dsn), "") == []
     assert not (tmp_path / "home").exists()
 
 
 def test_the_shells_script_can_be_had() -> None:
-    shown = process(
-        "--show-completion",
-        env={"SHELL": "/bin/bash", "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"},
-    )
+    env = {"SHELL": "/bin/bash", "_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION": "1"}
 
-    assert shown.code in (0, 2)
-    assert "Traceback" not in shown.err
+    shown = process("--show-completion", "bash", env=env)
+
+    assert shown.code == 0
+    assert "_oms_completion" in shown.out

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import typer
 from cli_cases import bought, counts, oms, process, stamp, started, tick
@@ -127,6 +129,21 @@ def test_parameters_come_in_pieces_or_as_a_whole(dsn: str) -> None:
 
     assert shown[0] == shown[1]
     assert shown[0]["period"] == "YEARLY"
+
+
+def test_a_strategy_of_ones_own_lies_in_the_current_folder(dsn: str, tmp_path: Path) -> None:
+    stamp(dsn)
+    (tmp_path / "mine_alone.py").write_text(
+        "from engine.strategies.base import Strategy\nclass Mine(Strategy): pass\n"
+    )
+    assert process("user", "add", "alice", env={"DB_DSN": dsn}).code == 0
+    arguments = ("run", "start", "--user", "alice", "--strategy", "mine_alone:Mine", "--json")
+
+    elsewhere = process(*arguments, env={"DB_DSN": dsn})
+    here = process(*arguments, env={"DB_DSN": dsn}, cwd=tmp_path)
+
+    assert elsewhere.error["type"] == "BadInput"
+    assert here.json["strategy"] == "mine_alone:Mine"
 
 
 def test_every_term_of_a_run_is_taken(dsn: str) -> None:

@@ -34,6 +34,7 @@ from market_days import (
     order_ids,
     rows,
     statuses,
+    waiting_for_advisory_locks,
 )
 from scripted import LOCK, SCRIPTED, Hooks, hooks
 from waits import wait_until, wait_until_blocked
@@ -177,7 +178,6 @@ def test_the_plan_word_for_word_one_locks_the_run_row_the_other_updates_its_stat
         ("mtm_ledger", {}),
         ("event_ledger", {"event_type": "NOTE"}),
         ("paper_equity_curve", {}),
-        ("paper_position", {"symbol": "IBM"}),
     ],
 )
 def test_no_write_slips_in_while_a_stop_commits(
@@ -273,10 +273,7 @@ def start_children(dsn: str, watch: Connection, last: str, runs: list[Run]) -> l
     wait_until(
         lambda: (
             any(child.poll() is not None for child in children)
-            or one(
-                watch, "SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
-            )
-            == 2
+            or waiting_for_advisory_locks(watch) == 2
         ),
         "both children to be ready",
     )

@@ -226,7 +226,7 @@ def test_two_users_run_side_by_side_without_touching_each_other(conn: Connection
     stop_run(conn, ben.user_id, ben.run_id)
     assert rows_of(conn, ann) == before
     assert fresh(conn, ann).status == "RUNNING"
-    assert (fresh(conn, ann).cash, fresh(conn, ben).cash) == (700, 4400)
+    assert [fresh(conn, run).cash for run in (ann, ben)] == [Decimal(700), Decimal(4400)]
     assert rows(conn, "SELECT symbol FROM paper_position WHERE :run", ann) == ["AAPL"]
     assert sorted(rows(conn, "SELECT symbol FROM paper_position WHERE :run", ben)) == [
         "AAPL",
@@ -261,7 +261,7 @@ def test_two_runs_of_one_user_in_turn_keep_their_own_books(conn: Connection) -> 
     )
     assert rows_of(conn, first) == before
     assert counts(conn, first)["orders"] == counts(conn, second)["orders"] == 1
-    assert (fresh(conn, first).cash, fresh(conn, second).cash) == (9_800, 400)
+    assert [fresh(conn, run).cash for run in (first, second)] == [Decimal(9_800), Decimal(400)]
     assert events(conn, second) == ["RUN_STARTED", "ORDER_PLACED", "EXECUTION", "TICK"]
     assert rows(conn, "SELECT seq FROM event_ledger WHERE :run ORDER BY 1", second) == [1, 2, 3, 4]
     with pytest.raises(psycopg.IntegrityError), conn.transaction():

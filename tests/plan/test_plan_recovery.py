@@ -29,6 +29,7 @@ from market_days import (
     rows,
     snapshot,
     statuses,
+    waiting_for_advisory_locks,
 )
 from scripted import BLOCKING, LOCK, SCRIPTED, Hooks, hooks
 from waits import wait_until
@@ -214,12 +215,7 @@ def crashed(dsn: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Connect
         )
         try:
             wait_until(
-                lambda: (
-                    child.poll() is not None
-                    or rows(
-                        owner, "SELECT 1 FROM pg_locks WHERE locktype = 'advisory' AND NOT granted"
-                    )
-                ),
+                lambda: child.poll() is not None or waiting_for_advisory_locks(owner),
                 "the child to be inside its tick",
             )
             assert child.poll() is None, "the child ended before it was killed"

@@ -55,7 +55,7 @@ CHILDREN = (
 
 def insert(conn: Connection, table: str, user_id: UUID, run_id: UUID, order_id: UUID) -> None:
     """Insert as the test plan does: what identifies the row and what business needs."""
-    more: dict[str, Any] = {
+    of_table: dict[str, dict[str, Any]] = {
         "engine_state": {},
         "engine_status": {},
         "paper_order": {"symbol": "AAPL", "side": "BUY", "quantity": 1},
@@ -63,8 +63,11 @@ def insert(conn: Connection, table: str, user_id: UUID, run_id: UUID, order_id: 
         "mtm_ledger": {"logical_time": close_on(FRI)},
         "event_ledger": {"logical_time": close_on(FRI), "event_type": "NOTE"},
         "paper_equity_curve": {"logical_time": close_on(FRI)},
-    }[table]
-    given = {"user_id": user_id, "run_id": run_id} | more
+        "position": {"symbol": "AAPL"},
+        "sip_plan": {"plan": "apples", "symbol": "AAPL", "amount": 1},
+        "split_applied": {"symbol": "AAPL", "ex_date": "2000-06-21"},
+    }
+    given = {"user_id": user_id, "run_id": run_id} | of_table[table]
     columns, places = ", ".join(given), ", ".join(["%s"] * len(given))
     conn.execute(f"INSERT INTO {table} ({columns}) VALUES ({places})", [*given.values()])
 
@@ -269,17 +272,7 @@ def test_a_row_of_one_user_in_the_run_of_another_violates_a_foreign_key(
     order_id = a_resting_order(conn, theirs)
     before = snapshot(conn)
     with pytest.raises(psycopg.errors.ForeignKeyViolation) as caught, conn.transaction():
-        if table in CHILDREN:
-            insert(conn, table, mine.user_id, theirs.run_id, order_id)
-        else:
-            more = {
-                "position": "symbol) VALUES (%s, %s, 'AAPL')",
-                "sip_plan": "plan, symbol, amount) VALUES (%s, %s, 'p', 'AAPL', 1)",
-                "split_applied": "symbol, ex_date) VALUES (%s, %s, 'AAPL', '2000-06-21')",
-            }[table]
-            conn.execute(
-                f"INSERT INTO {table} (user_id, run_id, {more}", [mine.user_id, theirs.run_id]
-            )
+        insert(conn, table, mine.user_id, theirs.run_id, order_id)
     assert caught.value.diag.constraint_name
     assert snapshot(conn) == before
 
