@@ -43,7 +43,8 @@ at every close of its exchange (`oms schedule`), through stored prices
 (`oms replay`), or by hand (`oms tick`). A tick happens exactly once.
 
 Every command has --json, and --help with an example.
-Exit codes: 0 done, 1 a finding or a refusal, 2 could not run.
+Exit codes: 0 done, 1 a finding or a refusal, 2 could not run. An error is
+one line on stderr; with --json it is {"error": {"type": ..., "message": ...}}.
 
 Example, from nothing to a first purchase:
   oms data import prices.csv

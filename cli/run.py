@@ -221,6 +221,9 @@ def show(
     context: typer.Context,
     run: RunArgument = None,
     run_id: RunOption = None,
+    events: Annotated[
+        int, typer.Option("--events", metavar="N", min=0, help="Newest events to show.")
+    ] = 10,
     dsn: Dsn = None,
     as_json: Json = False,
 ) -> None:
@@ -228,13 +231,13 @@ def show(
 
     Examples:
       oms run show demo-sip
-      oms run show 7f3a --json
+      oms run show 7f3a --events 100 --json
     """
     from engine import reads
 
     named = given_run(run, run_id, context)
     with reading(dsn) as conn:
-        detail = reads.run_detail(conn, reads.find_run(conn, named))
+        detail = reads.run_detail(conn, reads.find_run(conn, named), events_max=events)
     if as_json:
         lists = {"positions": detail.positions, "plans": detail.plans, "events": detail.events}
         print_json(to_json(detail.run) | to_json(detail.health) | lists)

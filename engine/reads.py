@@ -57,7 +57,6 @@ __all__ = [
     "list_users",
     "order_detail",
     "run_detail",
-    "run_names",
     "run_row",
     "snapshot",
 ]
@@ -367,14 +366,6 @@ def count_moments(conn: Connection, symbols: Iterable[str], after: datetime, upt
     )
     with conn.cursor(row_factory=scalar_row) as cursor:
         return int(cursor.execute(*_compiled(statement)).fetchone() or 0)
-
-
-def run_names(conn: Connection) -> list[tuple[str, str]]:
-    """Ids and names of runs, newest first, for completion; a run without a name by strategy."""
-    return [
-        (str(run.run_id), f"{run.name or run.strategy} ({run.user_name}, {run.status})")
-        for run in list_runs(conn, limit=ROWS_MAX)
-    ]
 
 
 # --- Details --------------------------------------------------------------------------------

@@ -70,8 +70,7 @@ INSERT INTO order_transition (from_status, to_status, why) VALUES
     ('ROUTED', 'PENDING_CANCEL', 'A cancel was sent.'),
     ('ROUTED', 'PENDING_MODIFY', 'A modification was sent.'),
     ('PARTIALLY_FILLED', 'FILLED', 'The last fill.'),
-    ('PARTIALLY_FILLED', 'CANCELED', 'The rest was cancelled.'),
-    ('PARTIALLY_FILLED', 'REJECTED', 'The cash no longer allows the rest.'),
+    ('PARTIALLY_FILLED', 'CANCELED', 'The rest was cancelled, or the cash no longer allows it.'),
     ('PARTIALLY_FILLED', 'EXPIRED', 'The rest expired.'),
     ('PARTIALLY_FILLED', 'PENDING_CANCEL', 'A cancel of the rest was sent.'),
     ('PARTIALLY_FILLED', 'PENDING_MODIFY', 'A modification of the rest was sent.'),
@@ -164,9 +163,8 @@ CREATE TABLE orders (
         CASE WHEN status = 'FILLED' THEN filled_quantity >= quantity
              WHEN status = 'PARTIALLY_FILLED'
              THEN filled_quantity > 0 AND filled_quantity < quantity
-             WHEN status IN ('NEW', 'PENDING', 'PENDING_SUBMIT', 'ROUTED')
+             WHEN status IN ('NEW', 'PENDING', 'PENDING_SUBMIT', 'ROUTED', 'REJECTED')
              THEN filled_quantity = 0
-             WHEN status = 'REJECTED' THEN true
              ELSE filled_quantity < quantity END),
     CONSTRAINT orders_reject_has_source_and_code CHECK (
         CASE WHEN status = 'REJECTED'
@@ -257,7 +255,9 @@ DECLARE
     filled record;
 BEGIN
     PERFORM run_lock(OLD.user_id, OLD.run_id, 'orders', 'RUNNING');
-    IF OLD.status IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED') AND NEW.status = OLD.status THEN
+    -- At a real broker even a filled order may trade on: an overfill is real exposure.
+    IF OLD.status IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED') AND NEW.status = OLD.status
+       AND (OLD.broker = 'paper' OR NEW.filled_quantity = OLD.filled_quantity) THEN
         RAISE EXCEPTION 'order % is %, so it can not be changed', OLD.order_id, OLD.status
             USING ERRCODE = '23T09', CONSTRAINT = 'orders_closed_fixed', TABLE = 'orders',
                   HINT = 'A closed order is history; place another.';
@@ -335,6 +335,11 @@ BEGIN
         RAISE EXCEPTION 'order % cannot go from % to %', OLD.order_id, OLD.status, NEW.status
             USING ERRCODE = '23T01', CONSTRAINT = 'orders_status_transition', TABLE = 'orders',
                   COLUMN = 'status', HINT = 'order_transition lists the allowed moves.';
+    END IF;
+    -- A rejection that a fill has disproved is in the ledger, no longer on the order.
+    IF OLD.status = 'REJECTED' THEN
+        NEW.reject_source := NULL;
+        NEW.reject_code := NULL;
     END IF;
     -- A fill moves an order at the time of its event, anything else at the time that it says.
     IF NEW.status_at = OLD.status_at OR NEW.filled_quantity <> OLD.filled_quantity THEN

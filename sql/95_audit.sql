@@ -62,7 +62,8 @@ CREATE VIEW audit_order AS
     WHERE CASE WHEN status = 'FILLED' THEN filled_quantity < quantity
                WHEN status = 'PARTIALLY_FILLED'
                THEN filled_quantity <= 0 OR filled_quantity >= quantity
-               WHEN status IN ('NEW', 'PENDING', 'REJECTED') THEN filled_quantity <> 0
+               WHEN status IN ('NEW', 'PENDING', 'PENDING_SUBMIT', 'ROUTED', 'REJECTED')
+               THEN filled_quantity <> 0
                ELSE filled_quantity >= quantity END
     UNION ALL
     SELECT e.user_id, e.run_id, 'execution ' || e.execution_id,
@@ -194,6 +195,44 @@ CREATE VIEW audit_chain AS
                                c.event_type, c.subject, c.payload, c.recorded_at);
 
 COMMENT ON VIEW audit_chain IS 'Events that break their run''s chain.';
+
+-- Named one by one, since other people's tables may be in the schema too.
+CREATE FUNCTION our_relations() RETURNS text[]
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT ARRAY[
+        'app_user', 'calendar_session', 'corporate_action', 'engine_state', 'engine_status',
+        'event_ledger', 'execution', 'instrument', 'mtm_ledger', 'order_status',
+        'order_transition', 'orders', 'position', 'price_bar', 'risk_limit', 'run_status',
+        'run_transition', 'sip_plan', 'split_applied', 'strategy_run',
+        'paper_order', 'paper_trade', 'paper_position', 'paper_equity_curve',
+        'audit_cash', 'audit_chain', 'audit_duplicate', 'audit_event', 'audit_guard',
+        'audit_mark', 'audit_order', 'audit_orphan', 'audit_position', 'audit_running']
+        -- Not there in a database that was built from sql/.
+        || CASE WHEN to_regclass('public.alembic_version') IS NULL THEN '{}'
+                ELSE '{alembic_version}'::text[] END
+$$;
+
+COMMENT ON FUNCTION our_relations IS 'Our tables and views.';
+
+CREATE VIEW audit_guard AS
+    SELECT NULL::uuid AS user_id, NULL::uuid AS run_id,
+           format('trigger %s on %s', t.tgname, t.tgrelid::regclass) AS subject,
+           'is switched off' AS finding
+    FROM pg_trigger t
+    WHERE t.tgenabled NOT IN ('O', 'A') AND t.tgrelid::regclass::text = ANY (our_relations())
+    UNION ALL
+    SELECT NULL, NULL, format('constraint %s of %s', c.conname, c.conrelid::regclass),
+           'is not checked for what was there before it'
+    FROM pg_constraint c
+    WHERE NOT c.convalidated AND c.conrelid::regclass::text = ANY (our_relations())
+    UNION ALL
+    SELECT NULL, NULL, format('table %s', i.inhrelid::regclass),
+           format('puts rows into %s past its triggers', i.inhparent::regclass)
+    FROM pg_inherits i
+    WHERE i.inhparent::regclass::text = ANY (our_relations())
+      AND (SELECT relkind FROM pg_class WHERE oid = i.inhparent) = 'r';
+
+COMMENT ON VIEW audit_guard IS 'Triggers and constraints that the owner has switched off.';
 
 -- What the ledger tells of each order, from its placing or its last restatement.
 CREATE VIEW audit_event AS

@@ -56,24 +56,6 @@ $$;
 
 COMMENT ON FUNCTION role_rights IS 'The rights of each role, besides reading.';
 
--- Named one by one, since other people's tables may be in the schema too.
-CREATE FUNCTION our_relations() RETURNS text[]
-LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
-    SELECT ARRAY[
-        'app_user', 'calendar_session', 'corporate_action', 'engine_state', 'engine_status',
-        'event_ledger', 'execution', 'instrument', 'mtm_ledger', 'order_status',
-        'order_transition', 'orders', 'position', 'price_bar', 'risk_limit', 'run_status',
-        'run_transition', 'sip_plan', 'split_applied', 'strategy_run',
-        'paper_order', 'paper_trade', 'paper_position', 'paper_equity_curve',
-        'audit_cash', 'audit_chain', 'audit_duplicate', 'audit_event', 'audit_mark',
-        'audit_order', 'audit_orphan', 'audit_position', 'audit_running']
-        -- Not there in a database that was built from sql/.
-        || CASE WHEN to_regclass('public.alembic_version') IS NULL THEN '{}'
-                ELSE '{alembic_version}'::text[] END
-$$;
-
-COMMENT ON FUNCTION our_relations IS 'Our tables and views.';
-
 -- Gives each of the roles that exist exactly its rights; it may be called again at any time. The
 -- caller becomes a member of them, so that it can act as the engine and the auditor.
 CREATE FUNCTION grant_roles() RETURNS SETOF text

@@ -10,6 +10,7 @@ import subprocess
 import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -136,6 +137,7 @@ def tick(dsn: str, run_id: str, at: str, *prices: str) -> Result:
     return oms(dsn, "tick", "--run-id", run_id, "--at", at, *given, "--json")
 
 
+@lru_cache(maxsize=1)
 def commands() -> dict[str, Any]:
     """Every command that does something, by what is typed for it."""
     found: dict[str, Any] = {}

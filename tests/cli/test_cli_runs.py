@@ -9,6 +9,7 @@ import typer
 from cli_cases import bought, counts, oms, process, stamp, started, tick
 
 from cli.database import acting, owning, reading
+from engine import reads
 from engine.db.connect import Connection, open_connection
 from engine.ids import user_id_of
 
@@ -63,6 +64,7 @@ def test_a_user_is_added_once(dsn: str) -> None:
     assert first.json == {"user_id": str(user_id_of("alice")), "name": "alice", "created": True}
     assert again.json == {**first.json, "created": False}
     assert "they were there already" in oms(dsn, "user", "add", "alice").out
+    assert "alice" in oms(dsn, "user", "list").out
     listed = oms(dsn, "user", "list", "--json").json["users"]
     assert [(user["name"], user["runs"], user["running_run_id"]) for user in listed] == [
         ("alice", 0, None)
@@ -110,6 +112,21 @@ def test_terms_that_do_not_fit_make_no_run(dsn: str) -> None:
         assert told in refused.sentence
 
     assert counts(dsn)["strategy_run"] == 0
+
+
+def test_people_are_told_what_became_of_a_run_and_what_to_do_next(dsn: str) -> None:
+    oms(dsn, "user", "add", "alice")
+
+    begun = oms(dsn, "run", "start", "--user", "alice", "--cash", "10000", "--name", "first").out
+    stopped = oms(dsn, "run", "stop", "first").out
+    weights = ("--strategy", "rebalance", "--param", "weights.AAPL=1")
+    other = oms(dsn, "run", "start", "--user", "alice", *weights).out
+    deleted = oms(dsn, "run", "delete", "first", "--yes").out
+
+    assert " of alice is RUNNING: sip, 10,000.00 USD, calendar XNYS.\nNext: oms sip add" in begun
+    assert stopped.endswith(" is STOPPED; its equity was 10,000.00 USD.\n")
+    assert "\nNext: oms tick --run-id " in other
+    assert deleted.endswith(" is deleted, with everything in it.\n")
 
 
 def test_a_second_running_run_leaves_nothing(dsn: str) -> None:
@@ -238,6 +255,10 @@ def test_a_run_is_shown_with_all_that_it_has(dsn: str) -> None:
     assert [position["quantity"] for position in shown["positions"]] == ["2"]
     assert [plan["executed"] for plan in shown["plans"]] == [1]
     assert shown["events"][0]["event_type"] == "TICK"
+    assert oms(dsn, "run", "show", run_id, "--events", "0", "--json").json["events"] == []
+    with open_connection(dsn) as conn:
+        executions = reads.list_events(conn, reads.find_run(conn, run_id), event_type="execution")
+    assert [event.payload["symbol"] for event in executions] == ["AAPL"]
     for word in (run_id, "RUNNING", "10,000.00 USD", "1 FILLED", "Positions", "Plans", "AAPL"):
         assert word in text
 

@@ -6,13 +6,17 @@ import json
 import os
 import signal
 import subprocess
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from uuid import UUID
 
+import pytest
 from cli_cases import SCRIPT, Result, counts, environment, oms, process, started, tick
 
 from engine.clock import utc_now
 from engine.db.connect import open_connection
+from engine.schedule import Round
 
 CLOSE = "2024-01-05T21:00:00Z"
 PLAN = ("--symbol", "AAPL", "--amount", "500", "--day", "5", "--from", "2024-01-01")
@@ -82,9 +86,10 @@ def test_a_tick_without_prices_takes_the_stored_ones(dsn: str, tmp_path: Path) -
 def test_a_tick_without_a_time_is_now(dsn: str) -> None:
     run_id = started(dsn)
 
-    done = oms(dsn, "tick", "--run-id", run_id, "--json")
+    done = oms(dsn, "tick", "--run-id", run_id)
 
     assert done.code == 0
+    assert ": 0 orders, 0 executions; equity 10,000.00 = " in done.out
     with open_connection(dsn) as conn:
         row = conn.execute(
             "SELECT now() - logical_time < interval '1 minute' FROM event_ledger "
@@ -219,6 +224,25 @@ def test_the_schedule_runs_until_it_is_told_to_end(dsn: str) -> None:
     assert (by_service.code, by_service.err) == (0, "")
     assert json.loads(by_hand.out.splitlines()[0])["ticks"] >= 2
     assert json.loads(by_service.out.splitlines()[0])["ticks"] == 0
+
+
+def test_the_schedule_tells_of_rounds_in_which_something_happened(
+    dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def serve(dsn: str, *, every_seconds: int, report: Callable[[Round], None]) -> None:
+        assert every_seconds == 60
+        report(Round())
+        report(Round(ticks=3, stuck={UUID(int=7): "waits"}))
+
+    monkeypatch.setattr("engine.schedule.serve", serve)
+
+    told = oms(dsn, "schedule").out
+
+    lines = told.splitlines()
+    assert [line.partition(" UTC: ")[2] for line in lines] == [
+        "3 ticks.",
+        f"run {UUID(int=7)} waits.",
+    ]
 
 
 def test_a_schedule_without_a_database_ends_at_once() -> None:

@@ -136,7 +136,8 @@ def test_a_trailing_stop_is_stored_as_it_is_drawn(conn: Connection) -> None:
     run = a_run(conn, account_type="MARGIN")
     tick(conn, run, MON, "100", sell("1", order_type="TRAIL", trail_amount="10", **GTC))
     stops = []
-    for day, prices in [(TUE, "100 120 99 119"), (WED, "119 125 118 121"), (THU, "120 121 116 117")]:
+    bars = ["100 120 99 119", "119 125 118 121", "120 121 116 117"]
+    for day, prices in zip((TUE, WED, THU), bars, strict=True):
         tick(conn, run, day, prices)
         stops.append(one(conn, "SELECT stop_price FROM orders WHERE :run", run))
     assert stops == [110, 115, 115]

@@ -231,7 +231,11 @@ def test_orders_are_carried_out_in_the_order_asked_for_sells_pay_for_buys(
     conn: Connection, hooks: Hooks
 ) -> None:
     run = a_run(conn, strategy=SCRIPTED, cash="100")
-    asked: list[list[Intent]] = [[buy("1")], [sell("1"), buy("2", "IBM")], [buy("1"), sell("2", "IBM")]]
+    asked: list[list[Intent]] = [
+        [buy("1")],
+        [sell("1"), buy("2", "IBM")],
+        [buy("1"), sell("2", "IBM")],
+    ]
     hooks["on_tick"] = lambda context: asked.pop(0)
     for day in (MON, TUE, WED):
         both = at_price("100") | at_price("50", "IBM")
@@ -241,9 +245,7 @@ def test_orders_are_carried_out_in_the_order_asked_for_sells_pay_for_buys(
     assert len(order_ids(conn, run)) == len(set(order_ids(conn, run)))
 
 
-def test_words_are_taken_in_any_case_and_with_their_aliases(
-    conn: Connection, hooks: Hooks
-) -> None:
+def test_words_are_taken_in_any_case_and_with_their_aliases(conn: Connection, hooks: Hooks) -> None:
     run = a_run(conn, strategy=SCRIPTED)
     words = [
         ("mkt", "day", {}),
@@ -471,9 +473,7 @@ def test_what_a_caller_asks_for_and_can_not_be_is_his_and_not_the_runs_failure(
     ]
     for intent in impossible:
         with pytest.raises(BadInput):
-            run_tick(
-                conn, run.user_id, run.run_id, close_on(TUE), at_price("1"), intents=[intent]
-            )
+            run_tick(conn, run.user_id, run.run_id, close_on(TUE), at_price("1"), intents=[intent])
     with pytest.raises(BadInput):
         place_orders(
             conn, run.user_id, run.run_id, close_on(TUE), at_price("1"), [buy("1", "NOPE")]
@@ -648,7 +648,7 @@ def test_parameters_that_do_not_fit_are_named(
 
 def test_a_strategy_that_can_not_be_made_is_refused(conn: Connection) -> None:
     name = f"scripted:{Unmakeable.__name__}"
-    with pytest.raises(BadInput, match="can't be made: RuntimeError..no luck today"):
+    with pytest.raises(BadInput, match=r"can't be made: RuntimeError..no luck today"):
         create_run(conn, add_user(conn, "ann"), Terms(strategy=name))
 
 

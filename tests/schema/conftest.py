@@ -37,9 +37,8 @@ def world_dsn(server: Server, postgresql_noproc: object) -> str:
 @pytest.fixture
 def world(world_dsn: str) -> Iterator[Connection]:
     """The owner's connection to the filled database, in a transaction that is rolled back."""
-    with open_connection(world_dsn) as conn:
-        with conn.transaction(force_rollback=True):
-            yield conn
+    with open_connection(world_dsn) as conn, conn.transaction(force_rollback=True):
+        yield conn
 
 
 @pytest.fixture

@@ -173,6 +173,38 @@ def said(text: str) -> bytes:
     return re.sub(r":'(\w+)'", lambda found: f"'{known[found[1]]}'", text).encode()
 
 
+ORDER = "INSERT INTO orders (user_id, run_id, order_id, symbol, side, quantity"
+TRADE = "INSERT INTO execution (user_id, run_id, order_id, quantity, price"
+
+
+def smallest_inserts(run: str, user: str = "ann") -> dict[str, str]:
+    """The smallest insert into each table of a run."""
+    key = f"(:'{user}', :'{run}'"
+    return {
+        "engine_state": f"INSERT INTO engine_state (user_id, run_id) VALUES {key})",
+        "engine_status": f"INSERT INTO engine_status (user_id, run_id) VALUES {key})",
+        "orders": f"{ORDER}) VALUES {key}, :'new_order', 'AAPL', 'BUY', 1)",
+        "execution": f"{TRADE}) VALUES {key}, :'new_order', 1, 1)",
+        "position": f"INSERT INTO position (user_id, run_id, symbol) VALUES {key}, 'MSFT')",
+        "split_applied": "INSERT INTO split_applied (user_id, run_id, symbol, ex_date) "
+        f"VALUES {key}, 'IBM', '2024-01-05')",
+        "mtm_ledger": f"INSERT INTO mtm_ledger (user_id, run_id) VALUES {key})",
+        "event_ledger": "INSERT INTO event_ledger (user_id, run_id, event_type) "
+        f"VALUES {key}, 'NOTE')",
+        "sip_plan": "INSERT INTO sip_plan (user_id, run_id, plan, symbol, amount) "
+        f"VALUES {key}, 'new', 'AAPL', 1)",
+        "risk_limit": "INSERT INTO risk_limit (user_id, run_id, kind, limit_value) "
+        f"VALUES {key}, 'MAX_POSITION', 1)",
+        "paper_order": "INSERT INTO paper_order (user_id, run_id, symbol, side, quantity) "
+        f"VALUES {key}, 'AAPL', 'BUY', 1)",
+        "paper_trade": "INSERT INTO paper_trade (user_id, run_id, order_id, quantity, price) "
+        f"VALUES {key}, :'new_order', 1, 1)",
+        "paper_position": "INSERT INTO paper_position (user_id, run_id, symbol) "
+        f"VALUES {key}, 'MSFT')",
+        "paper_equity_curve": f"INSERT INTO paper_equity_curve (user_id, run_id) VALUES {key})",
+    }
+
+
 def build_world(conn: Connection) -> None:
     """Fill an empty database; every row comes by plain SQL."""
     with conn.transaction():

@@ -8,11 +8,27 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import psycopg
 import pytest
-from schema_cases import DENIED, HISTORY, RUN_TABLES, assert_refused, refusal, rows, said
+from schema_cases import (
+    DENIED,
+    HISTORY,
+    ORDER,
+    ROLES,
+    RUN_TABLES,
+    TRADE,
+    acting_as,
+    assert_refused,
+    contents,
+    findings,
+    refusal,
+    rows,
+    said,
+    smallest_inserts,
+)
 
 from engine.db.connect import Connection
-from engine.errors import BadInput, ConfigurationError
+from engine.errors import BadInput, RuleViolation, typed
 
 
 class Attack(NamedTuple):
@@ -28,39 +44,7 @@ def _attack(name: str, sql: str, owner: str, engine: str | None = None) -> Attac
     return Attack(name, sql, owner, owner if engine is None else engine)
 
 
-_ORDER = "INSERT INTO orders (user_id, run_id, order_id, symbol, side, quantity"
-_TRADE = "INSERT INTO execution (user_id, run_id, order_id, quantity, price"
-_EVENT = "INSERT INTO event_ledger (user_id, run_id, logical_time, event_type, subject, payload)"
-
-
-def _into(run: str, user: str = "ann") -> dict[str, str]:
-    """The smallest insert into each table of a run."""
-    key = f"(:'{user}', :'{run}'"
-    return {
-        "engine_state": f"INSERT INTO engine_state (user_id, run_id) VALUES {key})",
-        "engine_status": f"INSERT INTO engine_status (user_id, run_id) VALUES {key})",
-        "orders": f"{_ORDER}) VALUES {key}, :'new_order', 'AAPL', 'BUY', 1)",
-        "execution": f"{_TRADE}) VALUES {key}, :'new_order', 1, 1)",
-        "position": f"INSERT INTO position (user_id, run_id, symbol) VALUES {key}, 'MSFT')",
-        "split_applied": "INSERT INTO split_applied (user_id, run_id, symbol, ex_date) "
-        f"VALUES {key}, 'IBM', '2024-01-05')",
-        "mtm_ledger": f"INSERT INTO mtm_ledger (user_id, run_id) VALUES {key})",
-        "event_ledger": "INSERT INTO event_ledger (user_id, run_id, event_type) "
-        f"VALUES {key}, 'NOTE')",
-        "sip_plan": "INSERT INTO sip_plan (user_id, run_id, plan, symbol, amount) "
-        f"VALUES {key}, 'new', 'AAPL', 1)",
-        "risk_limit": "INSERT INTO risk_limit (user_id, run_id, kind, limit_value) "
-        f"VALUES {key}, 'MAX_POSITION', 1)",
-        "paper_order": "INSERT INTO paper_order (user_id, run_id, symbol, side, quantity) "
-        f"VALUES {key}, 'AAPL', 'BUY', 1)",
-        "paper_trade": "INSERT INTO paper_trade (user_id, run_id, order_id, quantity, price) "
-        f"VALUES {key}, :'new_order', 1, 1)",
-        "paper_position": "INSERT INTO paper_position (user_id, run_id, symbol) "
-        f"VALUES {key}, 'MSFT')",
-        "paper_equity_curve": f"INSERT INTO paper_equity_curve (user_id, run_id) VALUES {key})",
-    }
-
-
+EVENT = "INSERT INTO event_ledger (user_id, run_id, logical_time, event_type, subject, payload)"
 _BASE = {
     "paper_order": "orders",
     "paper_trade": "execution",
@@ -80,7 +64,7 @@ def _writes_into_a_run_that_does_not_run() -> list[Attack]:
     return [
         _attack(f"{table} of a {run} run", sql, *_rule_of(table, "run_is_running"))
         for run, user in (("stopped", "ann"), ("failed", "eve"), ("created", "ann"))
-        for table, sql in _into(run, user).items()
+        for table, sql in smallest_inserts(run, user).items()
         # Plans and limits are made before a run starts.
         if run != "created" or table not in ("sip_plan", "risk_limit")
     ]
@@ -88,9 +72,11 @@ def _writes_into_a_run_that_does_not_run() -> list[Attack]:
 
 def _writes_with_another_users_run() -> list[Attack]:
     found = []
-    for table, sql in _into("live", "ben").items():
-        found.append(_attack(f"{table} of ann's run by ben", sql, *_rule_of(table, "belongs_to_run")))
-    for table, sql in _into("live", "nobody").items():
+    for table, sql in smallest_inserts("live", "ben").items():
+        found.append(
+            _attack(f"{table} of ann's run by ben", sql, *_rule_of(table, "belongs_to_run"))
+        )
+    for table, sql in smallest_inserts("live", "nobody").items():
         found.append(
             _attack(f"{table} of ann's run by nobody", sql, *_rule_of(table, "belongs_to_run"))
         )
@@ -199,13 +185,13 @@ _STOPPED_ROWS = [
     _attack(
         "stop and write in one statement",
         "WITH s AS (UPDATE strategy_run SET status = 'STOPPED' WHERE run_id = :'live' "
-        f"RETURNING user_id, run_id) {_ORDER}) "
+        f"RETURNING user_id, run_id) {ORDER}) "
         "SELECT user_id, run_id, :'new_order', 'AAPL', 'BUY', 1 FROM s",
         "orders_run_is_running",
     ),
     _attack(
         "the end of a stopped run told again",
-        f"{_EVENT} VALUES (:'ann', :'stopped', :'t3', 'RUN_STOPPED', '', '{{}}')",
+        f"{EVENT} VALUES (:'ann', :'stopped', :'t3', 'RUN_STOPPED', '', '{{}}')",
         "event_ledger_run_is_running",
     ),
 ]
@@ -352,7 +338,7 @@ _ORDERS = [
     *(
         _attack(
             f"order born {status}",
-            f"{_ORDER}, status) VALUES (:'ann', :'live', :'new_order', 'AAPL', 'BUY', 1, "
+            f"{ORDER}, status) VALUES (:'ann', :'live', :'new_order', 'AAPL', 'BUY', 1, "
             f"'{status}')",
             "orders_status_transition",
             DENIED,
@@ -361,31 +347,31 @@ _ORDERS = [
     ),
     _attack(
         "order born filled",
-        f"{_ORDER}, filled_quantity) VALUES (:'ann', :'live', :'new_order', 'AAPL', 'BUY', 1, 1)",
+        f"{ORDER}, filled_quantity) VALUES (:'ann', :'live', :'new_order', 'AAPL', 'BUY', 1, 1)",
         "orders_filled_from_executions",
         DENIED,
     ),
     _attack(
         "order born with a value",
-        f"{_ORDER}, filled_notional) VALUES (:'ann', :'live', :'new_order', 'AAPL', 'BUY', 1, 1)",
+        f"{ORDER}, filled_notional) VALUES (:'ann', :'live', :'new_order', 'AAPL', 'BUY', 1, 1)",
         "orders_filled_from_executions",
         DENIED,
     ),
     _attack(
         "order born REJECTED without a reason",
-        f"{_ORDER}, status) VALUES (:'ann', :'live', :'new_order', 'AAPL', 'BUY', -1, 'REJECTED')",
+        f"{ORDER}, status) VALUES (:'ann', :'live', :'new_order', 'AAPL', 'BUY', -1, 'REJECTED')",
         "orders_reject_has_source_and_code",
         DENIED,
     ),
     _attack(
         "order before the run's last event",
-        f"{_ORDER}, logical_time) VALUES (:'ann', :'live', :'new_order', 'AAPL', 'BUY', 1, :'t1')",
+        f"{ORDER}, logical_time) VALUES (:'ann', :'live', :'new_order', 'AAPL', 'BUY', 1, :'t1')",
         "event_ledger_time_moves_forward",
     ),
     *(
         _attack(
             f"order of {quantity}",
-            f"{_ORDER}) VALUES (:'ann', :'live', :'new_order', 'IBM', 'BUY', '{quantity}')",
+            f"{ORDER}) VALUES (:'ann', :'live', :'new_order', 'IBM', 'BUY', '{quantity}')",
             "orders_quantity_in_range",
         )
         for quantity in ("NaN", "Infinity", "-Infinity", "1e15", "-1e15", "0.000000001")
@@ -393,7 +379,7 @@ _ORDERS = [
     *(
         _attack(
             f"order with a {column} of {price}",
-            f"{_ORDER}, order_type, {column}) "
+            f"{ORDER}, order_type, {column}) "
             f"VALUES (:'ann', :'live', :'new_order', 'AAPL', 'SELL', 1, '{kind}', '{price}')",
             rule,
         )
@@ -424,12 +410,12 @@ _ORDERS = [
     ),
     _attack(
         "order of a side that is none",
-        f"{_ORDER}) VALUES (:'ann', :'live', :'new_order', 'AAPL', 'HOLD', 1)",
+        f"{ORDER}) VALUES (:'ann', :'live', :'new_order', 'AAPL', 'HOLD', 1)",
         "orders_side_known",
     ),
     _attack(
         "order of a symbol that is none",
-        f"{_ORDER}) VALUES (:'ann', :'live', :'new_order', 'A; DROP', 'BUY', 1)",
+        f"{ORDER}) VALUES (:'ann', :'live', :'new_order', 'A; DROP', 'BUY', 1)",
         "orders_symbol_format",
     ),
     _attack(
@@ -440,13 +426,13 @@ _ORDERS = [
     ),
     _attack(
         "the same client order twice",
-        f"{_ORDER}, client_order_id) "
+        f"{ORDER}, client_order_id) "
         "VALUES (:'ann', :'live', :'new_order', 'AAPL', 'BUY', 1, 'first')",
         "orders_client_order_id_once",
     ),
     _attack(
         "the same order twice",
-        f"{_ORDER}) VALUES (:'ann', :'live', :'filled', 'AAPL', 'BUY', 1)",
+        f"{ORDER}) VALUES (:'ann', :'live', :'filled', 'AAPL', 'BUY', 1)",
         "orders_pkey",
     ),
     *(
@@ -580,7 +566,7 @@ _TRADES = [
     *(
         _attack(
             f"trade on a {state} order",
-            f"{_TRADE}) VALUES (:'ann', :'live', :'{state}', 1, 50)",
+            f"{TRADE}) VALUES (:'ann', :'live', :'{state}', 1, 50)",
             "execution_order_is_open",
         )
         for state in ("filled", "canceled", "rejected", "expired")
@@ -593,55 +579,55 @@ _TRADES = [
     ),
     _attack(
         "overfill",
-        f"{_TRADE}) VALUES (:'ann', :'live', :'partly', 3.00000001, 20)",
+        f"{TRADE}) VALUES (:'ann', :'live', :'partly', 3.00000001, 20)",
         "orders_not_overfilled_on_paper",
     ),
     _attack(
         "overfill by several trades in one statement",
-        f"{_TRADE}) VALUES (:'ann', :'live', :'partly', 2, 20), (:'ann', :'live', :'partly', 2, 20)",
+        f"{TRADE}) VALUES (:'ann', :'live', :'partly', 2, 20), (:'ann', :'live', :'partly', 2, 20)",
         "orders_not_overfilled_on_paper",
     ),
     _attack(
         "overfill by INSERT ... SELECT",
-        f"{_TRADE}) SELECT :'ann', :'live', :'partly', 1, 20 FROM generate_series(1, 4)",
+        f"{TRADE}) SELECT :'ann', :'live', :'partly', 1, 20 FROM generate_series(1, 4)",
         "orders_not_overfilled_on_paper",
     ),
     _attack(
         "trade on another run's order",
-        f"{_TRADE}) VALUES (:'ann', :'live', :'theirs', 1, 50)",
+        f"{TRADE}) VALUES (:'ann', :'live', :'theirs', 1, 50)",
         "execution_belongs_to_order",
     ),
     _attack(
         "trade before the last event",
-        f"{_TRADE}, logical_time) VALUES (:'ann', :'live', :'resting', 1, 16, :'t1')",
+        f"{TRADE}, logical_time) VALUES (:'ann', :'live', :'resting', 1, 16, :'t1')",
         "event_ledger_time_moves_forward",
     ),
     _attack(
         "trade that the cash does not cover",
-        f"{_TRADE}) VALUES (:'ann', :'live', :'resting', 1, 8976.01)",
+        f"{TRADE}) VALUES (:'ann', :'live', :'resting', 1, 8976.01)",
         "strategy_run_cash_not_negative_in_cash_account",
     ),
     _attack(
         "trades that fit the cash one by one but not together",
-        f"{_TRADE}) VALUES (:'ann', :'live', :'resting', 1, 5000), "
+        f"{TRADE}) VALUES (:'ann', :'live', :'resting', 1, 5000), "
         "(:'ann', :'live', :'partly', 1, 5000)",
         "strategy_run_cash_not_negative_in_cash_account",
     ),
     _attack(
         "commission that the cash does not cover",
-        f"{_TRADE}, commission) VALUES (:'ann', :'live', :'resting', 1, 16, 9000)",
+        f"{TRADE}, commission) VALUES (:'ann', :'live', :'resting', 1, 16, 9000)",
         "strategy_run_cash_not_negative_in_cash_account",
     ),
     _attack(
         "sale of what is not held",
-        f"{_ORDER}) VALUES (:'ann', :'live', :'new_order', 'IBM', 'SELL', 1.00000001); "
-        f"{_TRADE}) VALUES (:'ann', :'live', :'new_order', 1, 20)",
+        f"{ORDER}) VALUES (:'ann', :'live', :'new_order', 'IBM', 'SELL', 1.00000001); "
+        f"{TRADE}) VALUES (:'ann', :'live', :'new_order', 1, 20)",
         "execution_order_is_open",
     ),
     *(
         _attack(
             f"trade of {quantity}",
-            f"{_TRADE}) VALUES (:'ann', :'live', :'resting', '{quantity}', 16)",
+            f"{TRADE}) VALUES (:'ann', :'live', :'resting', '{quantity}', 16)",
             "execution_quantity_positive",
         )
         for quantity in ("0", "-1", "NaN", "Infinity", "1e15", "0.000000001")
@@ -649,7 +635,7 @@ _TRADES = [
     *(
         _attack(
             f"trade at {price}",
-            f"{_TRADE}) VALUES (:'ann', :'live', :'resting', 1, '{price}')",
+            f"{TRADE}) VALUES (:'ann', :'live', :'resting', 1, '{price}')",
             rule,
         )
         for price, rule in (
@@ -665,40 +651,40 @@ _TRADES = [
     *(
         _attack(
             f"trade with a commission of {commission}",
-            f"{_TRADE}, commission) VALUES (:'ann', :'live', :'resting', 1, 16, '{commission}')",
+            f"{TRADE}, commission) VALUES (:'ann', :'live', :'resting', 1, 16, '{commission}')",
             "execution_commission_in_range",
         )
         for commission in ("NaN", "Infinity", "-Infinity", "-1e15", "1e-17")
     ),
     _attack(
         "commission in another currency, taken as if it were the run's",
-        f"{_TRADE}, commission, commission_currency) "
+        f"{TRADE}, commission, commission_currency) "
         "VALUES (:'ann', :'live', :'resting', 1, 16, 1, 'JPY')",
         "execution_commission_in_run_currency",
     ),
     _attack(
         "currency that is none",
-        f"{_TRADE}, commission_currency) VALUES (:'ann', :'live', :'resting', 1, 16, 'usd')",
+        f"{TRADE}, commission_currency) VALUES (:'ann', :'live', :'resting', 1, 16, 'usd')",
         "execution_commission_currency_format",
     ),
     _attack(
         "trade at the end of time",
-        f"{_TRADE}, event_at) VALUES (:'ann', :'live', :'resting', 1, 16, 'infinity')",
+        f"{TRADE}, event_at) VALUES (:'ann', :'live', :'resting', 1, 16, 'infinity')",
         "execution_event_at_in_range",
     ),
     _attack(
         "the same execution twice",
-        f"{_TRADE}, execution_id) VALUES (:'ann', :'live', :'resting', 1, 16, 'X1')",
+        f"{TRADE}, execution_id) VALUES (:'ann', :'live', :'resting', 1, 16, 'X1')",
         "execution_pkey",
     ),
     _attack(
         "execution id that nobody can read",
-        f"{_TRADE}, execution_id) VALUES (:'ann', :'live', :'resting', 1, 16, E'X\\n1')",
+        f"{TRADE}, execution_id) VALUES (:'ann', :'live', :'resting', 1, 16, E'X\\n1')",
         "execution_execution_id_format",
     ),
     _attack(
         "the same execution with other figures by ON CONFLICT DO UPDATE",
-        f"{_TRADE}, execution_id) VALUES (:'ann', :'live', :'resting', 1, 16, 'X1') "
+        f"{TRADE}, execution_id) VALUES (:'ann', :'live', :'resting', 1, 16, 'X1') "
         "ON CONFLICT (user_id, run_id, execution_id) DO UPDATE SET price = 1",
         "execution_append_only",
         DENIED,
@@ -802,7 +788,7 @@ _SPLITS = [
         "split and trade in one statement",
         "WITH s AS (INSERT INTO split_applied (user_id, run_id, symbol, ex_date, logical_time) "
         "VALUES (:'ann', :'live', 'AAPL', '2024-01-05', :'t3')) "
-        f"{_TRADE}, logical_time) VALUES (:'ann', :'live', :'resting', 6, 16, :'t3')",
+        f"{TRADE}, logical_time) VALUES (:'ann', :'live', :'resting', 6, 16, :'t3')",
         "split_applied_starts_from_position",
     ),
     _attack(
@@ -860,7 +846,7 @@ _MARKS = [
     ),
     _attack(
         "today's books as a mark of before the last event",
-        f"{_EVENT} VALUES (:'ann', :'live', :'t4', 'NOTE', '', '{{}}'); "
+        f"{EVENT} VALUES (:'ann', :'live', :'t4', 'NOTE', '', '{{}}'); "
         "INSERT INTO mtm_ledger (user_id, run_id, logical_time) VALUES (:'ann', :'live', :'t3')",
         "mtm_ledger_time_moves_forward",
     ),
@@ -875,38 +861,38 @@ _MARKS = [
 _LEDGER = [
     _attack(
         "two ticks at one logical time",
-        f"{_EVENT} VALUES (:'ann', :'live', :'t2', 'TICK', '', '{{}}')",
+        f"{EVENT} VALUES (:'ann', :'live', :'t2', 'TICK', '', '{{}}')",
         "event_ledger_once_per_logical_time",
     ),
     _attack(
         "a second tick under another subject",
-        f"{_EVENT} VALUES (:'ann', :'live', :'t2', 'TICK', 'again', '{{}}')",
+        f"{EVENT} VALUES (:'ann', :'live', :'t2', 'TICK', 'again', '{{}}')",
         "event_ledger_tick_has_no_subject",
     ),
     _attack(
         "two ticks in one statement",
-        f"{_EVENT} VALUES (:'ann', :'live', :'t3', 'TICK', '', '{{}}'), "
+        f"{EVENT} VALUES (:'ann', :'live', :'t3', 'TICK', '', '{{}}'), "
         "(:'ann', :'live', :'t3', 'TICK', '', '{}')",
         "event_ledger_once_per_logical_time",
     ),
     _attack(
         "tick before the last one",
-        f"{_EVENT} VALUES (:'ann', :'live', :'t1', 'TICK', '', '{{}}')",
+        f"{EVENT} VALUES (:'ann', :'live', :'t1', 'TICK', '', '{{}}')",
         "event_ledger_time_moves_forward",
     ),
     _attack(
         "event before the last one",
-        f"{_EVENT} VALUES (:'ann', :'live', '2001-01-01', 'NOTE', '', '{{}}')",
+        f"{EVENT} VALUES (:'ann', :'live', '2001-01-01', 'NOTE', '', '{{}}')",
         "event_ledger_time_moves_forward",
     ),
     _attack(
         "event at the end of time",
-        f"{_EVENT} VALUES (:'ann', :'live', 'infinity', 'NOTE', '', '{{}}')",
+        f"{EVENT} VALUES (:'ann', :'live', 'infinity', 'NOTE', '', '{{}}')",
         "event_ledger_logical_time_in_range",
     ),
     _attack(
         "events in one statement that go back in time",
-        f"{_EVENT} VALUES (:'ann', :'live', :'t4', 'NOTE', '', '{{}}'), "
+        f"{EVENT} VALUES (:'ann', :'live', :'t4', 'NOTE', '', '{{}}'), "
         "(:'ann', :'live', :'t3', 'NOTE', '', '{}')",
         "event_ledger_time_moves_forward",
     ),
@@ -930,29 +916,29 @@ _LEDGER = [
     *(
         _attack(f"event type {word!r}", sql, "event_ledger_event_type_format")
         for word, sql in (
-            (word, f"{_EVENT} VALUES (:'ann', :'live', :'t3', '{word}', '', '{{}}')")
+            (word, f"{EVENT} VALUES (:'ann', :'live', :'t3', '{word}', '', '{{}}')")
             for word in ("tick", "TICK ", "", "1TICK")
         )
     ),
     _attack(
         "event with a payload that is no object",
-        f"{_EVENT} VALUES (:'ann', :'live', :'t3', 'NOTE', '', '[]')",
+        f"{EVENT} VALUES (:'ann', :'live', :'t3', 'NOTE', '', '[]')",
         "event_ledger_payload_is_object",
     ),
     _attack(
         "event with an endless subject",
-        f"{_EVENT} VALUES (:'ann', :'live', :'t3', 'NOTE', repeat('x', 10000), '{{}}')",
+        f"{EVENT} VALUES (:'ann', :'live', :'t3', 'NOTE', repeat('x', 10000), '{{}}')",
         "event_ledger_subject_short",
     ),
     _attack(
         "a plan's occasion a second time",
-        f"{_EVENT} VALUES (:'ann', :'live', :'t3', 'SIP_REJECTED', 'apples@2024-01', '{{}}')",
+        f"{EVENT} VALUES (:'ann', :'live', :'t3', 'SIP_REJECTED', 'apples@2024-01', '{{}}')",
         "event_ledger_occasion_once",
     ),
     *(
         _attack(
             f"forged {event_type}",
-            f"{_EVENT} VALUES (:'ann', :'live', :'t3', '{event_type}', {subject}, '{payload}')",
+            f"{EVENT} VALUES (:'ann', :'live', :'t3', '{event_type}', {subject}, '{payload}')",
             "event_ledger_tells_what_happened",
         )
         for event_type, subject, payload in (
@@ -985,19 +971,19 @@ _LEDGER = [
     ),
     _attack(
         "a rejected order told as placed",
-        f"{_ORDER}, logical_time) VALUES (:'ann', :'live', :'new_order', 'AAPL', 'BUY', 0, :'t3'); "
-        f"{_EVENT} VALUES (:'ann', :'live', :'t3', 'ORDER_PLACED', :'new_order', '{{}}')",
+        f"{ORDER}, logical_time) VALUES (:'ann', :'live', :'new_order', 'AAPL', 'BUY', 0, :'t3'); "
+        f"{EVENT} VALUES (:'ann', :'live', :'t3', 'ORDER_PLACED', :'new_order', '{{}}')",
         "event_ledger_tells_what_happened",
     ),
     _attack(
         "a placed order told under a longer name",
-        f"{_ORDER}, logical_time) VALUES (:'ann', :'live', :'new_order', 'AAPL', 'SELL', 1, :'t3'); "
-        f"{_EVENT} VALUES (:'ann', :'live', :'t3', 'ORDER_PLACED', :'new_order' || '@x', '{{}}')",
+        f"{ORDER}, logical_time) VALUES (:'ann', :'live', :'new_order', 'AAPL', 'SELL', 1, :'t3'); "
+        f"{EVENT} VALUES (:'ann', :'live', :'t3', 'ORDER_PLACED', :'new_order' || '@x', '{{}}')",
         "event_ledger_tells_what_happened",
     ),
     _attack(
         "the end of a run told before it ends",
-        f"{_EVENT} VALUES (:'ann', :'live', :'t3', 'RUN_STOPPED', '', '{{}}'), "
+        f"{EVENT} VALUES (:'ann', :'live', :'t3', 'RUN_STOPPED', '', '{{}}'), "
         "(:'ann', :'live', :'t4', 'NOTE', '', '{}'); "
         "UPDATE strategy_run SET status = 'STOPPED' WHERE run_id = :'live'",
         "event_ledger_run_ends_once",
@@ -1088,7 +1074,7 @@ _TRICKS = [
         "CREATE TEMP TABLE strategy_run (LIKE public.strategy_run); "
         "INSERT INTO pg_temp.strategy_run SELECT * FROM public.strategy_run; "
         "UPDATE pg_temp.strategy_run SET status = 'RUNNING'; "
-        f"INSERT INTO public.orders (user_id, run_id, order_id, symbol, side, quantity) "
+        "INSERT INTO public.orders (user_id, run_id, order_id, symbol, side, quantity) "
         "VALUES (:'ann', :'stopped', :'new_order', 'AAPL', 'BUY', 1)",
         "orders_run_is_running",
     ),
@@ -1204,7 +1190,7 @@ _TRICKS = [
     ),
     _attack(
         "foreign keys put off",
-        f"SET CONSTRAINTS ALL DEFERRED; {_into('live', 'ben')['engine_status']}",
+        f"SET CONSTRAINTS ALL DEFERRED; {smallest_inserts('live', 'ben')['engine_status']}",
         "engine_status_belongs_to_run",
     ),
     _attack(
@@ -1228,14 +1214,14 @@ _TRICKS = [
     _attack(
         "a trade and its cash in one statement",
         "WITH w AS (UPDATE strategy_run SET cash = cash + 500 WHERE run_id = :'live') "
-        f"{_TRADE}) VALUES (:'ann', :'live', :'resting', 1, 16)",
+        f"{TRADE}) VALUES (:'ann', :'live', :'resting', 1, 16)",
         "strategy_run_cash_from_executions",
         DENIED,
     ),
     _attack(
         "history deleted beside an insert",
         "WITH d AS (DELETE FROM event_ledger WHERE run_id = :'live') "
-        f"{_EVENT} VALUES (:'ann', :'live', :'t3', 'NOTE', '', '{{}}')",
+        f"{EVENT} VALUES (:'ann', :'live', :'t3', 'NOTE', '', '{{}}')",
         "event_ledger_append_only",
         DENIED,
     ),
@@ -1282,3 +1268,168 @@ ATTACKS = [
 def test_an_attack_in_plain_sql_is_refused(world: Connection, attack: Attack) -> None:
     for role, rule in (("oms_owner", attack.owner), ("oms_engine", attack.engine)):
         assert_refused(world, attack.sql, role, rule)
+
+
+def _copy(conn: Connection, table: str, values: dict[str, str]) -> None:
+    columns = ", ".join(values)
+    with conn.cursor().copy(f"COPY {table} ({columns}) FROM STDIN".encode()) as copy:
+        copy.write_row([said(value).decode().strip("'") for value in values.values()])
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize(
+    ("table", "values", "rule"),
+    [
+        ("execution", {"order_id": ":'filled'", "quantity": "1", "price": "5"}, "order_is_open"),
+        ("orders", {"symbol": "AAPL", "side": "BUY", "quantity": "NaN"}, "quantity_in_range"),
+        (
+            "event_ledger",
+            {"logical_time": ":'t2'", "event_type": "TICK"},
+            "once_per_logical_time",
+        ),
+        ("mtm_ledger", {"logical_time": ":'t1'"}, "time_moves_forward"),
+    ],
+)
+def test_copy_meets_the_same_rules(
+    world: Connection, role: str, table: str, values: dict[str, str], rule: str
+) -> None:
+    key = {"user_id": ":'ann'", "run_id": ":'live'"}
+    before = contents(world)
+    with pytest.raises(psycopg.Error) as caught, world.transaction(), acting_as(world, role):
+        _copy(world, table, key | values)
+    meaning = typed(caught.value)
+    assert isinstance(meaning, RuleViolation)
+    assert (meaning.constraint, bool(meaning.hint)) == (f"{table}_{rule}", True)
+    assert contents(world) == before
+
+
+@pytest.mark.parametrize(
+    ("table", "given"),
+    [
+        ("orders", "symbol, side, quantity) VALUES (:'ann', :'live', NOW, 'AAPL', 'SELL', 1)"),
+        ("execution", "order_id, quantity, price) VALUES (:'ann', :'live', NOW, :'stop', 1, 27)"),
+        ("mtm_ledger", "logical_time) VALUES (:'ann', :'live', NOW, :'t3')"),
+        ("event_ledger", "event_type) VALUES (:'ann', :'live', NOW, 'NOTE')"),
+        (
+            "split_applied",
+            "symbol, ex_date, logical_time) "
+            "VALUES (:'ann', :'live', NOW, 'AAPL', '2024-01-05', :'t3')",
+        ),
+        ("engine_state", "state) VALUES (:'ben', :'bens', NOW, '{}')"),
+    ],
+)
+def test_when_a_row_was_recorded_is_not_for_its_writer_to_say(
+    world: Connection, table: str, given: str
+) -> None:
+    sql = f"INSERT INTO {table} (user_id, run_id, recorded_at, {given}".replace(
+        "NOW", "'2001-01-01'"
+    )
+    assert rows(world, f"{sql} RETURNING recorded_at = now()") == [(True,)]
+
+
+def test_when_a_run_or_plan_was_made_is_not_for_its_writer_to_say(world: Connection) -> None:
+    assert rows(
+        world,
+        "INSERT INTO strategy_run (user_id, status, created_at, stopped_at) "
+        "VALUES (:'eve', 'STOPPED', '2001-01-01', '2001-01-02') "
+        "RETURNING created_at = now(), stopped_at = now()",
+    ) == [(True, True)]
+    assert rows(
+        world,
+        "INSERT INTO sip_plan (user_id, run_id, plan, symbol, amount, created_at) "
+        "VALUES (:'ann', :'live', 'pears', 'AAPL', 1, '2001-01-01') RETURNING created_at = now()",
+    ) == [(True,)]
+
+
+def test_an_execution_is_of_its_orders_symbol_and_side_whatever_it_says(world: Connection) -> None:
+    assert rows(
+        world,
+        "INSERT INTO execution (user_id, run_id, order_id, symbol, side, quantity, price) "
+        "VALUES (:'ann', :'live', :'stop', 'MSFT', 'BUY', 1, 27) RETURNING symbol, side",
+    ) == [("AAPL", "SELL")]
+
+
+def test_two_buys_in_one_statement_share_the_cash(world: Connection) -> None:
+    """The gate sees the rows of its own statement too."""
+    found = rows(
+        world,
+        "INSERT INTO orders (user_id, run_id, symbol, side, quantity, order_type, limit_price) "
+        "SELECT :'ann', :'live', 'MSFT', 'BUY', 1, 'LIMIT', 5000 FROM generate_series(1, 2) "
+        "RETURNING status, reject_code",
+    )
+    assert sorted(found) == [("NEW", None), ("REJECTED", "INSUFFICIENT_CASH")]
+
+
+def test_two_sales_in_one_statement_share_the_position(world: Connection) -> None:
+    found = rows(
+        world,
+        "INSERT INTO orders (user_id, run_id, symbol, side, quantity) "
+        "SELECT :'ann', :'live', 'AAPL', 'SELL', 15 FROM generate_series(1, 2) "
+        "RETURNING status, reject_code",
+    )
+    assert sorted(found) == [("NEW", None), ("REJECTED", "INSUFFICIENT_POSITION")]
+
+
+def test_a_negative_reference_price_does_not_make_room_for_others(world: Connection) -> None:
+    """It would count as cash that the order gives back."""
+    order = (
+        "INSERT INTO orders (user_id, run_id, symbol, side, quantity, reference_price) "
+        "VALUES (:'ann', :'live', 'IBM', 'BUY', 1, {}) RETURNING reject_code, reserved_cash"
+    )
+    assert rows(world, order.format("-1000000")) == [("PRICE_NOT_POSITIVE", 0)]
+    assert rows(world, order.format("0")) == [("PRICE_NOT_POSITIVE", 0)]
+
+
+@pytest.mark.parametrize("view", ["paper_order", "paper_trade", "paper_equity_curve"])
+def test_a_view_takes_no_row_of_a_run_that_is_not_on_paper(world: Connection, view: str) -> None:
+    world.execute(
+        said(
+            "INSERT INTO strategy_run (user_id, run_id, status, broker, initial_cash) "
+            "VALUES (:'eve', :'new_order', 'RUNNING', 'dummy', 1000); "
+            "INSERT INTO orders (user_id, run_id, order_id, symbol, side, quantity) "
+            "VALUES (:'eve', :'new_order', :'new_order', 'AAPL', 'BUY', 1)"
+        )
+    )
+    sql = smallest_inserts("new_order", "eve")[view]
+    assert_refused(world, sql, "oms_owner", f"{view}_shows_the_row")
+    assert_refused(world, sql, "oms_engine", f"{view}_shows_the_row")
+
+
+@pytest.mark.parametrize("run", ["live", "stopped", "created", "bens", "failed", "margin"])
+def test_a_deleted_run_takes_everything_with_it_and_nothing_else(
+    world: Connection, run: str
+) -> None:
+    query = "SELECT count(*) FROM {} WHERE run_id {} :'" + run + "'"
+    others = [rows(world, query.format(table, "<>")) for table in RUN_TABLES]
+    world.execute(said(f"DELETE FROM strategy_run WHERE run_id = :'{run}'"))
+    assert [rows(world, query.format(table, "=")) for table in RUN_TABLES] == [[(0,)]] * len(
+        RUN_TABLES
+    )
+    assert [rows(world, query.format(table, "<>")) for table in RUN_TABLES] == others
+    assert findings(world) == []
+
+
+def test_a_deleted_user_takes_the_runs_along(world: Connection) -> None:
+    world.execute(said("DELETE FROM app_user WHERE user_id = :'ann'"))
+    left = [
+        rows(world, f"SELECT count(*) FROM {table} WHERE user_id = :'ann'") for table in RUN_TABLES
+    ]
+    assert left == [[(0,)]] * len(RUN_TABLES)
+
+
+def test_the_engine_can_not_delete_a_run(world: Connection) -> None:
+    sql = "DELETE FROM strategy_run WHERE run_id = :'stopped'"
+    assert_refused(world, sql, "oms_engine", DENIED)
+
+
+@pytest.mark.parametrize("statement", ["SELECT grant_roles()", "CREATE TABLE public.mine (x int)"])
+def test_the_engine_can_not_give_itself_rights_or_tables(world: Connection, statement: str) -> None:
+    assert_refused(world, statement, "oms_engine", DENIED)
+
+
+@pytest.mark.parametrize(
+    "value", ["'1e200000'::numeric", "'x'::numeric", "'not-a-uuid'::uuid", "'2024-13-01'::date"]
+)
+def test_a_value_that_postgres_can_not_take_is_bad_input(world: Connection, value: str) -> None:
+    """No constraint is asked then; that nothing is written holds all the same."""
+    assert isinstance(refusal(world, f"SELECT {value}", "oms_engine"), BadInput)

@@ -1,0 +1,264 @@
+"""That the rules are what refuses: without the constraint or trigger, the attack succeeds.
+
+Each case is refused first, then the guards that are named are dropped, and the same SQL goes
+through. Where two guards hold a rule, both have to go: that is said by dropping both.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import pytest
+from schema_cases import NAMES, assert_refused, findings, said
+
+from engine.db.connect import Connection, open_connection
+
+
+class Case(NamedTuple):
+    """An attack, the rule that refuses it, the guards to drop, and the audit that sees it then.
+
+    ``seen_by`` is empty where what the attack leaves contradicts no other row.
+    """
+
+    name: str
+    attack: str
+    rule: str
+    drop: str
+    seen_by: str
+
+
+_EVENT = """INSERT INTO event_ledger (user_id, run_id, seq, logical_time, event_type, hash)
+    VALUES (:'ann', :'live', {seq}, {at}, '{kind}', sha256('x'))"""
+
+CASES = [
+    Case(
+        "a write into a stopped run",
+        "INSERT INTO engine_status (user_id, run_id) VALUES (:'eve', :'failed')",
+        "engine_status_run_is_running",
+        "DROP TRIGGER engine_status_a_guard_write ON engine_status",
+        "",
+    ),
+    Case(
+        "a row of one user with another's run",
+        "INSERT INTO engine_status (user_id, run_id) VALUES (:'ben', :'live')",
+        "engine_status_belongs_to_run",
+        "DROP TRIGGER engine_status_a_guard_write ON engine_status; "
+        "ALTER TABLE engine_status DROP CONSTRAINT engine_status_belongs_to_run",
+        "audit_orphan",
+    ),
+    Case(
+        "a second RUNNING run",
+        "INSERT INTO strategy_run (user_id, status, cash) VALUES (:'ann', 'RUNNING', 0)",
+        "strategy_run_one_running_per_user",
+        "DROP TRIGGER strategy_run_a_prepare_insert ON strategy_run; "
+        "DROP INDEX strategy_run_one_running_per_user",
+        "audit_running",
+    ),
+    Case(
+        "an ended run that runs again",
+        "UPDATE strategy_run SET status = 'RUNNING', stopped_at = NULL WHERE run_id = :'failed'",
+        "strategy_run_status_transition",
+        "DROP TRIGGER strategy_run_a_check_update ON strategy_run; "
+        "DROP TRIGGER strategy_run_b_check_move ON strategy_run",
+        "",
+    ),
+    Case(
+        "an illegal order move",
+        "UPDATE orders SET status = 'NEW', status_at = :'t2' "
+        "WHERE order_id = :'canceled' AND run_id = :'live'",
+        "orders_status_transition",
+        "DROP TRIGGER orders_b_check_move ON orders",
+        "audit_event",
+    ),
+    Case(
+        "an overfill",
+        "INSERT INTO execution (user_id, run_id, order_id, quantity, price) "
+        "VALUES (:'ann', :'live', :'partly', 9, 20)",
+        "orders_not_overfilled_on_paper",
+        "ALTER TABLE orders DROP CONSTRAINT orders_not_overfilled_on_paper",
+        "",
+    ),
+    Case(
+        "a trade on a closed order",
+        "INSERT INTO execution (user_id, run_id, order_id, symbol, side, quantity, price, "
+        "commission_currency, logical_time, event_at) "
+        "VALUES (:'ann', :'live', :'canceled', 'AAPL', 'BUY', 1, 50, 'USD', :'t3', :'t3')",
+        "execution_order_is_open",
+        "DROP TRIGGER execution_a_prepare_insert ON execution; "
+        "DROP TRIGGER orders_b_check_move ON orders",
+        "audit_event",
+    ),
+    Case(
+        "a filled quantity that no trade makes",
+        "UPDATE orders SET filled_quantity = 2 WHERE order_id = :'partly' AND run_id = :'live'",
+        "orders_filled_from_executions",
+        "DROP TRIGGER orders_a_check_update ON orders",
+        "audit_order",
+    ),
+    Case(
+        "cash that no trade makes",
+        "UPDATE strategy_run SET cash = cash + 1 WHERE run_id = :'live'",
+        "strategy_run_cash_from_executions",
+        "DROP TRIGGER strategy_run_a_check_update ON strategy_run",
+        "audit_cash",
+    ),
+    Case(
+        "cash below zero",
+        "INSERT INTO execution (user_id, run_id, order_id, quantity, price) "
+        "VALUES (:'ann', :'live', :'resting', 1, 9000)",
+        "strategy_run_cash_not_negative_in_cash_account",
+        "ALTER TABLE strategy_run DROP CONSTRAINT strategy_run_cash_not_negative_in_cash_account",
+        "audit_cash",
+    ),
+    Case(
+        "a position that no trade makes",
+        "UPDATE position SET quantity = quantity + 1 WHERE run_id = :'live'",
+        "position_from_executions",
+        "DROP TRIGGER position_a_check_write ON position",
+        "audit_position",
+    ),
+    Case(
+        "an edit of history",
+        "UPDATE event_ledger SET payload = '{\"cash\": 1}' WHERE run_id = :'live' AND seq = 15",
+        "event_ledger_append_only",
+        "DROP TRIGGER event_ledger_z_refuse_change ON event_ledger",
+        "audit_chain",
+    ),
+    Case(
+        "a deletion of history",
+        "DELETE FROM execution WHERE run_id = :'live' AND execution_id = 'X1'",
+        "execution_append_only",
+        "DROP TRIGGER execution_z_refuse_change ON execution",
+        "audit_event",
+    ),
+    Case(
+        "a skipped event",
+        _EVENT.format(seq=99, at=":'t3'", kind="NOTE"),
+        "event_ledger_seq_without_gap",
+        "DROP TRIGGER event_ledger_a_append ON event_ledger",
+        "audit_chain",
+    ),
+    Case(
+        "a forged event",
+        "INSERT INTO event_ledger (user_id, run_id, event_type, subject) "
+        "VALUES (:'ann', :'live', 'ORDER_CANCELED', :'resting')",
+        "event_ledger_tells_what_happened",
+        "DROP TRIGGER event_ledger_b_check_fact ON event_ledger",
+        "audit_event",
+    ),
+    Case(
+        "an end that did not come",
+        "INSERT INTO event_ledger (user_id, run_id, event_type) "
+        "VALUES (:'ann', :'live', 'RUN_STOPPED')",
+        "event_ledger_tells_what_happened",
+        "DROP TRIGGER event_ledger_m_check_end ON event_ledger",
+        "audit_event",
+    ),
+    Case(
+        "an event before the last one",
+        "INSERT INTO event_ledger (user_id, run_id, logical_time, event_type) "
+        "VALUES (:'ann', :'live', :'t0', 'NOTE')",
+        "event_ledger_time_moves_forward",
+        "DROP TRIGGER event_ledger_a_append ON event_ledger; "
+        "ALTER TABLE event_ledger ALTER seq SET DEFAULT 22, ALTER hash SET DEFAULT sha256('x')",
+        "audit_chain",
+    ),
+    Case(
+        "two ticks at one logical time",
+        "INSERT INTO event_ledger (user_id, run_id, logical_time, event_type) "
+        "VALUES (:'ann', :'live', :'t2', 'TICK')",
+        "event_ledger_once_per_logical_time",
+        "DROP TRIGGER event_ledger_a_append ON event_ledger; "
+        "ALTER TABLE event_ledger DROP CONSTRAINT event_ledger_once_per_logical_time; "
+        "ALTER TABLE event_ledger ALTER seq SET DEFAULT 22, ALTER hash SET DEFAULT sha256('x')",
+        "audit_duplicate",
+    ),
+    Case(
+        "two marks at one logical time",
+        "INSERT INTO mtm_ledger (user_id, run_id, logical_time) VALUES (:'ann', :'live', :'t2')",
+        "mtm_ledger_one_per_logical_time",
+        "ALTER TABLE mtm_ledger DROP CONSTRAINT mtm_ledger_one_per_logical_time",
+        "audit_duplicate",
+    ),
+    Case(
+        "equity that is not cash and market value",
+        "INSERT INTO mtm_ledger (user_id, run_id, logical_time, equity) "
+        "VALUES (:'ann', :'live', :'t3', 1000000)",
+        "mtm_ledger_equity_generated",
+        "DROP VIEW audit_mark, paper_equity_curve; "
+        "ALTER TABLE mtm_ledger ALTER equity DROP EXPRESSION",
+        "",
+    ),
+    Case(
+        "a split that nobody announced",
+        "INSERT INTO split_applied (user_id, run_id, symbol, ex_date, logical_time, "
+        "quantity_before, quantity_after) "
+        "VALUES (:'ann', :'live', 'AAPL', '2024-01-08', :'t4', 30, 300)",
+        "split_applied_is_announced",
+        "DROP TRIGGER split_applied_a_prepare_insert ON split_applied; "
+        "DROP TRIGGER split_applied_m_apply ON split_applied; "
+        "ALTER TABLE split_applied DROP CONSTRAINT split_applied_is_announced",
+        "audit_event",
+    ),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_without_its_guard_the_attack_succeeds(world: Connection, case: Case) -> None:
+    assert_refused(world, case.attack, "oms_owner", case.rule)
+    world.execute(said(case.drop))
+    assert findings(world) == []
+    world.execute(said(case.attack))
+    if case.seen_by:
+        assert case.seen_by in {view for view, *_ in findings(world)}
+
+
+def test_without_its_index_a_second_running_run_gets_through_a_race(
+    scratch: Connection,
+) -> None:
+    """The trigger that says it with a hint sees committed rows only: the index is what holds."""
+    scratch.execute("DROP INDEX strategy_run_one_running_per_user")
+    start = said("INSERT INTO strategy_run (user_id, status) VALUES (:'eve', 'RUNNING')")
+    with open_connection(scratch.info.dsn) as first, open_connection(scratch.info.dsn) as second:
+        for conn in (first, second):
+            conn.execute("BEGIN")
+            conn.execute(start)
+        for conn in (first, second):
+            conn.execute("COMMIT")
+    assert [view for view, *_ in findings(scratch)] == ["audit_running"]
+
+
+def test_without_its_lock_a_write_gets_past_a_stop(scratch: Connection) -> None:
+    """Reading the run's status is not enough: the row has to be locked until the commit."""
+    body = """
+        SELECT * INTO run FROM strategy_run WHERE user_id = of_user AND run_id = of_run;
+        IF run.status <> ALL (allowed) THEN RAISE EXCEPTION 'no'; END IF;
+        RETURN run;"""
+    scratch.execute(
+        "CREATE OR REPLACE FUNCTION run_lock(of_user uuid, of_run uuid, for_table text, "
+        "VARIADIC allowed text[]) RETURNS strategy_run LANGUAGE plpgsql AS "
+        f"$$ DECLARE run strategy_run; BEGIN {body} END $$"
+    )
+    with open_connection(scratch.info.dsn) as stopper, open_connection(scratch.info.dsn) as writer:
+        stopper.execute("BEGIN")
+        stopper.execute(said("UPDATE strategy_run SET status = 'STOPPED' WHERE run_id = :'bens'"))
+        writer.execute(said("UPDATE engine_status SET lag_seconds = 1 WHERE run_id = :'bens'"))
+        stopper.execute("COMMIT")
+    row = scratch.execute(
+        "SELECT lag_seconds FROM engine_status WHERE run_id = %s", [NAMES["bens"]]
+    ).fetchone()
+    assert row == (1,)
+
+
+def test_without_the_gate_the_position_still_holds(world: Connection) -> None:
+    """A sale of more than is held is refused twice: when it is ordered and when it is traded."""
+    world.execute("DROP TRIGGER orders_b_pass_gate ON orders")
+    sale = (
+        "INSERT INTO orders (user_id, run_id, order_id, symbol, side, quantity) "
+        "VALUES (:'ann', :'live', :'new_order', 'AAPL', 'SELL', 31); "
+        "INSERT INTO execution (user_id, run_id, order_id, quantity, price) "
+        "VALUES (:'ann', :'live', :'new_order', {}, 30)"
+    )
+    for role in ("oms_owner", "oms_engine"):
+        assert_refused(world, sale.format(31), role, "position_not_short_in_cash_account")
+    world.execute(said(sale.format(30)))
