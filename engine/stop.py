@@ -19,7 +19,7 @@ def stop_run(conn: Connection, user_id: UUID, run_id: UUID) -> Run:
     """Stop a run: STOPPED, its pending paper orders CANCELED, the events written, in one step.
 
     Waits for a tick that is under way. The strategy's ``on_stop`` is called first; what it raises
-    is noted in the ledger and stops nothing. Raises IllegalRunMove when the run has ended already,
+    is noted in the ledger and stops nothing. Raises RunNotRunning when the run has ended already,
     and BadInput for an unknown run.
     """
     with translated(), conn.transaction():
