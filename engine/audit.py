@@ -15,8 +15,7 @@ from uuid import UUID
 from psycopg import sql
 from psycopg.rows import class_row, dict_row
 
-from engine.db.connect import Connection
-from engine.reads import snapshot
+from engine.db.connect import Connection, snapshot
 from engine.runs import Run
 
 __all__ = ["SEED_QUERIES", "Finding", "Rule", "audit", "rules"]

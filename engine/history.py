@@ -7,16 +7,14 @@ from datetime import datetime
 from decimal import Decimal
 from uuid import UUID
 
-from engine.db.connect import Connection
+from engine.db.connect import Connection, snapshot
 from engine.report.model import EquityPoint, Holding, PositionPoint, RunHistory, SipMark
 from engine.runs import Run, find_run
 
 
 def read_history(conn: Connection, user_id: UUID, run_id: UUID) -> RunHistory:
     """All that a report says about a run. Raises BadInput for an unknown one."""
-    with conn.transaction():
-        # One snapshot, so that a tick that commits meanwhile is in all of it or in none.
-        conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+    with snapshot(conn):
         run = find_run(conn, run_id)
         equity = _equity(conn, run)
         orders, executions, ticks = _counts(conn, run)

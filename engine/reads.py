@@ -11,8 +11,7 @@ Money is in the run's currency, quantities are in units, moments are in UTC.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import date, datetime
 from decimal import Decimal
@@ -20,10 +19,9 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, TypeVar
 from uuid import UUID
 
-from psycopg.pq import TransactionStatus
 from psycopg.rows import class_row, scalar_row
 
-from engine.db.connect import Connection
+from engine.db.connect import Connection, snapshot
 from engine.errors import BadInput
 from engine.runs import Run
 from engine.runs import find_run as run_of_id
@@ -58,7 +56,6 @@ __all__ = [
     "order_detail",
     "run_detail",
     "run_row",
-    "snapshot",
 ]
 
 ROWS_MAX = 50  # rows of a list unless the caller says otherwise
@@ -369,16 +366,6 @@ def count_moments(conn: Connection, symbols: Iterable[str], after: datetime, upt
 
 
 # --- Details --------------------------------------------------------------------------------
-
-
-@contextmanager
-def snapshot(conn: Connection) -> Iterator[None]:
-    """Read everything in the block as of one moment; within a transaction, as that one does."""
-    began = conn.info.transaction_status == TransactionStatus.IDLE
-    with conn.transaction():
-        if began:
-            conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
-        yield
 
 
 def run_row(conn: Connection, run: Run) -> RunRow:

@@ -215,22 +215,24 @@ $$;
 COMMENT ON FUNCTION our_relations IS 'Our tables and views.';
 
 CREATE VIEW audit_guard AS
+    WITH ours AS (
+        SELECT oid, relname FROM pg_class
+        WHERE relnamespace = 'public'::regnamespace AND relname = ANY (our_relations())
+    )
     SELECT NULL::uuid AS user_id, NULL::uuid AS run_id,
-           format('trigger %s on %s', t.tgname, t.tgrelid::regclass) AS subject,
+           format('trigger %s of %s', t.tgname, o.relname) AS subject,
            'is switched off' AS finding
-    FROM pg_trigger t
-    WHERE t.tgenabled NOT IN ('O', 'A') AND t.tgrelid::regclass::text = ANY (our_relations())
+    FROM pg_trigger t JOIN ours o ON o.oid = t.tgrelid
+    WHERE t.tgenabled NOT IN ('O', 'A')
     UNION ALL
-    SELECT NULL, NULL, format('constraint %s of %s', c.conname, c.conrelid::regclass),
-           'is not checked for what was there before it'
-    FROM pg_constraint c
-    WHERE NOT c.convalidated AND c.conrelid::regclass::text = ANY (our_relations())
+    SELECT NULL, NULL, format('constraint %s of %s', c.conname, o.relname),
+           'was not checked against the rows that were there before it'
+    FROM pg_constraint c JOIN ours o ON o.oid = c.conrelid
+    WHERE NOT c.convalidated
     UNION ALL
     SELECT NULL, NULL, format('table %s', i.inhrelid::regclass),
-           format('puts rows into %s past its triggers', i.inhparent::regclass)
-    FROM pg_inherits i
-    WHERE i.inhparent::regclass::text = ANY (our_relations())
-      AND (SELECT relkind FROM pg_class WHERE oid = i.inhparent) = 'r';
+           format('puts rows into %s past its triggers', o.relname)
+    FROM pg_inherits i JOIN ours o ON o.oid = i.inhparent;
 
 COMMENT ON VIEW audit_guard IS 'Triggers and constraints that the owner has switched off.';
 

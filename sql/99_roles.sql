@@ -102,8 +102,10 @@ DECLARE
     hidden regprocedure;
 BEGIN
     FOR hidden IN
-        SELECT DISTINCT tgfoid FROM pg_trigger
-        WHERE NOT tgisinternal AND tgrelid::regclass::text = ANY (our_relations())
+        SELECT DISTINCT t.tgfoid
+        FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid
+        WHERE NOT t.tgisinternal AND c.relnamespace = 'public'::regnamespace
+          AND c.relname = ANY (our_relations())
     LOOP
         EXECUTE format('REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC', hidden);
     END LOOP;

@@ -7,6 +7,7 @@ from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import psycopg
+from psycopg.pq import TransactionStatus
 from psycopg.rows import TupleRow
 
 from engine.errors import ConfigurationError
@@ -63,6 +64,16 @@ def connected(dsn: str, *, role: str | None = ENGINE_ROLE) -> Iterator[Connectio
     """A connection for the length of a block, as the engine's role."""
     with open_connection(dsn, role=role) as conn:
         yield conn
+
+
+@contextmanager
+def snapshot(conn: Connection) -> Iterator[None]:
+    """Read everything in the block as of one moment; within a transaction, as that one does."""
+    began = conn.info.transaction_status == TransactionStatus.IDLE
+    with conn.transaction():
+        if began:
+            conn.execute("SET TRANSACTION ISOLATION LEVEL REPEATABLE READ, READ ONLY")
+        yield
 
 
 def pool(dsn: str, *, role: str | None = ENGINE_ROLE) -> sqlalchemy.Engine:

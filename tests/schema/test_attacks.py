@@ -438,7 +438,8 @@ _ORDERS = [
     *(
         _attack(
             f"{column} of a resting order changed",
-            f"UPDATE orders SET {column} = {value} WHERE order_id = :'resting' AND run_id = :'live'",
+            f"UPDATE orders SET {column} = {value} "
+            "WHERE order_id = :'resting' AND run_id = :'live'",
             rule,
             engine,
         )
@@ -1100,7 +1101,8 @@ _TRICKS = [
     _attack(
         "a temporary function in the place of run_lock",
         "CREATE FUNCTION pg_temp.run_lock(uuid, uuid, text, VARIADIC text[]) "
-        "RETURNS public.strategy_run LANGUAGE sql AS 'SELECT r FROM public.strategy_run r LIMIT 1'; "
+        "RETURNS public.strategy_run LANGUAGE sql "
+        "AS 'SELECT r FROM public.strategy_run r LIMIT 1'; "
         "SET LOCAL search_path = pg_temp, public; "
         "INSERT INTO public.orders (user_id, run_id, order_id, symbol, side, quantity) "
         "VALUES (:'ann', :'stopped', :'new_order', 'AAPL', 'BUY', 1)",
