@@ -139,7 +139,7 @@ def _tell(done: Demo, clock: _Clock) -> None:
         again = f"; {done.repeated:,} were in the ledger already" if done.repeated else ""
         say(f"{count(done.written, 'tick')} in {done.seconds:.1f} s{again}.")
     else:
-        say(f"All {count(done.repeated, 'tick')} were in the ledger already: nothing was added.")
+        say(f"All {count(done.repeated, 'tick')} are already in the ledger: nothing was added.")
 
 
 def _cell(name: str, figures: Summary) -> Callable[[Any], str]:

@@ -19,8 +19,8 @@ def stop_run(conn: Connection, user_id: UUID, run_id: UUID) -> Run:
     """Stop a run: STOPPED, its pending paper orders CANCELED, the events written, in one step.
 
     Waits for a tick that is under way. The strategy's ``on_stop`` is called first; what it raises
-    is noted in the ledger and stops nothing. Raises RunNotRunning when the run has ended already,
-    and BadInput for an unknown run.
+    is noted in the ledger and stops nothing. Raises RunNotRunning when the run is STOPPED already,
+    IllegalRunMove when it ended in ERROR, and BadInput for an unknown run.
     """
     with translated(), conn.transaction():
         run = lock_run(conn, user_id, run_id)

@@ -147,24 +147,32 @@ COMMENT ON FUNCTION orders_event_payload IS 'What the event of an order''s placi
 -- same. Positions and cash follow these events, so forging one would forge money.
 CREATE FUNCTION event_ledger_check_fact() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
-DECLARE
-    is_true boolean;
 BEGIN
-    is_true := CASE
-        WHEN NEW.event_type = 'EXECUTION' THEN EXISTS (
-            SELECT FROM execution e
-            WHERE e.user_id = NEW.user_id AND e.run_id = NEW.run_id
-              AND e.execution_id = substr(NEW.subject, 38)
-              AND e.order_id || '/' || e.execution_id = NEW.subject
-              AND e.logical_time = NEW.logical_time AND execution_event_payload(e) = NEW.payload)
-        WHEN NEW.event_type = 'SPLIT_APPLIED' THEN EXISTS (
-            SELECT FROM split_applied s
-            WHERE s.user_id = NEW.user_id AND s.run_id = NEW.run_id
-              AND split_event_subject(s) = NEW.subject
-              AND s.logical_time = NEW.logical_time AND split_event_payload(s) = NEW.payload)
-        WHEN NEW.event_type = 'TICK' THEN tick_agrees_with_mark(NEW)
-        ELSE order_event_is_true(NEW) END;
-    IF NOT is_true THEN
+    IF NEW.event_type = 'TICK' THEN
+        PERFORM FROM mtm_ledger m
+        WHERE m.user_id = NEW.user_id AND m.run_id = NEW.run_id
+          AND m.logical_time = NEW.logical_time
+          AND NEW.payload @> jsonb_build_object('cash', m.cash, 'market_value', m.market_value,
+                                                'equity', m.equity);
+        -- A tick that names no figures contradicts none.
+        IF FOUND OR NOT NEW.payload ?| ARRAY['cash', 'market_value', 'equity'] THEN
+            RETURN NEW;
+        END IF;
+    ELSIF NEW.event_type = 'EXECUTION' THEN
+        PERFORM FROM execution e
+        WHERE e.user_id = NEW.user_id AND e.run_id = NEW.run_id
+          AND e.execution_id = substr(NEW.subject, 38)
+          AND e.order_id || '/' || e.execution_id = NEW.subject
+          AND e.logical_time = NEW.logical_time AND execution_event_payload(e) = NEW.payload;
+    ELSIF NEW.event_type = 'SPLIT_APPLIED' THEN
+        PERFORM FROM split_applied s
+        WHERE s.user_id = NEW.user_id AND s.run_id = NEW.run_id
+          AND split_event_subject(s) = NEW.subject
+          AND s.logical_time = NEW.logical_time AND split_event_payload(s) = NEW.payload;
+    ELSE
+        PERFORM WHERE order_event_is_true(NEW);
+    END IF;
+    IF NOT FOUND THEN
         RAISE EXCEPTION 'no row of run % bears out the event % of %', NEW.run_id, NEW.event_type,
             NEW.subject
             USING ERRCODE = '23T08', CONSTRAINT = 'event_ledger_tells_what_happened',
@@ -176,25 +184,6 @@ END $$;
 
 COMMENT ON FUNCTION event_ledger_check_fact IS
     'Trigger: an event that tells of a row says what the row says.';
-
--- A tick that names figures names those of its mark.
-CREATE FUNCTION tick_agrees_with_mark(tick event_ledger) RETURNS boolean
-LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
-DECLARE
-    mark jsonb;
-BEGIN
-    IF NOT tick.payload ?| ARRAY['cash', 'market_value', 'equity'] THEN
-        RETURN true;
-    END IF;
-    SELECT jsonb_build_object('cash', m.cash, 'market_value', m.market_value, 'equity', m.equity)
-    INTO mark FROM mtm_ledger m
-    WHERE m.user_id = tick.user_id AND m.run_id = tick.run_id
-      AND m.logical_time = tick.logical_time;
-    RETURN FOUND AND tick.payload @> mark;
-END $$;
-
-COMMENT ON FUNCTION tick_agrees_with_mark IS
-    'Whether a TICK event''s cash, market value and equity are those of the mark of its time.';
 
 -- An order's event is written with the move that it tells, so that it is never told again.
 CREATE FUNCTION order_event_is_true(event event_ledger) RETURNS boolean

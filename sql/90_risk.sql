@@ -149,18 +149,18 @@ LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
         UNION ALL
         SELECT h.kind, h.limit_value, v.value
         FROM here h
+        CROSS JOIN (SELECT exposure + CASE WHEN o.side = 'BUY' THEN o.quantity
+                                           ELSE -o.quantity END AS position) a
         CROSS JOIN LATERAL (SELECT CASE
             WHEN h.kind = 'MAX_ORDER_QUANTITY' THEN o.quantity
             WHEN h.kind = 'MAX_ORDER_NOTIONAL' THEN o.quantity * abs(price)
-            WHEN h.kind = 'MAX_POSITION'
-            THEN abs(exposure + CASE WHEN o.side = 'BUY' THEN o.quantity ELSE -o.quantity END)
-            END AS value) v
+            WHEN h.kind = 'MAX_POSITION' THEN abs(a.position) END AS value) v
         WHERE h.kind IN ('MAX_ORDER_QUANTITY', 'MAX_ORDER_NOTIONAL', 'MAX_POSITION')
           AND (h.symbol IS NULL OR h.symbol = o.symbol)
           -- What can't be valued can't be shown to be within a limit.
           AND (v.value > h.limit_value OR v.value IS NULL)
-          -- Out of a position that is too large one may always get.
-          AND (h.kind <> 'MAX_POSITION' OR v.value > abs(exposure))
+          -- Out of a position that is too large one may always get, but not out at the other side.
+          AND (h.kind <> 'MAX_POSITION' OR v.value > abs(exposure) OR a.position * exposure < 0)
     )
     SELECT b.code, b.limit_value, b.value FROM broken b ORDER BY b.code, b.limit_value LIMIT 1
 $$;
@@ -176,6 +176,7 @@ DECLARE
     available numeric;
     broken    record;
     code      text := coalesce(orders_validation_code(NEW), orders_price_code(NEW));
+    reason    text;
 BEGIN
     IF code IS NOT NULL THEN
         NEW.status := 'REJECTED';
@@ -191,24 +192,25 @@ BEGIN
     exposure := orders_exposure(NEW);
     SELECT * INTO broken FROM orders_broken_limit(NEW, price, exposure);
     IF FOUND THEN
-        NEW.status_reason := format('%s: limit %s, would be %s', broken.code,
-                                    trim_scale(broken.limit_value), trim_scale(broken.value));
-        NEW.reject_code := broken.code;
+        code := broken.code;
+        reason := coalesce('limit ' || trim_scale(broken.limit_value) || ', would be '
+                           || coalesce(trim_scale(broken.value)::text, 'unknown'), NEW.symbol);
     ELSIF run.account_type = 'CASH' AND NEW.side = 'SELL' AND NEW.quantity > exposure THEN
-        NEW.status_reason := format('INSUFFICIENT_POSITION: holds %s, would sell %s',
-                                    trim_scale(exposure), trim_scale(NEW.quantity));
-        NEW.reject_code := 'INSUFFICIENT_POSITION';
+        code := 'INSUFFICIENT_POSITION';
+        reason := format('holds %s, would sell %s', trim_scale(exposure), trim_scale(NEW.quantity));
     ELSIF run.account_type = 'CASH' AND NEW.side = 'BUY' THEN
         available := run.cash - run_reserved_cash(NEW.user_id, NEW.run_id);
         IF NEW.quantity * price > available THEN
-            NEW.status_reason := format('INSUFFICIENT_CASH: has %s, needs %s',
-                                        trim_scale(available), trim_scale(NEW.quantity * price));
-            NEW.reject_code := 'INSUFFICIENT_CASH';
+            code := 'INSUFFICIENT_CASH';
+            reason := format('has %s, needs %s',
+                             trim_scale(available), trim_scale(NEW.quantity * price));
         END IF;
     END IF;
-    IF NEW.reject_code IS NOT NULL THEN
+    IF code IS NOT NULL THEN
         NEW.status := 'REJECTED';
         NEW.reject_source := 'RISK';
+        NEW.reject_code := code;
+        NEW.status_reason := code || ': ' || reason;
     END IF;
     RETURN NEW;
 END $$;

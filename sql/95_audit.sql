@@ -326,6 +326,14 @@ CREATE VIEW audit_event AS
     CROSS JOIN LATERAL (SELECT max(n.seq) AS seq FROM event_ledger n
                         WHERE n.user_id = l.user_id AND n.run_id = l.run_id) h
     WHERE l.event_type IN ('RUN_STOPPED', 'RUN_ERROR')
-      AND (l.event_type <> 'RUN_' || r.status OR l.seq <> h.seq);
+      AND (l.event_type <> 'RUN_' || r.status OR l.seq <> h.seq)
+    UNION ALL
+    SELECT r.user_id, r.run_id, 'strategy_run',
+           format('is %s, its last event is %s', r.status, h.event_type)
+    FROM strategy_run r
+    CROSS JOIN LATERAL (SELECT n.event_type FROM event_ledger n
+                        WHERE n.user_id = r.user_id AND n.run_id = r.run_id
+                        ORDER BY n.seq DESC LIMIT 1) h
+    WHERE r.status IN ('STOPPED', 'ERROR') AND h.event_type <> 'RUN_' || r.status;
 
 COMMENT ON VIEW audit_event IS 'Rows without their event and events without their row.';

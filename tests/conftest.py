@@ -128,6 +128,5 @@ def shared_dsn(server: Server, postgresql_noproc: object) -> str:
 @pytest.fixture
 def conn(shared_dsn: str) -> Iterator[Connection]:
     """The owner's connection, in a transaction that is rolled back after the test."""
-    with open_connection(shared_dsn) as owner:
-        with owner.transaction(force_rollback=True):
-            yield owner
+    with open_connection(shared_dsn) as owner, owner.transaction(force_rollback=True):
+        yield owner

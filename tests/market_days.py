@@ -200,9 +200,9 @@ def assert_sound(conn: Connection) -> None:
            WHERE relkind = 'v' AND starts_with(relname, 'audit_') ORDER BY 1""",
     )
     assert len(views) >= 8, views
-    for view in views:
-        found = conn.execute(sql.SQL("SELECT * FROM {}").format(sql.Identifier(view))).fetchall()
-        assert not found, view
+    findings = {view: rows(conn, f"SELECT * FROM {view}") for view in views}
+    findings = {view: found for view, found in findings.items() if found}
+    assert not findings, findings
 
 
 @pytest.fixture(autouse=True)

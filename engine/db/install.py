@@ -61,20 +61,23 @@ def migrate(dsn: str, to: str = "head") -> None:
 
     Raises ConfigurationError for a server older than Postgres 15 and where the login may not.
     """
+    import sqlalchemy.exc
     from alembic import command
 
     with open_connection(dsn) as conn:
         if conn.info.server_version < SERVER_VERSION_MIN:
             major = conn.info.server_version // 10_000
             raise ConfigurationError(f"this is Postgres {major}; oms needs 15 or newer")
-    with _config(dsn) as config:
-        try:
+    try:
+        with _config(dsn) as config:
             command.upgrade(config, to)
-        except psycopg.errors.InsufficientPrivilege as error:
-            raise ConfigurationError(
-                f"the login may not migrate: {error.diag.message_primary}; migrate as the "
-                "database's owner"
-            ) from error
+    except sqlalchemy.exc.DBAPIError as error:
+        if not isinstance(error.orig, psycopg.errors.InsufficientPrivilege):
+            raise
+        raise ConfigurationError(
+            f"the login may not migrate: {error.orig.diag.message_primary}; migrate as the "
+            "database's owner"
+        ) from error
 
 
 def downgrade(dsn: str, to: str) -> None:

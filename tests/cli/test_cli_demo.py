@@ -75,7 +75,7 @@ def test_two_demos_at_once_are_one_demo_and_a_third_adds_nothing(
     third = process("demo", env=env, cwd=tmp_path)
     assert third.code == 0
     assert third.err == ""
-    assert "All 6,540 ticks were in the ledger already: nothing was added." in third.out
+    assert "All 6,540 ticks are already in the ledger: nothing was added." in third.out
     for words in ("Money-weighted return", "Max drawdown", "oms db stop", "oms-demo.html"):
         assert words in third.out
     assert "demo-sip" in (tmp_path / "oms-demo.html").read_text()

@@ -31,8 +31,9 @@ from market_days import (
 from engine.db.connect import Connection
 from engine.errors import BadInput, InvalidValue, RunNotRunning, TimeMovesForward, translated
 from engine.market.model import Bar
+from engine.market.view import Prices
 from engine.runs import Run
-from engine.tick import Prices, log_mtm, place_orders, run_tick, try_execute_sip
+from engine.tick import log_mtm, place_orders, run_tick, try_execute_sip
 
 __all__ = ["audited"]
 

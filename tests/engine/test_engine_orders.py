@@ -219,8 +219,8 @@ def test_a_day_order_whose_close_was_never_ticked_does_not_fill_the_day_after(
 
 def test_a_good_till_date_order_ends_at_its_date(conn: Connection) -> None:
     run = a_run(conn)
-    until = {"time_in_force": "GTD", "expire_at": close_on(TUE), "order_type": "LIMIT"}
-    tick(conn, run, MON, "100", buy("1", limit_price="90", **until))
+    until: dict[str, Any] = {"time_in_force": "GTD", "expire_at": close_on(TUE)}
+    tick(conn, run, MON, "100", buy("1", order_type="LIMIT", limit_price="90", **until))
     tick(conn, run, TUE, "100 101 91 100")
     assert statuses(conn, run) == ["EXPIRED"]
 

@@ -31,11 +31,11 @@ from market_days import (
 from psycopg import sql
 from scripted import SCRIPTED, Hooks, hooks
 
-from engine import replay as replay_module
 from engine.db.connect import Connection
 from engine.errors import BadInput, RunNotRunning, StrategyFailed, TimeMovesForward
 from engine.market.model import Bar, Split
 from engine.market.store import import_splits
+from engine.market.view import look
 from engine.replay import Replayed, replay
 from engine.runs import Run
 from engine.stop import stop_run
@@ -181,14 +181,14 @@ def test_a_strategy_that_fails_only_once_goes_on(conn: Connection, hooks: Hooks)
 def test_the_batch_is_one_transaction(conn: Connection, monkeypatch: pytest.MonkeyPatch) -> None:
     """A crash in it leaves none of its ticks, and those of the batches before."""
     run = a_run(conn)
-    look, looks = replay_module.look, iter(range(10))
+    looks = iter(range(10))
 
     def crash_at_the_fourth(*args: Any) -> Any:
         if next(looks) == 3:
             raise MemoryError
         return look(*args)
 
-    monkeypatch.setattr(replay_module, "look", crash_at_the_fourth)
+    monkeypatch.setattr("engine.replay.look", crash_at_the_fourth)
     with pytest.raises(MemoryError):
         replay(conn, run.user_id, run.run_id, a_feed(), batch=2)
     assert ticked(conn, run) == [close_on(MON), close_on(TUE)]

@@ -87,7 +87,7 @@ def test_a_run_is_made_of_its_terms(conn: Connection) -> None:
 def test_one_name_is_one_user(conn: Connection) -> None:
     assert add_user(conn, "ann") == add_user(conn, "ann") != add_user(conn, "ben")
     assert sorted(rows(conn, "SELECT name FROM app_user")) == ["ann", "ben"]
-    with pytest.raises(InvalidValue):
+    with pytest.raises(InvalidValue), conn.transaction():
         add_user(conn, "no\nname")
 
 
@@ -296,9 +296,7 @@ def test_a_stop_survives_a_fault_of_the_database_in_what_the_strategy_is_told(
     conn: Connection, hooks: Hooks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = a_run(conn, strategy=SCRIPTED)
-    monkeypatch.setattr(
-        "engine.stop.look", lambda *_: conn.execute("SELECT * FROM no_such_table")
-    )
+    monkeypatch.setattr("engine.stop.look", lambda *_: conn.execute("SELECT * FROM no_such_table"))
     assert stop_run(conn, run.user_id, run.run_id).status == "STOPPED"
     assert events(conn, run) == ["STRATEGY_FAILED_TO_STOP", "RUN_STOPPED"]
 
@@ -307,9 +305,17 @@ def test_a_run_is_stopped_once(conn: Connection) -> None:
     run = a_run(conn)
     stop_run(conn, run.user_id, run.run_id)
     before = snapshot(conn)
-    with pytest.raises(IllegalRunMove, match="cannot go from STOPPED to STOPPED|is STOPPED"):
+    with pytest.raises(RunNotRunning, match="is STOPPED"):
         stop_run(conn, run.user_id, run.run_id)
     assert snapshot(conn) == before
+
+
+def test_a_run_that_failed_can_not_be_stopped(conn: Connection) -> None:
+    run = a_run(conn)
+    fail_run(conn, run.user_id, run.run_id, "a fault", close_on(MON))
+    with pytest.raises(IllegalRunMove, match="from ERROR to STOPPED"):
+        stop_run(conn, run.user_id, run.run_id)
+    assert fresh(conn, run).status == "ERROR"
 
 
 def test_a_run_that_never_started_is_given_up(conn: Connection, hooks: Hooks) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import date
 from decimal import Decimal
@@ -40,7 +41,7 @@ from scripted import LOCK, SCRIPTED, Hooks, hooks
 from waits import wait_until, wait_until_blocked
 
 from engine.db.connect import ENGINE_ROLE, Connection, open_connection
-from engine.errors import RunNotRunning, StrategyFailed
+from engine.errors import IllegalRunMove, RunNotRunning, StrategyFailed
 from engine.market.calendar import ensure_sessions
 from engine.runs import Run, fail_run
 from engine.stop import stop_run
@@ -210,24 +211,40 @@ def test_no_write_slips_in_while_a_stop_commits(
 
 
 @pytest.mark.scenario("CC-01")
-def test_a_strategy_that_fails_while_a_stop_waits_leaves_the_run_stopped(
-    both: Two, hooks: Hooks
+@pytest.mark.parametrize("first", ["the stop", "the failure"])
+def test_a_strategy_that_fails_while_a_stop_waits_ends_the_run_once(
+    both: Two, hooks: Hooks, monkeypatch: pytest.MonkeyPatch, first: str
 ) -> None:
+    """Once the failed tick is taken back, the run's row is free: either may have it first."""
     run = a_run(both.one, strategy=SCRIPTED)
     stops: list[Call] = []
 
     def fail_once_somebody_waits(context: object) -> None:
-        stops.append(Call(lambda: stop_run(both.two, run.user_id, run.run_id)))
-        both.wait()
+        if first == "the stop":
+            stops.append(Call(lambda: stop_run(both.two, run.user_id, run.run_id)))
+            both.wait()
         raise RuntimeError("too late")
 
+    def wait_for_the_stop(*what: Any) -> Run:
+        for stop in stops:
+            stop.outcome()
+        return fail_run(*what)
+
     hooks["on_tick"] = fail_once_somebody_waits
+    monkeypatch.setattr("engine.tick.fail_run", wait_for_the_stop)
     with pytest.raises(StrategyFailed, match="too late"):
         tick(both.one, run)
-    stops[0].outcome()
-    assert fresh(both.watch, run).status == "STOPPED"
-    assert events(both.watch, run) == ["RUN_STOPPED"]
-    assert one(both.watch, "SELECT last_error FROM engine_status WHERE :run", run) is None
+    error = one(both.watch, "SELECT last_error FROM engine_status WHERE :run", run)
+    if first == "the stop":
+        assert fresh(both.watch, run).status == "STOPPED"
+        assert events(both.watch, run) == ["RUN_STOPPED"]
+        assert error is None
+    else:
+        with pytest.raises(IllegalRunMove):
+            stop_run(both.two, run.user_id, run.run_id)
+        assert fresh(both.watch, run).status == "ERROR"
+        assert events(both.watch, run) == ["RUN_FAILED", "RUN_ERROR"]
+        assert "too late" in error
 
 
 @pytest.mark.scenario("CC-02")

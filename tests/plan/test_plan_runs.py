@@ -417,21 +417,47 @@ def test_a_stop_cancels_the_rest_of_a_partly_filled_order(conn: Connection) -> N
     )
 
 
-def test_the_audit_that_follows_each_test_can_fail(owner_conn: Connection) -> None:
-    """Break the books with the rules taken away, see it found, and mend them again."""
+BREAKAGES = {
+    "audit_cash": (
+        "ALTER TABLE strategy_run DISABLE TRIGGER USER",
+        "UPDATE strategy_run SET cash = cash + 1",
+    ),
+    "audit_position": (
+        "ALTER TABLE position DISABLE TRIGGER USER",
+        "UPDATE position SET quantity = quantity + 1",
+    ),
+    "audit_chain": (
+        "ALTER TABLE event_ledger DISABLE TRIGGER USER",
+        "UPDATE event_ledger SET payload = payload || '{\"a\": 1}' WHERE seq = 1",
+    ),
+    "mtm_ledger GROUP BY": (
+        "ALTER TABLE mtm_ledger DISABLE TRIGGER USER",
+        "ALTER TABLE mtm_ledger DROP CONSTRAINT mtm_ledger_one_per_logical_time",
+        "INSERT INTO mtm_ledger (user_id, run_id, logical_time, cash, market_value)"
+        " SELECT user_id, run_id, logical_time, cash, market_value FROM mtm_ledger",
+    ),
+    "status='RUNNING' GROUP BY": (
+        "ALTER TABLE strategy_run DISABLE TRIGGER USER",
+        "DROP INDEX strategy_run_one_running_per_user",
+        "INSERT INTO strategy_run (user_id, status, initial_cash, cash)"
+        " SELECT user_id, status, 0, 0 FROM strategy_run",
+    ),
+    "WHERE sr.run_id IS NULL": (
+        "ALTER TABLE engine_state DROP CONSTRAINT engine_state_belongs_to_run",
+        "ALTER TABLE engine_state DISABLE TRIGGER USER",
+        "INSERT INTO engine_state (user_id, run_id) VALUES (gen_random_uuid(), gen_random_uuid())",
+    ),
+}
+
+
+@pytest.mark.parametrize("found", BREAKAGES)
+def test_the_audit_that_follows_each_test_can_fail(owner_conn: Connection, found: str) -> None:
+    """Take a rule away, break the books, and see it found; the rollback mends it all."""
     run = a_run(owner_conn)
     run_tick(owner_conn, run.user_id, run.run_id, close_on(THU), at_price("50"), intents=[buy("1")])
-    owner_conn.execute("ALTER TABLE strategy_run DISABLE TRIGGER USER")
-    owner_conn.execute("UPDATE strategy_run SET cash = cash + 1")
-    with pytest.raises(AssertionError, match="audit_cash"):
-        assert_sound(owner_conn)
-    owner_conn.execute("UPDATE strategy_run SET cash = cash - 1")
-    owner_conn.execute("ALTER TABLE mtm_ledger DISABLE TRIGGER USER")
-    owner_conn.execute("ALTER TABLE mtm_ledger DROP CONSTRAINT mtm_ledger_one_per_logical_time")
-    owner_conn.execute(
-        "INSERT INTO mtm_ledger (user_id, run_id, logical_time, cash, market_value)"
-        " SELECT user_id, run_id, logical_time, cash, market_value FROM mtm_ledger"
-    )
-    with pytest.raises(AssertionError, match="mtm_ledger GROUP BY"):
-        assert_sound(owner_conn)
-    owner_conn.execute("DELETE FROM mtm_ledger WHERE ctid = (SELECT max(ctid) FROM mtm_ledger)")
+    assert_sound(owner_conn)
+    with owner_conn.transaction(force_rollback=True):
+        for statement in BREAKAGES[found]:
+            owner_conn.execute(statement)
+        with pytest.raises(AssertionError, match=found):
+            assert_sound(owner_conn)

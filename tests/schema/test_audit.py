@@ -1,13 +1,15 @@
 """Every audit view finds what it is for: one thing is corrupted past all rules, by the owner.
 
-The triggers are switched off and, where a constraint stands in the way, it is dropped. All of it
-happens in a transaction on a filled database and is rolled back.
+The triggers are switched off, and on again before the views are asked; where a constraint stands
+in the way, it is dropped. All of it happens in a transaction on a filled database and is rolled
+back.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import pytest
@@ -21,6 +23,7 @@ VIEWS = (
     "audit_chain",
     "audit_duplicate",
     "audit_event",
+    "audit_guard",
     "audit_mark",
     "audit_order",
     "audit_orphan",
@@ -65,7 +68,7 @@ class Case(NamedTuple):
     subject: str
     finding: str
     also: frozenset[str]
-    user: str
+    user: str | None
     run: str | None
     forged: bool
 
@@ -77,7 +80,7 @@ def _case(
     subject: str,
     finding: str,
     *also: str,
-    user: str = "ann",
+    user: str | None = "ann",
     run: str | None = "live",
     forged: bool = False,
 ) -> Case:
@@ -272,6 +275,7 @@ RUNS = (
         _run("status = 'STOPPED', stopped_at = now()"),
         f"order {NAMES['resting']}",
         "is PENDING in a run that is STOPPED",
+        "audit_event",
     ),
     _case(
         "open order in a failed run",
@@ -279,6 +283,7 @@ RUNS = (
         _run("status = 'ERROR', stopped_at = now()", "user_id = :'ben'"),
         f"order {NAMES['theirs']}",
         "is NEW in a run that is ERROR",
+        "audit_event",
         user="ben",
         run="bens",
     ),
@@ -541,7 +546,7 @@ POSITIONS = (
         "split's quantity",
         "audit_event",
         _update("split_applied", "quantity_after = 31", _LIVE),
-        "split_applied AAPL",
+        "split_applied AAPL@2024-01-04",
         "has no event, or one that says otherwise",
     ),
     _case(
@@ -817,6 +822,14 @@ LEDGER = (
         forged=True,
     ),
     _case(
+        "end of a stopped run cut off",
+        "audit_event",
+        f"DELETE FROM event_ledger WHERE {_EVENTS['end']};",
+        "strategy_run",
+        "is STOPPED, its last event is ORDER_CANCELED",
+        run="stopped",
+    ),
+    _case(
         "RUN_ERROR of a run that stopped",
         "audit_event",
         _update("event_ledger", "event_type = 'RUN_ERROR'", _EVENTS["end"]),
@@ -836,7 +849,50 @@ LEDGER = (
     ),
 )
 
+_ADD_UNCHECKED = "ALTER TABLE {} ADD CONSTRAINT {} CHECK (true) NOT VALID;"
+
+# Here the guards themselves are what is corrupted, and stay so.
+GUARDS = tuple(
+    _case(name, "audit_guard", corrupt, subject, finding, user=None, run=None)
+    for name, corrupt, subject, finding in (
+        (
+            "trigger off",
+            "ALTER TABLE orders DISABLE TRIGGER orders_b_pass_gate;",
+            "trigger orders_b_pass_gate of orders",
+            "is switched off",
+        ),
+        (
+            "trigger for replicas only",
+            "ALTER TABLE mtm_ledger ENABLE REPLICA TRIGGER mtm_ledger_z_refuse_change;",
+            "trigger mtm_ledger_z_refuse_change of mtm_ledger",
+            "is switched off",
+        ),
+        (
+            "all triggers of a table off",
+            "ALTER TABLE event_ledger DISABLE TRIGGER USER;",
+            "trigger event_ledger_a_append of event_ledger",
+            "is switched off",
+        ),
+        (
+            "constraint unchecked",
+            _drop("strategy_run", "strategy_run_cash_not_negative_in_cash_account")
+            + _ADD_UNCHECKED.format(
+                "strategy_run", "strategy_run_cash_not_negative_in_cash_account"
+            ),
+            "constraint strategy_run_cash_not_negative_in_cash_account of strategy_run",
+            "was not checked",
+        ),
+        (
+            "table behind a table",
+            "CREATE TABLE public.behind () INHERITS (public.orders);",
+            "table behind",
+            "puts rows into orders past its triggers",
+        ),
+    )
+)
+
 CASES = (
+    *GUARDS,
     *ORPHANS,
     *RUNS,
     *ORDERS,
@@ -876,32 +932,44 @@ def _found(conn: Connection, view: str) -> list[tuple[Any, ...]]:
     return conn.execute(query.format(sql.Identifier(view))).fetchall()
 
 
-def _switch_off_triggers(conn: Connection) -> None:
+def _switch_triggers(conn: Connection, how: str) -> None:
     for table in RUN_TABLES:
         conn.execute(
-            sql.SQL("ALTER TABLE public.{} DISABLE TRIGGER USER").format(sql.Identifier(table))
+            sql.SQL("ALTER TABLE public.{} {} TRIGGER USER").format(
+                sql.Identifier(table), sql.SQL(how)
+            )
         )
+
+
+@contextmanager
+def _without_triggers(conn: Connection) -> Iterator[None]:
+    _switch_triggers(conn, "DISABLE")
+    yield
+    _switch_triggers(conn, "ENABLE")
+
+
+def _corrupt(conn: Connection, case: Case) -> None:
+    with nullcontext() if case in GUARDS else _without_triggers(conn):
+        conn.execute(said(case.corrupt))
+        if case.forged:
+            conn.execute(_RECHAIN.encode())
 
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_corruption_is_found_by_its_view(world: Connection, case: Case) -> None:
     subject = _subject(world, case.subject)
-    _switch_off_triggers(world)
-    world.execute(said(case.corrupt))
-    if case.forged:
-        world.execute(_RECHAIN.encode())
-
+    _corrupt(world, case)
     found = {view: _found(world, view) for view in _views(world)}
     assert {view for view, rows_ in found.items() if rows_} == {case.view, *case.also}, found
     about = {(row[0], row[1]) for rows_ in found.values() for row in rows_}
-    assert about == {(NAMES[case.user], case.run and NAMES[case.run])}, found
+    assert about == {(case.user and NAMES[case.user], case.run and NAMES[case.run])}, found
     assert any(row[2] == subject and case.finding in row[3] for row in found[case.view]), found
 
 
 def test_corrupted_event_is_named_by_its_number(world: Connection) -> None:
     ((seq,),) = rows(world, f"SELECT seq FROM event_ledger WHERE {_LIVE} AND {_SIP}")
-    _switch_off_triggers(world)
-    world.execute(said(_event("hash = sha256('')", _SIP)))
+    with _without_triggers(world):
+        world.execute(said(_event("hash = sha256('')", _SIP)))
     # The next one was chained to the true hash, the one after it is whole again.
     assert sorted(row[2] for row in _found(world, "audit_chain")) == sorted(
         [f"event_ledger {seq}", f"event_ledger {seq + 1}"]
@@ -914,8 +982,8 @@ def test_missing_event_is_named_by_all_that_follow_it(world: Connection) -> None
         f"SELECT (SELECT seq FROM event_ledger WHERE {_LIVE} AND {_SIP}), max(seq) "
         f"FROM event_ledger WHERE {_LIVE}",
     )
-    _switch_off_triggers(world)
-    world.execute(said(f"DELETE FROM event_ledger WHERE {_LIVE} AND {_SIP}"))
+    with _without_triggers(world):
+        world.execute(said(f"DELETE FROM event_ledger WHERE {_LIVE} AND {_SIP}"))
     assert {(row[2], row[3]) for row in _found(world, "audit_chain")} == {
         (f"event_ledger {number}", f"is number {number - 1} in the chain")
         for number in range(seq + 1, last + 1)
@@ -924,18 +992,18 @@ def test_missing_event_is_named_by_all_that_follow_it(world: Connection) -> None
 
 def test_run_that_is_gone_leaves_an_orphan_in_every_table(world: Connection) -> None:
     children = [table for table in RUN_TABLES if table != "strategy_run"]
-    _switch_off_triggers(world)
-    for table in children:
-        if table != "execution":
-            world.execute(_drop(table, f"{table}_belongs_to_run").encode())
-    world.execute(said(f"DELETE FROM strategy_run WHERE {_LIVE}"))
+    with _without_triggers(world):
+        for table in children:
+            if table != "execution":
+                world.execute(_drop(table, f"{table}_belongs_to_run").encode())
+        world.execute(said(f"DELETE FROM strategy_run WHERE {_LIVE}"))
     tables = {row[2].partition(" ")[0] for row in _found(world, "audit_orphan")}
     assert tables == set(children)
 
 
 def test_several_corrupted_runs_are_each_named(world: Connection) -> None:
-    _switch_off_triggers(world)
-    world.execute(said(_run("cash = cash + 1", "status = 'RUNNING'")))
+    with _without_triggers(world):
+        world.execute(said(_run("cash = cash + 1", "status = 'RUNNING'")))
     assert {(row[0], row[1]) for row in _found(world, "audit_cash")} == {
         (NAMES["ann"], NAMES["live"]),
         (NAMES["ben"], NAMES["bens"]),
@@ -956,8 +1024,8 @@ def test_empty_database_gives_no_rows(conn: Connection, view: str) -> None:
 def test_switching_off_and_rechaining_alone_gives_no_rows(world: Connection) -> None:
     # Else the forged cases would prove nothing.
     before = rows(world, "SELECT user_id, run_id, seq, hash FROM event_ledger ORDER BY 1, 2, 3")
-    _switch_off_triggers(world)
-    world.execute(_RECHAIN.encode())
+    with _without_triggers(world):
+        world.execute(_RECHAIN.encode())
     assert findings(world) == []
     after = rows(world, "SELECT user_id, run_id, seq, hash FROM event_ledger ORDER BY 1, 2, 3")
     assert after == before

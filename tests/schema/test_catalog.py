@@ -24,7 +24,7 @@ SOURCES = {
 ALL_SQL = "\n".join(SOURCES.values())
 OWNED_BY_USERS = {*RUN_TABLES, "app_user"}
 
-# People's names for the same rows, and the one key that is no run's.
+# A table's name without the quotes that "position" gets as a word of SQL.
 _KEYS = """
     SELECT trim('"' FROM c.conrelid::regclass::text), c.conname, c.contype,
            ARRAY(SELECT a.attname::text FROM unnest(c.conkey) WITH ORDINALITY k (num, place)
@@ -33,7 +33,7 @@ _KEYS = """
     FROM pg_constraint c
     WHERE c.connamespace = 'public'::regnamespace AND c.contype IN ('p', 'u', 'x', 'f')"""
 _INDEXES = """
-    SELECT trim('"' FROM i.indrelid::regclass::text), trim('"' FROM i.indexrelid::regclass::text), i.indisunique,
+    SELECT trim('"' FROM i.indrelid::regclass::text), c.relname::text, i.indisunique,
            ARRAY(SELECT a.attname::text FROM unnest(i.indkey) WITH ORDINALITY k (num, place)
                  JOIN pg_attribute a ON a.attrelid = i.indrelid AND a.attnum = k.num
                  ORDER BY k.place)
@@ -89,7 +89,8 @@ def test_user_comes_first_in_every_index(conn: Connection) -> None:
 def test_foreign_keys_between_users_rows_carry_the_user(conn: Connection) -> None:
     pointed = _rows(
         conn,
-        """SELECT trim('"' FROM conrelid::regclass::text), conname, trim('"' FROM confrelid::regclass::text),
+        """SELECT trim('"' FROM conrelid::regclass::text), conname,
+                  trim('"' FROM confrelid::regclass::text),
                   (SELECT attname FROM pg_attribute
                    WHERE attrelid = conrelid AND attnum = conkey[1])::text
            FROM pg_constraint WHERE connamespace = 'public'::regnamespace AND contype = 'f'""",
@@ -306,7 +307,8 @@ def test_constraints_and_indexes_are_named_for_what_must_hold(conn: Connection) 
         conn,
         """SELECT trim('"' FROM conrelid::regclass::text), conname FROM pg_constraint
            WHERE connamespace = 'public'::regnamespace AND contype IN ('c', 'f', 'u', 'x', 'p')
-           UNION SELECT trim('"' FROM indrelid::regclass::text), trim('"' FROM indexrelid::regclass::text) FROM pg_index i
+           UNION
+           SELECT trim('"' FROM indrelid::regclass::text), c.relname FROM pg_index i
            JOIN pg_class c ON c.oid = i.indexrelid
            WHERE c.relnamespace = 'public'::regnamespace""",
     )

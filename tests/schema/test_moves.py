@@ -62,7 +62,7 @@ def _order_in(world: Connection, status: str, broker: str) -> None:
 
 
 def _table(world: Connection, name: str) -> set[tuple[str, str]]:
-    return set(rows(world, f"SELECT from_status, to_status FROM {name}"))  # type: ignore[arg-type]
+    return set(rows(world, f"SELECT from_status, to_status FROM {name}"))
 
 
 @pytest.mark.parametrize("broker", ["paper", "dummy"])

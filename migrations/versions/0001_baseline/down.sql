@@ -1,6 +1,7 @@
 -- Takes the whole schema away, with every row in it. Roles stay: they belong to the server.
 
 DROP VIEW audit_event;
+DROP VIEW audit_guard;
 DROP VIEW audit_chain;
 DROP VIEW audit_mark;
 DROP VIEW audit_position;
@@ -38,8 +39,8 @@ DROP TABLE instrument CASCADE;
 DROP TABLE app_user CASCADE;
 
 DROP FUNCTION IF EXISTS grant_roles;
-DROP FUNCTION IF EXISTS our_relations;
 DROP FUNCTION IF EXISTS role_rights;
+DROP FUNCTION IF EXISTS our_relations;
 DROP FUNCTION IF EXISTS position_from_ledger;
 DROP FUNCTION IF EXISTS orders_pass_gate;
 DROP FUNCTION IF EXISTS orders_broken_limit;
@@ -62,7 +63,6 @@ DROP FUNCTION IF EXISTS orders_record_move;
 DROP FUNCTION IF EXISTS orders_record_insert;
 DROP FUNCTION IF EXISTS event_ledger_check_end;
 DROP FUNCTION IF EXISTS order_event_is_true;
-DROP FUNCTION IF EXISTS tick_agrees_with_mark;
 DROP FUNCTION IF EXISTS event_ledger_check_fact;
 DROP FUNCTION IF EXISTS orders_event_payload;
 DROP FUNCTION IF EXISTS event_ledger_append;

@@ -583,8 +583,7 @@ INSERT INTO order_transition (from_status, to_status, why) VALUES
     ('ROUTED', 'PENDING_CANCEL', 'A cancel was sent.'),
     ('ROUTED', 'PENDING_MODIFY', 'A modification was sent.'),
     ('PARTIALLY_FILLED', 'FILLED', 'The last fill.'),
-    ('PARTIALLY_FILLED', 'CANCELED', 'The rest was cancelled.'),
-    ('PARTIALLY_FILLED', 'REJECTED', 'The cash no longer allows the rest.'),
+    ('PARTIALLY_FILLED', 'CANCELED', 'The rest was cancelled, or the cash no longer allows it.'),
     ('PARTIALLY_FILLED', 'EXPIRED', 'The rest expired.'),
     ('PARTIALLY_FILLED', 'PENDING_CANCEL', 'A cancel of the rest was sent.'),
     ('PARTIALLY_FILLED', 'PENDING_MODIFY', 'A modification of the rest was sent.'),
@@ -677,9 +676,8 @@ CREATE TABLE orders (
         CASE WHEN status = 'FILLED' THEN filled_quantity >= quantity
              WHEN status = 'PARTIALLY_FILLED'
              THEN filled_quantity > 0 AND filled_quantity < quantity
-             WHEN status IN ('NEW', 'PENDING', 'PENDING_SUBMIT', 'ROUTED')
+             WHEN status IN ('NEW', 'PENDING', 'PENDING_SUBMIT', 'ROUTED', 'REJECTED')
              THEN filled_quantity = 0
-             WHEN status = 'REJECTED' THEN true
              ELSE filled_quantity < quantity END),
     CONSTRAINT orders_reject_has_source_and_code CHECK (
         CASE WHEN status = 'REJECTED'
@@ -770,7 +768,9 @@ DECLARE
     filled record;
 BEGIN
     PERFORM run_lock(OLD.user_id, OLD.run_id, 'orders', 'RUNNING');
-    IF OLD.status IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED') AND NEW.status = OLD.status THEN
+    -- At a real broker even a filled order may trade on: an overfill is real exposure.
+    IF OLD.status IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED') AND NEW.status = OLD.status
+       AND (OLD.broker = 'paper' OR NEW.filled_quantity = OLD.filled_quantity) THEN
         RAISE EXCEPTION 'order % is %, so it can not be changed', OLD.order_id, OLD.status
             USING ERRCODE = '23T09', CONSTRAINT = 'orders_closed_fixed', TABLE = 'orders',
                   HINT = 'A closed order is history; place another.';
@@ -848,6 +848,11 @@ BEGIN
         RAISE EXCEPTION 'order % cannot go from % to %', OLD.order_id, OLD.status, NEW.status
             USING ERRCODE = '23T01', CONSTRAINT = 'orders_status_transition', TABLE = 'orders',
                   COLUMN = 'status', HINT = 'order_transition lists the allowed moves.';
+    END IF;
+    -- A rejection that a fill has disproved is in the ledger, no longer on the order.
+    IF OLD.status = 'REJECTED' THEN
+        NEW.reject_source := NULL;
+        NEW.reject_code := NULL;
     END IF;
     -- A fill moves an order at the time of its event, anything else at the time that it says.
     IF NEW.status_at = OLD.status_at OR NEW.filled_quantity <> OLD.filled_quantity THEN
@@ -1620,24 +1625,32 @@ COMMENT ON FUNCTION orders_event_payload IS 'What the event of an order''s placi
 -- same. Positions and cash follow these events, so forging one would forge money.
 CREATE FUNCTION event_ledger_check_fact() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
-DECLARE
-    is_true boolean;
 BEGIN
-    is_true := CASE
-        WHEN NEW.event_type = 'EXECUTION' THEN EXISTS (
-            SELECT FROM execution e
-            WHERE e.user_id = NEW.user_id AND e.run_id = NEW.run_id
-              AND e.execution_id = substr(NEW.subject, 38)
-              AND e.order_id || '/' || e.execution_id = NEW.subject
-              AND e.logical_time = NEW.logical_time AND execution_event_payload(e) = NEW.payload)
-        WHEN NEW.event_type = 'SPLIT_APPLIED' THEN EXISTS (
-            SELECT FROM split_applied s
-            WHERE s.user_id = NEW.user_id AND s.run_id = NEW.run_id
-              AND split_event_subject(s) = NEW.subject
-              AND s.logical_time = NEW.logical_time AND split_event_payload(s) = NEW.payload)
-        WHEN NEW.event_type = 'TICK' THEN tick_agrees_with_mark(NEW)
-        ELSE order_event_is_true(NEW) END;
-    IF NOT is_true THEN
+    IF NEW.event_type = 'TICK' THEN
+        PERFORM FROM mtm_ledger m
+        WHERE m.user_id = NEW.user_id AND m.run_id = NEW.run_id
+          AND m.logical_time = NEW.logical_time
+          AND NEW.payload @> jsonb_build_object('cash', m.cash, 'market_value', m.market_value,
+                                                'equity', m.equity);
+        -- A tick that names no figures contradicts none.
+        IF FOUND OR NOT NEW.payload ?| ARRAY['cash', 'market_value', 'equity'] THEN
+            RETURN NEW;
+        END IF;
+    ELSIF NEW.event_type = 'EXECUTION' THEN
+        PERFORM FROM execution e
+        WHERE e.user_id = NEW.user_id AND e.run_id = NEW.run_id
+          AND e.execution_id = substr(NEW.subject, 38)
+          AND e.order_id || '/' || e.execution_id = NEW.subject
+          AND e.logical_time = NEW.logical_time AND execution_event_payload(e) = NEW.payload;
+    ELSIF NEW.event_type = 'SPLIT_APPLIED' THEN
+        PERFORM FROM split_applied s
+        WHERE s.user_id = NEW.user_id AND s.run_id = NEW.run_id
+          AND split_event_subject(s) = NEW.subject
+          AND s.logical_time = NEW.logical_time AND split_event_payload(s) = NEW.payload;
+    ELSE
+        PERFORM WHERE order_event_is_true(NEW);
+    END IF;
+    IF NOT FOUND THEN
         RAISE EXCEPTION 'no row of run % bears out the event % of %', NEW.run_id, NEW.event_type,
             NEW.subject
             USING ERRCODE = '23T08', CONSTRAINT = 'event_ledger_tells_what_happened',
@@ -1649,25 +1662,6 @@ END $$;
 
 COMMENT ON FUNCTION event_ledger_check_fact IS
     'Trigger: an event that tells of a row says what the row says.';
-
--- A tick that names figures names those of its mark.
-CREATE FUNCTION tick_agrees_with_mark(tick event_ledger) RETURNS boolean
-LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
-DECLARE
-    mark jsonb;
-BEGIN
-    IF NOT tick.payload ?| ARRAY['cash', 'market_value', 'equity'] THEN
-        RETURN true;
-    END IF;
-    SELECT jsonb_build_object('cash', m.cash, 'market_value', m.market_value, 'equity', m.equity)
-    INTO mark FROM mtm_ledger m
-    WHERE m.user_id = tick.user_id AND m.run_id = tick.run_id
-      AND m.logical_time = tick.logical_time;
-    RETURN FOUND AND tick.payload @> mark;
-END $$;
-
-COMMENT ON FUNCTION tick_agrees_with_mark IS
-    'Whether a TICK event''s cash, market value and equity are those of the mark of its time.';
 
 -- An order's event is written with the move that it tells, so that it is never told again.
 CREATE FUNCTION order_event_is_true(event event_ledger) RETURNS boolean
@@ -2170,18 +2164,18 @@ LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
         UNION ALL
         SELECT h.kind, h.limit_value, v.value
         FROM here h
+        CROSS JOIN (SELECT exposure + CASE WHEN o.side = 'BUY' THEN o.quantity
+                                           ELSE -o.quantity END AS position) a
         CROSS JOIN LATERAL (SELECT CASE
             WHEN h.kind = 'MAX_ORDER_QUANTITY' THEN o.quantity
             WHEN h.kind = 'MAX_ORDER_NOTIONAL' THEN o.quantity * abs(price)
-            WHEN h.kind = 'MAX_POSITION'
-            THEN abs(exposure + CASE WHEN o.side = 'BUY' THEN o.quantity ELSE -o.quantity END)
-            END AS value) v
+            WHEN h.kind = 'MAX_POSITION' THEN abs(a.position) END AS value) v
         WHERE h.kind IN ('MAX_ORDER_QUANTITY', 'MAX_ORDER_NOTIONAL', 'MAX_POSITION')
           AND (h.symbol IS NULL OR h.symbol = o.symbol)
           -- What can't be valued can't be shown to be within a limit.
           AND (v.value > h.limit_value OR v.value IS NULL)
-          -- Out of a position that is too large one may always get.
-          AND (h.kind <> 'MAX_POSITION' OR v.value > abs(exposure))
+          -- Out of a position that is too large one may always get, but not out at the other side.
+          AND (h.kind <> 'MAX_POSITION' OR v.value > abs(exposure) OR a.position * exposure < 0)
     )
     SELECT b.code, b.limit_value, b.value FROM broken b ORDER BY b.code, b.limit_value LIMIT 1
 $$;
@@ -2197,6 +2191,7 @@ DECLARE
     available numeric;
     broken    record;
     code      text := coalesce(orders_validation_code(NEW), orders_price_code(NEW));
+    reason    text;
 BEGIN
     IF code IS NOT NULL THEN
         NEW.status := 'REJECTED';
@@ -2212,24 +2207,25 @@ BEGIN
     exposure := orders_exposure(NEW);
     SELECT * INTO broken FROM orders_broken_limit(NEW, price, exposure);
     IF FOUND THEN
-        NEW.status_reason := format('%s: limit %s, would be %s', broken.code,
-                                    trim_scale(broken.limit_value), trim_scale(broken.value));
-        NEW.reject_code := broken.code;
+        code := broken.code;
+        reason := coalesce('limit ' || trim_scale(broken.limit_value) || ', would be '
+                           || coalesce(trim_scale(broken.value)::text, 'unknown'), NEW.symbol);
     ELSIF run.account_type = 'CASH' AND NEW.side = 'SELL' AND NEW.quantity > exposure THEN
-        NEW.status_reason := format('INSUFFICIENT_POSITION: holds %s, would sell %s',
-                                    trim_scale(exposure), trim_scale(NEW.quantity));
-        NEW.reject_code := 'INSUFFICIENT_POSITION';
+        code := 'INSUFFICIENT_POSITION';
+        reason := format('holds %s, would sell %s', trim_scale(exposure), trim_scale(NEW.quantity));
     ELSIF run.account_type = 'CASH' AND NEW.side = 'BUY' THEN
         available := run.cash - run_reserved_cash(NEW.user_id, NEW.run_id);
         IF NEW.quantity * price > available THEN
-            NEW.status_reason := format('INSUFFICIENT_CASH: has %s, needs %s',
-                                        trim_scale(available), trim_scale(NEW.quantity * price));
-            NEW.reject_code := 'INSUFFICIENT_CASH';
+            code := 'INSUFFICIENT_CASH';
+            reason := format('has %s, needs %s',
+                             trim_scale(available), trim_scale(NEW.quantity * price));
         END IF;
     END IF;
-    IF NEW.reject_code IS NOT NULL THEN
+    IF code IS NOT NULL THEN
         NEW.status := 'REJECTED';
         NEW.reject_source := 'RISK';
+        NEW.reject_code := code;
+        NEW.status_reason := code || ': ' || reason;
     END IF;
     RETURN NEW;
 END $$;
@@ -2304,7 +2300,8 @@ CREATE VIEW audit_order AS
     WHERE CASE WHEN status = 'FILLED' THEN filled_quantity < quantity
                WHEN status = 'PARTIALLY_FILLED'
                THEN filled_quantity <= 0 OR filled_quantity >= quantity
-               WHEN status IN ('NEW', 'PENDING', 'REJECTED') THEN filled_quantity <> 0
+               WHEN status IN ('NEW', 'PENDING', 'PENDING_SUBMIT', 'ROUTED', 'REJECTED')
+               THEN filled_quantity <> 0
                ELSE filled_quantity >= quantity END
     UNION ALL
     SELECT e.user_id, e.run_id, 'execution ' || e.execution_id,
@@ -2437,6 +2434,46 @@ CREATE VIEW audit_chain AS
 
 COMMENT ON VIEW audit_chain IS 'Events that break their run''s chain.';
 
+-- Named one by one, since other people's tables may be in the schema too.
+CREATE FUNCTION our_relations() RETURNS text[]
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT ARRAY[
+        'app_user', 'calendar_session', 'corporate_action', 'engine_state', 'engine_status',
+        'event_ledger', 'execution', 'instrument', 'mtm_ledger', 'order_status',
+        'order_transition', 'orders', 'position', 'price_bar', 'risk_limit', 'run_status',
+        'run_transition', 'sip_plan', 'split_applied', 'strategy_run',
+        'paper_order', 'paper_trade', 'paper_position', 'paper_equity_curve',
+        'audit_cash', 'audit_chain', 'audit_duplicate', 'audit_event', 'audit_guard',
+        'audit_mark', 'audit_order', 'audit_orphan', 'audit_position', 'audit_running']
+        -- Not there in a database that was built from sql/.
+        || CASE WHEN to_regclass('public.alembic_version') IS NULL THEN '{}'
+                ELSE '{alembic_version}'::text[] END
+$$;
+
+COMMENT ON FUNCTION our_relations IS 'Our tables and views.';
+
+CREATE VIEW audit_guard AS
+    WITH ours AS (
+        SELECT oid, relname FROM pg_class
+        WHERE relnamespace = 'public'::regnamespace AND relname = ANY (our_relations())
+    )
+    SELECT NULL::uuid AS user_id, NULL::uuid AS run_id,
+           format('trigger %s of %s', t.tgname, o.relname) AS subject,
+           'is switched off' AS finding
+    FROM pg_trigger t JOIN ours o ON o.oid = t.tgrelid
+    WHERE t.tgenabled NOT IN ('O', 'A')
+    UNION ALL
+    SELECT NULL, NULL, format('constraint %s of %s', c.conname, o.relname),
+           'was not checked against the rows that were there before it'
+    FROM pg_constraint c JOIN ours o ON o.oid = c.conrelid
+    WHERE NOT c.convalidated
+    UNION ALL
+    SELECT NULL, NULL, format('table %s', i.inhrelid::regclass),
+           format('puts rows into %s past its triggers', o.relname)
+    FROM pg_inherits i JOIN ours o ON o.oid = i.inhparent;
+
+COMMENT ON VIEW audit_guard IS 'Triggers and constraints that the owner has switched off.';
+
 -- What the ledger tells of each order, from its placing or its last restatement.
 CREATE VIEW audit_event AS
     SELECT o.user_id, o.run_id, 'order ' || o.order_id AS subject,
@@ -2527,7 +2564,15 @@ CREATE VIEW audit_event AS
     CROSS JOIN LATERAL (SELECT max(n.seq) AS seq FROM event_ledger n
                         WHERE n.user_id = l.user_id AND n.run_id = l.run_id) h
     WHERE l.event_type IN ('RUN_STOPPED', 'RUN_ERROR')
-      AND (l.event_type <> 'RUN_' || r.status OR l.seq <> h.seq);
+      AND (l.event_type <> 'RUN_' || r.status OR l.seq <> h.seq)
+    UNION ALL
+    SELECT r.user_id, r.run_id, 'strategy_run',
+           format('is %s, its last event is %s', r.status, h.event_type)
+    FROM strategy_run r
+    CROSS JOIN LATERAL (SELECT n.event_type FROM event_ledger n
+                        WHERE n.user_id = r.user_id AND n.run_id = r.run_id
+                        ORDER BY n.seq DESC LIMIT 1) h
+    WHERE r.status IN ('STOPPED', 'ERROR') AND h.event_type <> 'RUN_' || r.status;
 
 COMMENT ON VIEW audit_event IS 'Rows without their event and events without their row.';
 
@@ -2589,24 +2634,6 @@ $$;
 
 COMMENT ON FUNCTION role_rights IS 'The rights of each role, besides reading.';
 
--- Named one by one, since other people's tables may be in the schema too.
-CREATE FUNCTION our_relations() RETURNS text[]
-LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
-    SELECT ARRAY[
-        'app_user', 'calendar_session', 'corporate_action', 'engine_state', 'engine_status',
-        'event_ledger', 'execution', 'instrument', 'mtm_ledger', 'order_status',
-        'order_transition', 'orders', 'position', 'price_bar', 'risk_limit', 'run_status',
-        'run_transition', 'sip_plan', 'split_applied', 'strategy_run',
-        'paper_order', 'paper_trade', 'paper_position', 'paper_equity_curve',
-        'audit_cash', 'audit_chain', 'audit_duplicate', 'audit_event', 'audit_mark',
-        'audit_order', 'audit_orphan', 'audit_position', 'audit_running']
-        -- Not there in a database that was built from sql/.
-        || CASE WHEN to_regclass('public.alembic_version') IS NULL THEN '{}'
-                ELSE '{alembic_version}'::text[] END
-$$;
-
-COMMENT ON FUNCTION our_relations IS 'Our tables and views.';
-
 -- Gives each of the roles that exist exactly its rights; it may be called again at any time. The
 -- caller becomes a member of them, so that it can act as the engine and the auditor.
 CREATE FUNCTION grant_roles() RETURNS SETOF text
@@ -2653,8 +2680,10 @@ DECLARE
     hidden regprocedure;
 BEGIN
     FOR hidden IN
-        SELECT DISTINCT tgfoid FROM pg_trigger
-        WHERE NOT tgisinternal AND tgrelid::regclass::text = ANY (our_relations())
+        SELECT DISTINCT t.tgfoid
+        FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid
+        WHERE NOT t.tgisinternal AND c.relnamespace = 'public'::regnamespace
+          AND c.relname = ANY (our_relations())
     LOOP
         EXECUTE format('REVOKE EXECUTE ON FUNCTION %s FROM PUBLIC', hidden);
     END LOOP;
