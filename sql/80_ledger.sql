@@ -185,15 +185,20 @@ END $$;
 COMMENT ON FUNCTION event_ledger_check_fact IS
     'Trigger: an event that tells of a row says what the row says.';
 
+-- The order that the subject of an order's event names, if it does.
+CREATE FUNCTION event_order_id(subject text) RETURNS uuid LANGUAGE sql IMMUTABLE
+RETURN CASE WHEN subject ~ '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}(@|$)'
+            THEN left(subject, 36)::uuid END;
+
+COMMENT ON FUNCTION event_order_id IS 'The order that the subject of an order''s event names.';
+
 -- An order's event is written with the move that it tells, so that it is never told again.
 CREATE FUNCTION order_event_is_true(event event_ledger) RETURNS boolean
 LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
     SELECT EXISTS (
         SELECT FROM orders o
         WHERE o.user_id = event.user_id AND o.run_id = event.run_id
-          AND o.order_id = CASE
-              WHEN event.subject ~ '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}(@|$)'
-              THEN left(event.subject, 36)::uuid END
+          AND o.order_id = event_order_id(event.subject)
           AND (event.subject = o.order_id::text OR event.event_type = 'ORDER_RESTATED')
           AND CASE WHEN event.event_type = 'ORDER_PLACED'
                    THEN o.status IN ('NEW', 'PENDING') AND o.logical_time = event.logical_time

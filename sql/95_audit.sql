@@ -242,13 +242,13 @@ CREATE VIEW audit_event AS
            CASE WHEN t.payload IS NULL THEN 'has no event of its placing'
                 ELSE format('is not what its event tells: %s', t.payload) END AS finding
     FROM orders o
-    LEFT JOIN (SELECT DISTINCT ON (user_id, run_id, left(subject, 36))
-                      user_id, run_id, left(subject, 36) AS order_id, payload
+    LEFT JOIN (SELECT DISTINCT ON (user_id, run_id, event_order_id(subject))
+                      user_id, run_id, event_order_id(subject) AS order_id, payload
                FROM event_ledger
                WHERE event_type IN ('ORDER_PLACED', 'ORDER_REJECTED', 'ORDER_RESTATED')
                  AND payload ? 'symbol'
-               ORDER BY user_id, run_id, left(subject, 36), seq DESC) t
-        ON t.user_id = o.user_id AND t.run_id = o.run_id AND t.order_id = o.order_id::text
+               ORDER BY user_id, run_id, event_order_id(subject), seq DESC) t
+        ON t.user_id = o.user_id AND t.run_id = o.run_id AND t.order_id = o.order_id
     WHERE (o.symbol, o.side, o.order_type, o.time_in_force, o.quantity, o.limit_price,
            o.trail_amount, o.trail_percent, o.client_order_id,
            CASE WHEN o.order_type <> 'TRAIL' THEN o.stop_price END)
@@ -273,7 +273,7 @@ CREATE VIEW audit_event AS
            format('tells of an order that is %s', coalesce(o.status, 'not there'))
     FROM event_ledger l
     LEFT JOIN orders o ON o.user_id = l.user_id AND o.run_id = l.run_id
-                      AND o.order_id::text = left(l.subject, 36)
+                      AND o.order_id = event_order_id(l.subject)
     WHERE l.event_type IN ('ORDER_PLACED', 'ORDER_REJECTED', 'ORDER_CANCELED', 'ORDER_EXPIRED')
       AND (o.order_id IS NULL
            OR o.broker = 'paper' AND l.event_type NOT IN ('ORDER_PLACED', 'ORDER_' || o.status))

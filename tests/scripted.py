@@ -13,7 +13,8 @@ from pydantic import Field
 
 from engine.market.model import Bar
 from engine.orders.model import Fill, Side
-from engine.strategies.base import Context, Intents, Parameters, PlaceOrder, Strategy
+from engine.strategies.base import Context, Intent, Intents, Parameters, PlaceOrder, Strategy
+from engine.strategies.sip import Sip
 
 Hooks = dict[str, Callable[..., Intents]]
 
@@ -66,6 +67,16 @@ def _call(hook: str, *arguments: Any) -> Intents:
 
 
 SCRIPTED = f"{__name__}:{Scripted.__name__}"
+
+
+class Watching(Sip):
+    """Plans that are shown to a hook and left alone."""
+
+    def on_tick(self, context: Context) -> Iterator[Intent]:
+        yield from _call("on_tick", context) or ()
+
+
+WATCHING = f"{__name__}:{Watching.__name__}"
 
 
 class Blocking(Strategy):

@@ -386,15 +386,17 @@ def test_a_margin_account_may_owe(conn: Connection) -> None:
 
 
 def test_costs_are_weighed_to_the_last_digit(conn: Connection) -> None:
-    """28 digits, which Python keeps by itself, would round the cost down to the cash."""
-    price, quantity = Decimal("99999999999.00000001"), Decimal("9999999.12345678")
-    exact = Decimal("999999912335678.09999998")
-    run = a_run(conn, cash=str(exact), paper={"quantity_decimals": 8})
-    tick(conn, run, MON, str(price), buy("1"))
-    assert statuses(conn, run) == ["FILLED"]
-    other = a_run(conn, user="ben", cash="999999912346678", paper={"quantity_decimals": 8})
-    tick(conn, other, MON, str(price), buy(str(quantity)))
-    assert statuses(conn, other) == ["REJECTED"]
+    """28 digits, which Python keeps by itself, would round this cost down to the cash."""
+    step = {"model": "TICKS", "ticks": 1, "tick_size": "0.00000001"}
+    run = a_run(conn, cash="9999999999999998", paper={"slippage": step, "quantity_decimals": 8})
+    # The gate sees a price that is a step lower, so that it is the fill that costs 1e-16 too much.
+    tick(conn, run, MON, "99999999.99999998", buy("99999999.99999999"))
+    assert rows(conn, "SELECT status, status_reason FROM orders") == [
+        (
+            "REJECTED",
+            "INSUFFICIENT_CASH: has 9999999999999998, needs 9999999999999998.0000000000000001",
+        )
+    ]
 
 
 # Buying power and short sales

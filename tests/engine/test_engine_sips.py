@@ -24,7 +24,7 @@ from market_days import (
     rows,
     statuses,
 )
-from scripted import SCRIPTED, Hooks, hooks
+from scripted import SCRIPTED, WATCHING, Hooks, hooks
 
 from engine import tick as tick_module
 from engine.db.connect import Connection
@@ -317,6 +317,20 @@ def test_the_plans_of_another_strategys_run_wait_for_a_call_of_their_own(
     assert events(conn, run) == ["RUN_STARTED", "TICK"]
     assert try_execute_sip(conn, *key, close_on(MON), at_price("50")) == 1
     assert filled == ["AAPL"]
+
+
+@pytest.mark.parametrize("is_open", [True, False])
+def test_occasions_are_shown_while_the_market_is_open(
+    conn: Connection, hooks: Hooks, is_open: bool
+) -> None:
+    run = a_run(conn, strategy=WATCHING)
+    a_plan(conn, run)
+    seen: list[SipDue] = []
+    hooks["on_tick"] = lambda context: seen.extend(context.sips_due)
+    key = run.user_id, run.run_id
+    run_tick(conn, *key, close_on(MON), at_price("50"), market_open=is_open)
+    assert [due.occasion for due in seen] == (["apples@2001-05"] if is_open else [])
+    assert counts(conn, run)["orders"] == 0
 
 
 def test_an_occasion_can_not_be_executed_without_a_price(conn: Connection, hooks: Hooks) -> None:

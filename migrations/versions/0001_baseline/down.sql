@@ -63,6 +63,7 @@ DROP FUNCTION IF EXISTS orders_record_move;
 DROP FUNCTION IF EXISTS orders_record_insert;
 DROP FUNCTION IF EXISTS event_ledger_check_end;
 DROP FUNCTION IF EXISTS order_event_is_true;
+DROP FUNCTION IF EXISTS event_order_id;
 DROP FUNCTION IF EXISTS event_ledger_check_fact;
 DROP FUNCTION IF EXISTS orders_event_payload;
 DROP FUNCTION IF EXISTS event_ledger_append;

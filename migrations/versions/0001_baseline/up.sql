@@ -1663,15 +1663,20 @@ END $$;
 COMMENT ON FUNCTION event_ledger_check_fact IS
     'Trigger: an event that tells of a row says what the row says.';
 
+-- The order that the subject of an order's event names, if it does.
+CREATE FUNCTION event_order_id(subject text) RETURNS uuid LANGUAGE sql IMMUTABLE
+RETURN CASE WHEN subject ~ '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}(@|$)'
+            THEN left(subject, 36)::uuid END;
+
+COMMENT ON FUNCTION event_order_id IS 'The order that the subject of an order''s event names.';
+
 -- An order's event is written with the move that it tells, so that it is never told again.
 CREATE FUNCTION order_event_is_true(event event_ledger) RETURNS boolean
 LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
     SELECT EXISTS (
         SELECT FROM orders o
         WHERE o.user_id = event.user_id AND o.run_id = event.run_id
-          AND o.order_id = CASE
-              WHEN event.subject ~ '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}(@|$)'
-              THEN left(event.subject, 36)::uuid END
+          AND o.order_id = event_order_id(event.subject)
           AND (event.subject = o.order_id::text OR event.event_type = 'ORDER_RESTATED')
           AND CASE WHEN event.event_type = 'ORDER_PLACED'
                    THEN o.status IN ('NEW', 'PENDING') AND o.logical_time = event.logical_time
@@ -2480,13 +2485,13 @@ CREATE VIEW audit_event AS
            CASE WHEN t.payload IS NULL THEN 'has no event of its placing'
                 ELSE format('is not what its event tells: %s', t.payload) END AS finding
     FROM orders o
-    LEFT JOIN (SELECT DISTINCT ON (user_id, run_id, left(subject, 36))
-                      user_id, run_id, left(subject, 36) AS order_id, payload
+    LEFT JOIN (SELECT DISTINCT ON (user_id, run_id, event_order_id(subject))
+                      user_id, run_id, event_order_id(subject) AS order_id, payload
                FROM event_ledger
                WHERE event_type IN ('ORDER_PLACED', 'ORDER_REJECTED', 'ORDER_RESTATED')
                  AND payload ? 'symbol'
-               ORDER BY user_id, run_id, left(subject, 36), seq DESC) t
-        ON t.user_id = o.user_id AND t.run_id = o.run_id AND t.order_id = o.order_id::text
+               ORDER BY user_id, run_id, event_order_id(subject), seq DESC) t
+        ON t.user_id = o.user_id AND t.run_id = o.run_id AND t.order_id = o.order_id
     WHERE (o.symbol, o.side, o.order_type, o.time_in_force, o.quantity, o.limit_price,
            o.trail_amount, o.trail_percent, o.client_order_id,
            CASE WHEN o.order_type <> 'TRAIL' THEN o.stop_price END)
@@ -2511,7 +2516,7 @@ CREATE VIEW audit_event AS
            format('tells of an order that is %s', coalesce(o.status, 'not there'))
     FROM event_ledger l
     LEFT JOIN orders o ON o.user_id = l.user_id AND o.run_id = l.run_id
-                      AND o.order_id::text = left(l.subject, 36)
+                      AND o.order_id = event_order_id(l.subject)
     WHERE l.event_type IN ('ORDER_PLACED', 'ORDER_REJECTED', 'ORDER_CANCELED', 'ORDER_EXPIRED')
       AND (o.order_id IS NULL
            OR o.broker = 'paper' AND l.event_type NOT IN ('ORDER_PLACED', 'ORDER_' || o.status))
