@@ -136,7 +136,7 @@ def test_a_demo_for_people(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> N
     assert "Ticks per second" not in half
     assert "oms db stop" not in fresh, "it isn't our server"
     assert Path("oms-demo.html").exists()
-    assert "All 2 ticks were in the ledger already: nothing was added." in again
+    assert "All 2 ticks are already in the ledger: nothing was added." in again
     assert "Ticks per second" not in again
     assert Path("there.html").exists()
 
