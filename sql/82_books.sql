@@ -14,23 +14,26 @@ COMMENT ON FUNCTION event_cash_flow IS 'What a ledger event does to cash, in cur
 
 -- What a run's cash and books_seq must be: what they are, and what the events after books_seq add.
 CREATE FUNCTION strategy_run_books_due(run strategy_run, OUT cash numeric, OUT books_seq bigint)
-LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
-    SELECT run.cash + coalesce(sum(event_cash_flow(event_type, payload)), 0),
-           coalesce(max(seq), run.books_seq)
-    FROM event_ledger
-    WHERE user_id = run.user_id AND run_id = run.run_id AND seq > run.books_seq
-      AND event_type IN ('EXECUTION', 'SPLIT_APPLIED')
-$$;
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    SELECT run.cash + coalesce(sum(event_cash_flow(l.event_type, l.payload)), 0),
+           coalesce(max(l.seq), run.books_seq)
+    INTO cash, books_seq
+    FROM event_ledger l
+    WHERE l.user_id = run.user_id AND l.run_id = run.run_id AND l.seq > run.books_seq
+      AND l.event_type IN ('EXECUTION', 'SPLIT_APPLIED');
+END $$;
 
 COMMENT ON FUNCTION strategy_run_books_due IS
     'What the ledger makes of a run''s cash and books_seq.';
 
 CREATE FUNCTION strategy_run_follow_ledger(of_user uuid, of_run uuid) RETURNS void
-LANGUAGE sql SET search_path = public, pg_temp AS $$
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
     UPDATE strategy_run r
     SET (cash, books_seq) = (SELECT d.cash, d.books_seq FROM strategy_run_books_due(r) d)
-    WHERE r.user_id = of_user AND r.run_id = of_run
-$$;
+    WHERE r.user_id = of_user AND r.run_id = of_run;
+END $$;
 
 COMMENT ON FUNCTION strategy_run_follow_ledger IS
     'Brings a run''s cash up to the last event of its ledger.';

@@ -96,6 +96,8 @@ _DEFAULT_SETTINGS = {
 # Peer: the kernel says who is at the other end. TCP has no line here, so it stays shut even if
 # somebody makes the server listen.
 _HBA = "local all all peer map=oms\nlocal replication all peer map=oms\n"
+# Before 16 a map can't say "any role"; there the socket's private folder is what keeps others out.
+_HBA_BEFORE_16 = "local all all trust\nlocal replication all trust\n"
 
 
 # --- Programs -------------------------------------------------------------------------------
@@ -633,9 +635,10 @@ class Server:
     def _write_configuration(self, account: _Account) -> None:
         settings = {**_DEFAULT_SETTINGS, **self.settings}
         names = dict.fromkeys(_Account(uid, 0).name for uid in (0, os.geteuid(), account.uid))
+        major = int((self.data / "PG_VERSION").read_text())
         files = {
             "postgresql.conf": [f"{name} = {_quoted(value)}" for name, value in settings.items()],
-            "pg_hba.conf": [_HBA],
+            "pg_hba.conf": [_HBA if major >= 16 else _HBA_BEFORE_16],
             "pg_ident.conf": [f'oms "{name}" all' for name in names],
         }
         for name, lines in files.items():

@@ -125,7 +125,8 @@ def test_indian_plans_follow_the_indian_calendar(conn: Connection) -> None:
     at = one(conn, "SELECT logical_time FROM event_ledger WHERE event_type = 'SIP_EXECUTED'")
     assert at.isoformat() == "2006-01-27T10:00:00+00:00"
     walk(conn, other, "2006-01-23", "2006-01-31")
-    assert bought(conn)[1:] == [("p@2006-01", "2006-01-26")]
+    # Events of two runs have no order among each other.
+    assert sorted(bought(conn)) == [("p@2006-01", "2006-01-26"), ("p@2006-01", "2006-01-27")]
 
 
 def test_a_plan_begins_and_ends_with_its_days(conn: Connection) -> None:

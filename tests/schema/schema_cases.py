@@ -213,15 +213,18 @@ def build_world(conn: Connection) -> None:
     assert findings(conn) == []
 
 
+_CONTENTS = sql.SQL(" UNION ALL ").join(
+    sql.SQL(
+        "SELECT {}, count(*), md5(coalesce(string_agg(t::text, '|' ORDER BY t::text), '')) "
+        "FROM public.{} t"
+    ).format(sql.Literal(table), sql.Identifier(table))
+    for table in (*RUN_TABLES, *LOOKUPS, "app_user")
+)
+
+
 def contents(conn: Connection) -> dict[str, tuple[int, str]]:
     """Of every table how many rows there are, and a fingerprint of all that is in them."""
-    query = sql.SQL("SELECT count(*), md5(coalesce(string_agg(t::text, '|' ORDER BY t::text), ''))")
-    found = {}
-    for table in (*RUN_TABLES, *LOOKUPS, "app_user"):
-        row = conn.execute(query + sql.SQL(" FROM public.{} t").format(sql.Identifier(table)))
-        count, content = row.fetchall()[0]
-        found[table] = (count, content)
-    return found
+    return {table: (count, content) for table, count, content in conn.execute(_CONTENTS).fetchall()}
 
 
 def findings(conn: Connection) -> list[tuple[Any, ...]]:

@@ -1621,6 +1621,14 @@ $$;
 
 COMMENT ON FUNCTION orders_event_payload IS 'What the event of an order''s placing says.';
 
+-- The subject of an order's event is its id, of an execution's the order's id and its own.
+CREATE FUNCTION event_order_id(subject text) RETURNS uuid
+LANGUAGE sql IMMUTABLE
+RETURN CASE WHEN subject ~ '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}([/@]|$)'
+            THEN left(subject, 36)::uuid END;
+
+COMMENT ON FUNCTION event_order_id IS 'The order that an event''s subject names, or NULL.';
+
 -- Events that tell of rows are not taken on anybody's word: the row must be there and say the
 -- same. Positions and cash follow these events, so forging one would forge money.
 CREATE FUNCTION event_ledger_check_fact() RETURNS trigger
@@ -1639,7 +1647,9 @@ BEGIN
     ELSIF NEW.event_type = 'EXECUTION' THEN
         PERFORM FROM execution e
         WHERE e.user_id = NEW.user_id AND e.run_id = NEW.run_id
-          AND e.execution_id = substr(NEW.subject, 38)
+          -- Both, each in its index's collation: before its first ANALYZE either may be chosen.
+          AND e.order_id = event_order_id(NEW.subject)
+          AND e.execution_id = substr(NEW.subject, 38) COLLATE "default"
           AND e.order_id || '/' || e.execution_id = NEW.subject
           AND e.logical_time = NEW.logical_time AND execution_event_payload(e) = NEW.payload;
     ELSIF NEW.event_type = 'SPLIT_APPLIED' THEN
@@ -1663,35 +1673,33 @@ END $$;
 COMMENT ON FUNCTION event_ledger_check_fact IS
     'Trigger: an event that tells of a row says what the row says.';
 
--- The order that the subject of an order's event names, if it does.
-CREATE FUNCTION event_order_id(subject text) RETURNS uuid LANGUAGE sql IMMUTABLE
-RETURN CASE WHEN subject ~ '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}(@|$)'
-            THEN left(subject, 36)::uuid END;
-
-COMMENT ON FUNCTION event_order_id IS 'The order that the subject of an order''s event names.';
-
--- An order's event is written with the move that it tells, so that it is never told again.
+-- An order's event is written with the move that it tells, so that it is never told again. A
+-- restatement is true while its split is told to the ledger and not yet taken up by the books.
 CREATE FUNCTION order_event_is_true(event event_ledger) RETURNS boolean
-LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
-    SELECT EXISTS (
-        SELECT FROM orders o
-        WHERE o.user_id = event.user_id AND o.run_id = event.run_id
-          AND o.order_id = event_order_id(event.subject)
-          AND (event.subject = o.order_id::text OR event.event_type = 'ORDER_RESTATED')
-          AND CASE WHEN event.event_type = 'ORDER_PLACED'
-                   THEN o.status IN ('NEW', 'PENDING') AND o.logical_time = event.logical_time
-                   WHEN event.event_type = 'ORDER_RESTATED'
-                   THEN orders_event_payload(o) = event.payload
-                        AND EXISTS (SELECT FROM strategy_run r
-                                    JOIN event_ledger l ON l.user_id = r.user_id
-                                                       AND l.run_id = r.run_id
-                                                       AND l.seq > r.books_seq
-                                    WHERE r.user_id = event.user_id AND r.run_id = event.run_id
-                                      AND l.event_type = 'SPLIT_APPLIED'
-                                      AND l.payload ->> 'symbol' = o.symbol)
-                   ELSE 'ORDER_' || o.status = event.event_type
-                        AND o.status_at = event.logical_time END)
-$$;
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+DECLARE
+    o orders;
+BEGIN
+    SELECT * INTO o FROM orders
+    WHERE user_id = event.user_id AND run_id = event.run_id
+      AND order_id = event_order_id(event.subject);
+    IF NOT FOUND THEN
+        RETURN false;
+    END IF;
+    IF event.event_type = 'ORDER_RESTATED' THEN
+        RETURN orders_event_payload(o) = event.payload AND EXISTS (
+            SELECT FROM strategy_run r
+            JOIN event_ledger l ON l.user_id = r.user_id AND l.run_id = r.run_id
+                               AND l.seq > r.books_seq
+            WHERE r.user_id = event.user_id AND r.run_id = event.run_id
+              AND l.event_type = 'SPLIT_APPLIED' AND l.payload ->> 'symbol' = o.symbol);
+    END IF;
+    RETURN event.subject = o.order_id::text
+       AND CASE WHEN event.event_type = 'ORDER_PLACED'
+                THEN o.status IN ('NEW', 'PENDING') AND o.logical_time = event.logical_time
+                ELSE 'ORDER_' || o.status = event.event_type
+                     AND o.status_at = event.logical_time END;
+END $$;
 
 COMMENT ON FUNCTION order_event_is_true IS 'Whether an order is as its event says.';
 
@@ -1783,23 +1791,26 @@ COMMENT ON FUNCTION event_cash_flow IS 'What a ledger event does to cash, in cur
 
 -- What a run's cash and books_seq must be: what they are, and what the events after books_seq add.
 CREATE FUNCTION strategy_run_books_due(run strategy_run, OUT cash numeric, OUT books_seq bigint)
-LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
-    SELECT run.cash + coalesce(sum(event_cash_flow(event_type, payload)), 0),
-           coalesce(max(seq), run.books_seq)
-    FROM event_ledger
-    WHERE user_id = run.user_id AND run_id = run.run_id AND seq > run.books_seq
-      AND event_type IN ('EXECUTION', 'SPLIT_APPLIED')
-$$;
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    SELECT run.cash + coalesce(sum(event_cash_flow(l.event_type, l.payload)), 0),
+           coalesce(max(l.seq), run.books_seq)
+    INTO cash, books_seq
+    FROM event_ledger l
+    WHERE l.user_id = run.user_id AND l.run_id = run.run_id AND l.seq > run.books_seq
+      AND l.event_type IN ('EXECUTION', 'SPLIT_APPLIED');
+END $$;
 
 COMMENT ON FUNCTION strategy_run_books_due IS
     'What the ledger makes of a run''s cash and books_seq.';
 
 CREATE FUNCTION strategy_run_follow_ledger(of_user uuid, of_run uuid) RETURNS void
-LANGUAGE sql SET search_path = public, pg_temp AS $$
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
     UPDATE strategy_run r
     SET (cash, books_seq) = (SELECT d.cash, d.books_seq FROM strategy_run_books_due(r) d)
-    WHERE r.user_id = of_user AND r.run_id = of_run
-$$;
+    WHERE r.user_id = of_user AND r.run_id = of_run;
+END $$;
 
 COMMENT ON FUNCTION strategy_run_follow_ledger IS
     'Brings a run''s cash up to the last event of its ledger.';
