@@ -70,26 +70,29 @@ def _counts(conn: Connection, run: Run) -> tuple[int, int, int]:
 def _positions(conn: Connection, run: Run) -> list[PositionPoint]:
     """Quantities by executions and splits, valued at the prices of each tick."""
     rows = conn.execute(
-        """SELECT logical_time, event_type, payload FROM event_ledger
+        # Numbers inside jsonb would come as floats.
+        """SELECT logical_time, event_type, payload ->> 'symbol', payload ->> 'side',
+                  coalesce(payload ->> 'quantity_after', payload ->> 'quantity')::numeric,
+                  payload -> 'prices'
+           FROM event_ledger
            WHERE user_id = %s AND run_id = %s
              AND event_type IN ('EXECUTION', 'SPLIT_APPLIED', 'TICK') ORDER BY seq""",
         _key(run),
     )
     held: dict[str, Decimal] = defaultdict(Decimal)
     points = []
-    for at, event_type, payload in rows:
+    for at, event_type, symbol, side, quantity, prices in rows:
         if event_type == "SPLIT_APPLIED":
-            held[payload["symbol"]] = Decimal(str(payload["quantity_after"]))
+            held[symbol] = quantity
         elif event_type == "EXECUTION":
-            sign = 1 if payload["side"] == "BUY" else -1
-            held[payload["symbol"]] += sign * Decimal(str(payload["quantity"]))
-            if held[payload["symbol"]] == 0:
-                points.append(PositionPoint(at, payload["symbol"], Decimal(0), Decimal(0)))
+            held[symbol] += quantity if side == "BUY" else -quantity
+            if held[symbol] == 0:
+                points.append(PositionPoint(at, symbol, Decimal(0), Decimal(0)))
         else:
             points += [
-                PositionPoint(at, symbol, held[symbol], held[symbol] * Decimal(price))
-                for symbol, price in payload["prices"].items()
-                if symbol in held
+                PositionPoint(at, priced, held[priced], held[priced] * Decimal(price))
+                for priced, price in (prices or {}).items()
+                if priced in held
             ]
     return points
 
