@@ -14,6 +14,7 @@ import typer
 
 from cli import (
     audit,
+    bench,
     data,
     db,
     demo,
@@ -72,6 +73,7 @@ app.command("schedule", rich_help_panel=_RUNS)(schedule.schedule)
 app.command("equity", rich_help_panel=_LOOK)(equity.equity)
 app.command("report", rich_help_panel=_LOOK)(report.report)
 app.command("audit", rich_help_panel=_LOOK)(audit.audit)
+app.command("bench", rich_help_panel=_LOOK)(bench.bench)
 app.add_typer(runs.app, rich_help_panel=_RUNS)
 app.add_typer(sip.app, rich_help_panel=_RUNS)
 app.add_typer(order.app, rich_help_panel=_LOOK)

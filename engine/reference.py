@@ -1,7 +1,8 @@
 """What a tick looks up and no run changes: instruments, splits and sessions, read once and kept.
 
-A ``Reference`` lives as long as its caller wants to trust it: one live tick, one batch of a
-replay. It is filled from the lookup tables as it is asked.
+A ``Reference`` lives as long as its caller wants to trust it: a replay, or the live ticks of one
+connection, which forget between them what may have been imported. It is filled from the lookup
+tables as it is asked.
 """
 
 from __future__ import annotations
@@ -31,6 +32,12 @@ class Reference:
         self._opens: list[datetime] = []
         self._sessions: list[Session] = []
         self._loaded: tuple[datetime, datetime] | None = None
+
+    def forget(self) -> None:
+        """Ask again for what may have changed or come: everything but the sessions."""
+        self._decimals.clear()
+        self._negative.clear()
+        self._splits.clear()
 
     def quantity_decimals(self, symbols: Iterable[str]) -> dict[str, int]:
         """Decimals of ordered quantities by symbol. Raises BadInput for an unknown symbol."""

@@ -1,31 +1,44 @@
 """Replay: a feed of prices through a run, many ticks a transaction, each tick still its own.
 
-The ticks are the same code as live ones; only what surrounds them is shared: the run's lock, its
-books and the lookups are read once a batch. A crash loses at most the batch that was under way,
-and the next call goes on where the ledger ends.
+The ticks are the same code as live ones; only what surrounds them is shared: the books and the
+lookups are read once, and what a batch of ticks told is written in one statement while the next
+batch is worked out. A crash loses at most the batches under way, and the next call goes on where
+the ledger ends.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
+from typing import Any
 from uuid import UUID
 
+from psycopg.pq import TransactionStatus
+
+from engine import journal as journals
 from engine import ledger
+from engine.agenda import Agenda
 from engine.books import read_books
 from engine.db.connect import Connection
-from engine.errors import BadInput, RuleViolation, StrategyFailed, translated
+from engine.errors import BadInput, Retryable, RuleViolation, StrategyFailed, translated
+from engine.journal import Journal
 from engine.market.model import Bar
 from engine.market.view import look
 from engine.reference import Reference
-from engine.runs import lock_run, require_aware, require_running
-from engine.tick import Work, run_tick, strategy_of
+from engine.runs import find_run, lock_run, require_aware, require_running
+from engine.tick import run_tick
+from engine.work import NeedsSteps, Work, strategies_of
 
-BATCH_TICKS = 100
+BATCH_TICKS = 500
 
+Ticks = list[tuple[datetime, list[Bar]]]
 Feed = Iterable[tuple[datetime, list[Bar]]]
+
+# What happens again when the ticks are written step by step, and is told apart there.
+_IN_STEPS = (NeedsSteps, Retryable, RuleViolation, BadInput, StrategyFailed)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,24 +63,138 @@ def replay(
     ``progress`` is called after every batch with the number of ticks it held. Raises what
     ``run_tick`` raises; ticks before the one that failed stay.
     """
-    written = repeated = 0
-    for ticks in _batches(feed, batch):
+    seen = written = 0
+    with _Lane(conn, user_id, run_id) as lane:
+        for ticks in _batches(feed, batch):
+            written += lane.run(ticks)
+            seen += len(ticks)
+            progress(len(ticks))
+        written += lane.land()
+    return Replayed(written, seen - written)
+
+
+class _Lane:
+    """Works out a batch while the one before it is being written.
+
+    What was worked out on books that turn out to be others, and what needs steps, is done again in
+    steps, with the run locked.
+    """
+
+    def __init__(self, conn: Connection, user_id: UUID, run_id: UUID) -> None:
+        self._conn = conn
+        self._key = user_id, run_id
+        # Within a caller's transaction there is nothing to overlap with.
+        self._alone = conn.info.transaction_status == TransactionStatus.IDLE
+        self._at_once: _AtOnce | None = None
+        self._flying: tuple[Ticks, Future[None]] | None = None
+        self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="oms-replay")
+
+    def __enter__(self) -> _Lane:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.shutdown(wait=True)
+
+    def run(self, ticks: Ticks) -> int:
+        """Take up a batch; returns how many new ticks are now written or were before it."""
+        worked_out = self._work_out(ticks) if self._alone else 0
+        parameters = self._at_once.take() if self._at_once and worked_out else None
+        written = self.land()
+        if self._at_once is None or parameters is None:
+            worked_out = 0
+        else:
+            future = self._writer.submit(journals.write, self._conn, parameters)
+            self._flying = ticks[:worked_out], future
+        if worked_out < len(ticks):
+            written += self.land()
+            self._at_once = None
+            written += self._in_steps(ticks[worked_out:])
+        return written
+
+    def land(self) -> int:
+        """Wait for the batch that is being written; returns how many ticks were written."""
+        if self._flying is None:
+            return 0
+        ticks, future = self._flying
+        self._flying = None
         try:
-            new = _tick_batch(conn, user_id, run_id, ticks)
+            with translated():
+                future.result()
+        except (Retryable, RuleViolation, BadInput):
+            self._at_once = None
+            return self._in_steps(ticks)
+        return len(ticks)
+
+    def _work_out(self, ticks: Ticks) -> int:
+        """How many of these ticks, from the first on, can be written at once; they are told."""
+        done = 0
+        try:
+            with translated():
+                if self._at_once is None:
+                    self._at_once = _AtOnce(self._conn, *self._key)
+                for at, bars in ticks:
+                    self._at_once.tick(at, bars)
+                    done += 1
+        except _IN_STEPS:
+            pass
+        return done
+
+    def _in_steps(self, ticks: Ticks) -> int:
+        try:
+            return _tick_batch(self._conn, *self._key, ticks)
         except (StrategyFailed, BadInput, RuleViolation):
             # The batch is gone. Again one by one: the good ones are committed, and the one that
             # fails does what it would have done live.
-            results = [run_tick(conn, user_id, run_id, at, bars) for at, bars in ticks]
-            new = sum(not result.repeated for result in results)
-        written += new
-        repeated += len(ticks) - new
-        progress(len(ticks))
-    return Replayed(written, repeated)
+            results = [run_tick(self._conn, *self._key, at, bars) for at, bars in ticks]
+            return sum(not result.repeated for result in results)
 
 
-def _tick_batch(
-    conn: Connection, user_id: UUID, run_id: UUID, ticks: list[tuple[datetime, list[Bar]]]
-) -> int:
+class _AtOnce:
+    """A run as it was read, and what its ticks have told since."""
+
+    def __init__(self, conn: Connection, user_id: UUID, run_id: UUID) -> None:
+        run = find_run(conn, run_id)
+        if run.user_id != user_id or run.status != "RUNNING":
+            raise NeedsSteps
+        self._conn = conn
+        self._run = run
+        self._reference = Reference(conn, run.calendar)
+        self._books = read_books(conn, run)
+        self._strategy = strategies_of(run)
+        self._journal = Journal(self._books.head)
+        self._agenda = Agenda(conn, run, ahead=True)
+
+    def tick(self, at: datetime, bars: list[Bar]) -> None:
+        """Work out a tick. Raises NeedsSteps, and what a tick raises; it has told nothing then."""
+        at = require_aware(at, "logical_time")
+        if self._books.last_tick is not None and at <= self._books.last_tick:
+            raise NeedsSteps
+        before = self._journal.place()
+        try:
+            # A strategy of its own for every tick, as live: what it wants to keep it remembers.
+            Work(
+                self._conn,
+                self._run,
+                self._strategy(),
+                self._reference,
+                self._books,
+                look(self._reference, at, bars),
+                journal=self._journal,
+                agenda=self._agenda,
+                trusting=True,
+                steps=False,
+            ).tick()
+        except BaseException:
+            self._journal.back_to(before)
+            raise
+        self._state = self._books.state
+
+    def take(self) -> list[Any]:
+        """What writes the ticks that were worked out."""
+        return self._journal.take(self._run.user_id, self._run.run_id, self._state)
+
+
+def _tick_batch(conn: Connection, user_id: UUID, run_id: UUID, ticks: Ticks) -> int:
     """Write a batch in one transaction; returns how many of its ticks were new."""
     ticks = [(require_aware(at, "logical_time"), bars) for at, bars in ticks]
     with translated(), conn.transaction():
@@ -79,14 +206,19 @@ def _tick_batch(
         require_running(run)
         reference = Reference(conn, run.calendar)
         books = read_books(conn, run)
+        journal = Journal(books.head)
+        strategy = strategies_of(run)
         for at, bars in new:
-            # A strategy of its own for every tick, as live: what it wants to keep it remembers.
             view = look(reference, at, bars)
-            Work(conn, run, strategy_of(run), reference, books, view).tick((), live=False)
+            work = Work(
+                conn, run, strategy(), reference, books, view, journal=journal, trusting=True
+            )
+            work.tick()
+        work.write_out()
     return len(new)
 
 
-def _batches(feed: Feed, size: int) -> Iterator[list[tuple[datetime, list[Bar]]]]:
+def _batches(feed: Feed, size: int) -> Iterator[Ticks]:
     source = iter(feed)
     while batch := list(islice(source, size)):
         yield batch

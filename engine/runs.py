@@ -42,11 +42,26 @@ class Run:
     cash: Decimal
 
 
-_COLUMNS = """user_id, run_id, name, status, strategy, parameters, broker, paper, account_type,
-    calendar, currency, initial_cash, cash"""
+RUN_COLUMNS = (
+    "user_id",
+    "run_id",
+    "name",
+    "status",
+    "strategy",
+    "parameters",
+    "broker",
+    "paper",
+    "account_type",
+    "calendar",
+    "currency",
+    "initial_cash",
+    "cash",
+)
+_COLUMNS = ", ".join(RUN_COLUMNS)
 
 
-def _run(row: tuple[Any, ...]) -> Run:
+def run_of(row: tuple[Any, ...]) -> Run:
+    """The run that a row of RUN_COLUMNS is."""
     before, (paper, *after) = row[:7], row[7:]
     return Run(*before, paper_settings(paper), *after)  # type: ignore[call-arg]
 
@@ -124,7 +139,7 @@ def create_run(conn: Connection, user_id: UUID, terms: Terms, *, run_id: UUID | 
             ],
         ).fetchone()
     assert row is not None
-    return _run(row)
+    return run_of(row)
 
 
 def start_run(conn: Connection, user_id: UUID, run_id: UUID) -> Run:
@@ -183,7 +198,7 @@ def find_run(conn: Connection, run_id: UUID) -> Run:
     ).fetchone()
     if row is None:
         raise BadInput(f"there is no run {run_id}; `oms run list` shows the runs")
-    return _run(row)
+    return run_of(row)
 
 
 def lock_run(conn: Connection, user_id: UUID, run_id: UUID) -> Run:
@@ -198,7 +213,7 @@ def lock_run(conn: Connection, user_id: UUID, run_id: UUID) -> Run:
     ).fetchone()
     if row is None:
         raise BadInput(f"user {user_id} has no run {run_id}; `oms run list` shows the runs")
-    return _run(row)
+    return run_of(row)
 
 
 def require_running(run: Run) -> None:
@@ -221,7 +236,7 @@ def set_status(conn: Connection, user_id: UUID, run_id: UUID, status: str) -> Ru
     ).fetchone()
     if row is None:
         raise BadInput(f"user {user_id} has no run {run_id}; `oms run list` shows the runs")
-    return _run(row)
+    return run_of(row)
 
 
 def require_aware(moment: datetime, what: str) -> datetime:

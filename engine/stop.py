@@ -12,7 +12,7 @@ from engine.errors import translated
 from engine.market.view import look
 from engine.reference import Reference
 from engine.runs import Run, lock_run, set_status
-from engine.tick import Work, strategy_of
+from engine.work import Work, strategy_of
 
 
 def stop_run(conn: Connection, user_id: UUID, run_id: UUID) -> Run:

@@ -37,6 +37,15 @@ INSERT INTO run_transition (from_status, to_status, why) VALUES
     ('STOPPING', 'STOPPED', 'The last order at the broker is settled.'),
     ('STOPPING', 'ERROR', 'Failed while stopping.');
 
+CREATE FUNCTION strategy_run_words_are_short(name text, strategy text, calendar text)
+RETURNS boolean LANGUAGE plpgsql IMMUTABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    RETURN length(coalesce(name, '')) <= 100 AND length(strategy) <= 200
+           AND length(calendar) <= 32;
+END $$;
+
+COMMENT ON FUNCTION strategy_run_words_are_short IS 'Whether a run''s words fit on a line.';
+
 CREATE TABLE strategy_run (
     user_id      uuid        NOT NULL,
     run_id       uuid        NOT NULL DEFAULT gen_random_uuid(),
@@ -59,22 +68,22 @@ CREATE TABLE strategy_run (
     CONSTRAINT strategy_run_belongs_to_user
         FOREIGN KEY (user_id) REFERENCES app_user (user_id) ON DELETE CASCADE,
     CONSTRAINT strategy_run_status_known FOREIGN KEY (status) REFERENCES run_status (status),
-    CONSTRAINT strategy_run_account_type_known CHECK (account_type IN ('CASH', 'MARGIN')),
-    CONSTRAINT strategy_run_tick_at_known CHECK (tick_at IN ('OPEN', 'CLOSE')),
+    CONSTRAINT strategy_run_account_type_known CHECK (account_type = ANY ('{CASH,MARGIN}')),
+    CONSTRAINT strategy_run_tick_at_known CHECK (tick_at = ANY ('{OPEN,CLOSE}')),
     CONSTRAINT strategy_run_currency_format CHECK (currency ~ '^[A-Z]{3}$'),
     CONSTRAINT strategy_run_broker_format CHECK (broker ~ '^[a-z][a-z0-9_]{0,31}$'),
-    CONSTRAINT strategy_run_words_short CHECK (
-        length(coalesce(name, '')) <= 100 AND length(strategy) <= 200 AND length(calendar) <= 32),
+    CONSTRAINT strategy_run_words_short
+        CHECK (strategy_run_words_are_short(name, strategy, calendar)),
     CONSTRAINT strategy_run_parameters_is_object CHECK (jsonb_typeof(parameters) = 'object'),
     CONSTRAINT strategy_run_paper_is_object CHECK (jsonb_typeof(paper) = 'object'),
     CONSTRAINT strategy_run_initial_cash_in_range
-        CHECK (initial_cash >= 0 AND initial_cash < 1e18 AND min_scale(initial_cash) <= 8),
+        CHECK (initial_cash >= 0 AND decimal_in_range(initial_cash, 1e18, 8)),
     CONSTRAINT strategy_run_cash_in_range
-        CHECK (abs(cash) < 1e20 AND min_scale(cash) <= 16),
+        CHECK (decimal_in_range(cash, 1e20, 16)),
     CONSTRAINT strategy_run_cash_not_negative_in_cash_account
         CHECK (cash >= 0 OR account_type <> 'CASH' OR initial_cash < 0),  -- refused above
     CONSTRAINT strategy_run_stopped_at_iff_over
-        CHECK ((stopped_at IS NOT NULL) = (status IN ('STOPPED', 'ERROR')))
+        CHECK ((stopped_at IS NOT NULL) = (status = ANY ('{STOPPED,ERROR}')))
 ) WITH (fillfactor = 50);  -- cash changes in place with every trade: leave room for HOT updates
 
 -- This prevents two strategies from trading one user's money at the same time.
@@ -122,6 +131,8 @@ BEGIN
     RETURN run;
 END $$;
 
+-- Where one write follows another all the time, a look at the row goes before: run_lock is then
+-- called to say what is wrong.
 COMMENT ON FUNCTION run_lock IS
     'Locks a run''s row and returns it; refuses unless its status is one of those allowed.';
 
@@ -173,11 +184,25 @@ LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 DECLARE
     due record;
 BEGIN
-    PERFORM strategy_run_check_terms(OLD, NEW);
+    IF (NEW.user_id, NEW.run_id, NEW.initial_cash, NEW.broker, NEW.account_type, NEW.currency,
+        NEW.calendar, NEW.strategy, NEW.parameters, NEW.paper, NEW.created_at)
+       IS DISTINCT FROM
+       (OLD.user_id, OLD.run_id, OLD.initial_cash, OLD.broker, OLD.account_type, OLD.currency,
+        OLD.calendar, OLD.strategy, OLD.parameters, OLD.paper, OLD.created_at) THEN
+        PERFORM strategy_run_check_terms(OLD, NEW);
+    END IF;
     NEW.stopped_at := OLD.stopped_at;
     IF (NEW.cash, NEW.books_seq) IS DISTINCT FROM (OLD.cash, OLD.books_seq) THEN
-        due := strategy_run_books_due(OLD);
-        IF (NEW.cash, NEW.books_seq) IS DISTINCT FROM (due.cash, due.books_seq) THEN
+        -- What they are, and what the events after books_seq add.
+        SELECT OLD.cash + coalesce(sum(event_cash_flow(l.event_type, l.payload)), 0) AS cash,
+               coalesce(max(l.seq), OLD.books_seq) AS books_seq
+        INTO due FROM event_ledger l
+        WHERE l.user_id = OLD.user_id AND l.run_id = OLD.run_id AND l.seq > OLD.books_seq
+          AND l.event_type IN ('EXECUTION', 'SPLIT_APPLIED');
+        IF NEW.cash IS NULL THEN
+            NEW.cash := due.cash;
+            NEW.books_seq := due.books_seq;
+        ELSIF NEW.cash <> due.cash OR NEW.books_seq IS DISTINCT FROM due.books_seq THEN
             RAISE EXCEPTION 'the cash of run % follows from its executions: %, not %', OLD.run_id,
                 due.cash, NEW.cash
                 USING ERRCODE = '23T04', CONSTRAINT = 'strategy_run_cash_from_executions',
@@ -265,9 +290,16 @@ CREATE TRIGGER strategy_run_b_check_move BEFORE UPDATE ON strategy_run
 CREATE FUNCTION run_guard_write() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 BEGIN
-    PERFORM run_lock(NEW.user_id, NEW.run_id, TG_ARGV[0], 'RUNNING');
+    PERFORM FROM strategy_run
+    WHERE user_id = NEW.user_id AND run_id = NEW.run_id AND status = 'RUNNING' FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        PERFORM run_lock(NEW.user_id, NEW.run_id, TG_ARGV[0], 'RUNNING');
+    END IF;
     IF TG_OP = 'UPDATE' THEN
-        PERFORM row_check_keeps_run(OLD.user_id, OLD.run_id, NEW.user_id, NEW.run_id, TG_ARGV[0]);
+        IF NEW.user_id <> OLD.user_id OR NEW.run_id <> OLD.run_id THEN
+            PERFORM row_check_keeps_run(OLD.user_id, OLD.run_id, NEW.user_id, NEW.run_id,
+                                        TG_ARGV[0]);
+        END IF;
     END IF;
     RETURN NEW;
 END $$;
@@ -334,8 +366,9 @@ CREATE FUNCTION engine_state_check_write() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 BEGIN
     IF NEW.last_logical_time IS DISTINCT FROM
-       (SELECT max(logical_time) FROM event_ledger
-        WHERE user_id = NEW.user_id AND run_id = NEW.run_id AND event_type = 'TICK') THEN
+       (SELECT logical_time FROM event_ledger
+        WHERE user_id = NEW.user_id AND run_id = NEW.run_id AND event_type = 'TICK'
+        ORDER BY logical_time DESC LIMIT 1) THEN
         RAISE EXCEPTION 'the last tick of run % is not at %', NEW.run_id, NEW.last_logical_time
             USING ERRCODE = '23T04', CONSTRAINT = 'engine_state_time_is_last_tick',
                   TABLE = 'engine_state', COLUMN = 'last_logical_time',

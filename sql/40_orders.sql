@@ -96,6 +96,63 @@ INSERT INTO order_transition (from_status, to_status, why) VALUES
     ('REJECTED', 'PARTIALLY_FILLED', 'The rejection was a guess, the fill is a fact.'),
     ('REJECTED', 'ROUTED', 'The rejection was a guess; the broker works it.');
 
+CREATE FUNCTION orders_prices_are_in_range(limit_price numeric, stop_price numeric,
+                                           reference_price numeric)
+RETURNS boolean LANGUAGE plpgsql IMMUTABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    RETURN coalesce(abs(limit_price) < 1e15 AND min_scale(limit_price) <= 8, true)
+       AND coalesce(abs(stop_price) < 1e15 AND min_scale(stop_price) <= 8, true)
+       AND coalesce(abs(reference_price) < 1e15 AND min_scale(reference_price) <= 8, true);
+END $$;
+
+COMMENT ON FUNCTION orders_prices_are_in_range IS
+    'Whether the prices that an order has are below 10^15 and have 8 decimals at most.';
+
+CREATE FUNCTION orders_trail_is_positive(amount numeric, percent numeric) RETURNS boolean
+LANGUAGE plpgsql IMMUTABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    RETURN coalesce(amount, 1) > 0 AND coalesce(percent, 1) > 0 AND coalesce(percent, 1) < 100;
+END $$;
+
+COMMENT ON FUNCTION orders_trail_is_positive IS
+    'Whether a trailing stop''s distance is one: above zero, and below 100 percent.';
+
+CREATE FUNCTION orders_status_agrees(status text, quantity numeric, filled_quantity numeric)
+RETURNS boolean LANGUAGE plpgsql IMMUTABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    RETURN CASE WHEN status = 'FILLED' THEN filled_quantity >= quantity
+                WHEN status = 'PARTIALLY_FILLED'
+                THEN filled_quantity > 0 AND filled_quantity < quantity
+                WHEN status IN ('NEW', 'PENDING', 'PENDING_SUBMIT', 'ROUTED', 'REJECTED')
+                THEN filled_quantity = 0
+                ELSE filled_quantity < quantity END;
+END $$;
+
+COMMENT ON FUNCTION orders_status_agrees IS 'Whether an order has filled as its status says.';
+
+CREATE FUNCTION orders_rejection_agrees(status text, reject_source text, reject_code text)
+RETURNS boolean LANGUAGE plpgsql IMMUTABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    RETURN CASE WHEN status = 'REJECTED'
+                THEN reject_code IS NOT NULL
+                     AND reject_source IN ('VALIDATION', 'RISK', 'COMPLIANCE', 'BROKER')
+                ELSE reject_code IS NULL AND reject_source IS NULL END;
+END $$;
+
+COMMENT ON FUNCTION orders_rejection_agrees IS
+    'Whether an order says who rejected it and why, if it was, and nothing of it, if it was not.';
+
+CREATE FUNCTION orders_times_are_in_range(logical_time timestamptz, status_at timestamptz,
+                                          expire_at timestamptz, triggered_at timestamptz)
+RETURNS boolean LANGUAGE plpgsql IMMUTABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    RETURN least(logical_time, status_at, expire_at, triggered_at) >= '0001-01-02 00:00Z'
+       AND greatest(logical_time, status_at, expire_at, triggered_at) <= '9999-12-30 00:00Z';
+END $$;
+
+COMMENT ON FUNCTION orders_times_are_in_range IS
+    'Whether the times that an order has are of the years 1 to 9999.';
+
 CREATE TABLE orders (
     user_id          uuid        NOT NULL,
     run_id           uuid        NOT NULL,
@@ -122,7 +179,7 @@ CREATE TABLE orders (
     filled_quantity  numeric     NOT NULL DEFAULT 0,
     filled_notional  numeric     NOT NULL DEFAULT 0,
     logical_time     timestamptz NOT NULL,
-    recorded_at      timestamptz NOT NULL DEFAULT now(),
+    recorded_at      timestamptz NOT NULL,
     avg_fill_price   numeric     GENERATED ALWAYS AS (
         CASE WHEN filled_quantity > 0 THEN round(filled_notional / filled_quantity, 10) END) STORED,
     reserved_cash    numeric     GENERATED ALWAYS AS (
@@ -136,45 +193,30 @@ CREATE TABLE orders (
         REFERENCES strategy_run (user_id, run_id) ON DELETE CASCADE,
     CONSTRAINT orders_symbol_format CHECK (symbol ~ '^[A-Z0-9][A-Z0-9._=^/ -]{0,31}$'),
     CONSTRAINT orders_client_order_id_short CHECK (length(client_order_id) <= 128),
-    CONSTRAINT orders_side_known CHECK (side IN ('BUY', 'SELL')),
+    CONSTRAINT orders_side_known CHECK (side = ANY ('{BUY,SELL}')),
     CONSTRAINT orders_order_type_known
-        CHECK (order_type IN ('MARKET', 'LIMIT', 'STOP', 'STOP_LIMIT', 'TRAIL')),
+        CHECK (order_type = ANY ('{MARKET,LIMIT,STOP,STOP_LIMIT,TRAIL}')),
     CONSTRAINT orders_time_in_force_known
-        CHECK (time_in_force IN ('DAY', 'GTC', 'IOC', 'FOK', 'GTD', 'OPG', 'CLS')),
+        CHECK (time_in_force = ANY ('{DAY,GTC,IOC,FOK,GTD,OPG,CLS}')),
     CONSTRAINT orders_quantity_positive_unless_rejected
         CHECK (quantity > 0 OR status = 'REJECTED'),
-    CONSTRAINT orders_quantity_in_range
-        CHECK (abs(quantity) < 1e15 AND min_scale(quantity) <= 8),
-    CONSTRAINT orders_prices_in_range CHECK (
-        abs(coalesce(limit_price, 0)) < 1e15 AND min_scale(coalesce(limit_price, 0)) <= 8
-        AND abs(coalesce(stop_price, 0)) < 1e15 AND min_scale(coalesce(stop_price, 0)) <= 8
-        AND abs(coalesce(reference_price, 0)) < 1e15
-        AND min_scale(coalesce(reference_price, 0)) <= 8),
-    CONSTRAINT orders_trail_in_range CHECK (
-        abs(coalesce(trail_amount, 0)) < 1e15 AND min_scale(coalesce(trail_amount, 0)) <= 8
-        AND abs(coalesce(trail_percent, 0)) < 1e15 AND min_scale(coalesce(trail_percent, 0)) <= 8),
-    CONSTRAINT orders_trail_positive_unless_rejected CHECK (
-        coalesce(trail_amount, 1) > 0 AND coalesce(trail_percent, 1) > 0
-        AND coalesce(trail_percent, 1) < 100 OR status = 'REJECTED'),
+    CONSTRAINT orders_quantity_in_range CHECK (amount_in_range(quantity)),
+    CONSTRAINT orders_prices_in_range
+        CHECK (orders_prices_are_in_range(limit_price, stop_price, reference_price)),
+    CONSTRAINT orders_trail_in_range
+        CHECK (amount_in_range(trail_amount) AND amount_in_range(trail_percent)),
+    CONSTRAINT orders_trail_positive_unless_rejected
+        CHECK (orders_trail_is_positive(trail_amount, trail_percent) OR status = 'REJECTED'),
     CONSTRAINT orders_filled_quantity_not_negative CHECK (filled_quantity >= 0),
     CONSTRAINT orders_not_overfilled_on_paper
         CHECK (filled_quantity <= quantity OR broker <> 'paper' OR status = 'REJECTED'),
-    CONSTRAINT orders_status_agrees_with_fills CHECK (
-        CASE WHEN status = 'FILLED' THEN filled_quantity >= quantity
-             WHEN status = 'PARTIALLY_FILLED'
-             THEN filled_quantity > 0 AND filled_quantity < quantity
-             WHEN status IN ('NEW', 'PENDING', 'PENDING_SUBMIT', 'ROUTED', 'REJECTED')
-             THEN filled_quantity = 0
-             ELSE filled_quantity < quantity END),
-    CONSTRAINT orders_reject_has_source_and_code CHECK (
-        CASE WHEN status = 'REJECTED'
-             THEN reject_code IS NOT NULL
-                  AND reject_source IN ('VALIDATION', 'RISK', 'COMPLIANCE', 'BROKER')
-             ELSE reject_code IS NULL AND reject_source IS NULL END),
+    CONSTRAINT orders_status_agrees_with_fills
+        CHECK (orders_status_agrees(status, quantity, filled_quantity)),
+    CONSTRAINT orders_reject_has_source_and_code
+        CHECK (orders_rejection_agrees(status, reject_source, reject_code)),
     CONSTRAINT orders_status_after_birth CHECK (status_at >= logical_time),
-    CONSTRAINT orders_times_in_range CHECK (
-        time_in_range(coalesce(expire_at, logical_time))
-        AND time_in_range(coalesce(triggered_at, logical_time)) AND time_in_range(status_at))
+    CONSTRAINT orders_times_in_range
+        CHECK (orders_times_are_in_range(logical_time, status_at, expire_at, triggered_at))
 ) WITH (fillfactor = 70);
 
 -- This prevents the same client order from being taken twice.
@@ -350,8 +392,11 @@ END $$;
 
 COMMENT ON FUNCTION orders_check_move IS 'Trigger: only moves of order_transition.';
 
+-- An order born FILLED at the time of its transaction claims to be complete: its statement proves
+-- it with all others (orders_record_insert, books_follow) instead of one by one.
 CREATE TRIGGER orders_a_prepare_insert BEFORE INSERT ON orders
-    FOR EACH ROW EXECUTE FUNCTION orders_prepare_insert();
+    FOR EACH ROW WHEN (NEW.status <> 'FILLED' OR NEW.recorded_at IS DISTINCT FROM now())
+    EXECUTE FUNCTION orders_prepare_insert();
 CREATE TRIGGER orders_a_check_update BEFORE UPDATE ON orders
     FOR EACH ROW EXECUTE FUNCTION orders_check_update();
 CREATE TRIGGER orders_b_check_move BEFORE UPDATE ON orders

@@ -14,17 +14,17 @@ CREATE TABLE execution (
     commission_currency text        NOT NULL,
     logical_time        timestamptz NOT NULL,
     event_at            timestamptz NOT NULL,
-    recorded_at         timestamptz NOT NULL DEFAULT now(),
+    recorded_at         timestamptz NOT NULL,
     CONSTRAINT execution_pkey PRIMARY KEY (user_id, run_id, execution_id),
     CONSTRAINT execution_belongs_to_order FOREIGN KEY (user_id, run_id, order_id)
         REFERENCES orders (user_id, run_id, order_id) ON DELETE CASCADE,
     CONSTRAINT execution_execution_id_format
         CHECK (execution_id ~ '^[[:graph:]]([[:print:]]{0,126}[[:graph:]])?$'),
     CONSTRAINT execution_quantity_positive
-        CHECK (quantity > 0 AND quantity < 1e15 AND min_scale(quantity) <= 8),
-    CONSTRAINT execution_price_in_range CHECK (abs(price) < 1e15 AND min_scale(price) <= 8),
+        CHECK (quantity > 0 AND amount_in_range(quantity)),
+    CONSTRAINT execution_price_in_range CHECK (amount_in_range(price)),
     CONSTRAINT execution_commission_in_range
-        CHECK (abs(commission) < 1e15 AND min_scale(commission) <= 16),
+        CHECK (decimal_in_range(commission, 1e15, 16)),
     CONSTRAINT execution_commission_currency_format CHECK (commission_currency ~ '^[A-Z]{3}$'),
     CONSTRAINT execution_event_at_in_range CHECK (time_in_range(event_at))
 );
@@ -95,50 +95,66 @@ END $$;
 COMMENT ON FUNCTION execution_check_money IS
     'Refuses a price that can not be, and a commission in another currency than the run''s.';
 
--- The event first: it is what position and cash follow, and their own triggers prove that they do,
--- so that writing past this function falsifies nothing. It has the owner's rights, so that nobody
--- else needs a right to write what follows from executions.
+-- What was not yet told to the ledger is told: cash and positions follow the events (82_books.sql).
+-- Orders follow their executions. It has the owner's rights, so that nobody else needs a right to
+-- write what follows from executions.
 CREATE FUNCTION execution_apply() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
 DECLARE
-    it record;
+    untold   boolean;
+    unfilled boolean;
 BEGIN
-    INSERT INTO event_ledger (user_id, run_id, logical_time, event_type, subject, payload)
-    SELECT e.user_id, e.run_id, e.logical_time, 'EXECUTION', e.order_id || '/' || e.execution_id,
-           execution_event_payload(e)
-    FROM new_rows e;
-
-    UPDATE orders o
-    SET filled_quantity = o.filled_quantity + f.quantity,
-        filled_notional = o.filled_notional + f.notional,
-        status = CASE WHEN o.filled_quantity + f.quantity >= o.quantity THEN 'FILLED'
-                      WHEN o.status IN ('PENDING_CANCEL', 'PENDING_MODIFY') THEN o.status
-                      ELSE 'PARTIALLY_FILLED' END
-    FROM (SELECT user_id, run_id, order_id, sum(quantity) AS quantity,
-                 sum(quantity * price) AS notional
-          FROM new_rows GROUP BY user_id, run_id, order_id) f
-    WHERE o.user_id = f.user_id AND o.run_id = f.run_id AND o.order_id = f.order_id;
-
-    FOR it IN SELECT DISTINCT user_id, run_id, symbol FROM new_rows LOOP
-        PERFORM position_follow_ledger(it.user_id, it.run_id, it.symbol);
-    END LOOP;
-    FOR it IN SELECT DISTINCT user_id, run_id FROM new_rows LOOP
-        PERFORM strategy_run_follow_ledger(it.user_id, it.run_id);
-    END LOOP;
+    -- A scalar subquery is looked up row by row; EXISTS might be hashed, over the whole ledger.
+    SELECT bool_or((SELECT true FROM event_ledger l
+                    WHERE l.user_id = n.user_id AND l.run_id = n.run_id
+                      AND l.logical_time = n.logical_time AND l.event_type = 'EXECUTION'
+                      AND l.subject = n.order_id || '/' || n.execution_id) IS NULL),
+           bool_or((SELECT (o.filled_quantity, o.filled_notional)
+                           = (SELECT sum(e.quantity), sum(e.quantity * e.price) FROM execution e
+                              WHERE e.user_id = n.user_id AND e.run_id = n.run_id
+                                AND e.order_id = n.order_id)
+                    FROM orders o
+                    WHERE o.user_id = n.user_id AND o.run_id = n.run_id
+                      AND o.order_id = n.order_id) IS NOT TRUE)
+    INTO untold, unfilled FROM new_rows n;
+    -- A statement that writes nothing would cost as much as one that does.
+    IF untold THEN
+        INSERT INTO event_ledger (user_id, run_id, logical_time, event_type, subject, payload)
+        SELECT e.user_id, e.run_id, e.logical_time, 'EXECUTION',
+               e.order_id || '/' || e.execution_id, execution_event_payload(e)
+        FROM new_rows e
+        WHERE (SELECT true FROM event_ledger l
+               WHERE l.user_id = e.user_id AND l.run_id = e.run_id
+                 AND l.logical_time = e.logical_time AND l.event_type = 'EXECUTION'
+                 AND l.subject = e.order_id || '/' || e.execution_id) IS NULL;
+    END IF;
+    IF unfilled THEN
+        UPDATE orders o
+        SET filled_quantity = f.quantity, filled_notional = f.notional,
+            status = CASE WHEN f.quantity >= o.quantity THEN 'FILLED'
+                          WHEN o.status IN ('PENDING_CANCEL', 'PENDING_MODIFY') THEN o.status
+                          ELSE 'PARTIALLY_FILLED' END
+        FROM (SELECT DISTINCT user_id, run_id, order_id FROM new_rows) n
+        CROSS JOIN LATERAL (SELECT sum(e.quantity) AS quantity,
+                                   sum(e.quantity * e.price) AS notional
+                            FROM execution e
+                            WHERE e.user_id = n.user_id AND e.run_id = n.run_id
+                              AND e.order_id = n.order_id) f
+        WHERE o.user_id = n.user_id AND o.run_id = n.run_id AND o.order_id = n.order_id
+          AND (o.filled_quantity, o.filled_notional) IS DISTINCT FROM (f.quantity, f.notional);
+    END IF;
     RETURN NULL;
 END $$;
 
 COMMENT ON FUNCTION execution_apply IS
-    'Trigger: executions are told to the ledger and move orders, positions and cash.';
+    'Trigger: executions are told to the ledger and move their orders.';
 
--- UTC, so that no session's time zone decides what the ledger says.
 CREATE FUNCTION execution_event_payload(e execution) RETURNS jsonb
-LANGUAGE sql STABLE SET search_path = public, pg_temp SET timezone = 'UTC' AS $$
-    SELECT jsonb_build_object('symbol', e.symbol, 'side', e.side, 'quantity', e.quantity,
-                              'price', e.price, 'commission', e.commission,
-                              'commission_currency', e.commission_currency,
-                              'event_at', e.event_at)
-$$;
+LANGUAGE sql STABLE
+RETURN jsonb_build_object('symbol', e.symbol, 'side', e.side, 'quantity', e.quantity,
+                          'price', e.price, 'commission', e.commission,
+                          'commission_currency', e.commission_currency,
+                          'event_at', event_moment(e.event_at));
 
 COMMENT ON FUNCTION execution_event_payload IS 'What the event of an execution says.';
 
@@ -150,8 +166,10 @@ RETURN CASE WHEN side = 'BUY' THEN -quantity * price ELSE quantity * price END -
 
 COMMENT ON FUNCTION execution_cash_flow IS 'What one execution does to cash, in currency.';
 
+-- A row with the time of its transaction claims to be complete: it is proven with its event.
 CREATE TRIGGER execution_a_prepare_insert BEFORE INSERT ON execution
-    FOR EACH ROW EXECUTE FUNCTION execution_prepare_insert();
+    FOR EACH ROW WHEN (NEW.recorded_at IS DISTINCT FROM now())
+    EXECUTE FUNCTION execution_prepare_insert();
 CREATE TRIGGER execution_m_apply AFTER INSERT ON execution
     REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION execution_apply();
 CREATE TRIGGER execution_z_refuse_change BEFORE UPDATE OR DELETE ON execution

@@ -19,9 +19,8 @@ CREATE TABLE position (
         REFERENCES strategy_run (user_id, run_id) ON DELETE CASCADE,
     CONSTRAINT position_symbol_format CHECK (symbol ~ '^[A-Z0-9][A-Z0-9._=^/ -]{0,31}$'),
     CONSTRAINT position_quantity_in_range
-        CHECK (abs(quantity) < 1e18 AND min_scale(quantity) <= 8),
-    CONSTRAINT position_mark_price_in_range
-        CHECK (abs(mark_price) < 1e15 AND min_scale(mark_price) <= 8),
+        CHECK (decimal_in_range(quantity, 1e18, 8)),
+    CONSTRAINT position_mark_price_in_range CHECK (amount_in_range(mark_price)),
     CONSTRAINT position_mark_has_time CHECK ((mark_price IS NULL) = (marked_at IS NULL)),
     CONSTRAINT position_marked_at_in_range CHECK (time_in_range(marked_at)),
     CONSTRAINT position_holding_has_mark CHECK (quantity = 0 OR mark_price IS NOT NULL)
@@ -65,12 +64,19 @@ COMMENT ON FUNCTION position_after IS 'A position after a trade of delta units, 
 CREATE FUNCTION position_check_write() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 DECLARE
+    run record;
     due public.position;
 BEGIN
-    PERFORM run_lock(NEW.user_id, NEW.run_id, 'position', 'RUNNING');
+    SELECT r.status, r.account_type, r.books_seq INTO run FROM strategy_run r
+    WHERE r.user_id = NEW.user_id AND r.run_id = NEW.run_id FOR NO KEY UPDATE;
+    IF run.status IS DISTINCT FROM 'RUNNING' THEN
+        PERFORM run_lock(NEW.user_id, NEW.run_id, 'position', 'RUNNING');
+    END IF;
     IF TG_OP = 'UPDATE' THEN
-        PERFORM row_check_keeps_run(OLD.user_id, OLD.run_id, NEW.user_id, NEW.run_id, 'position');
-        IF NEW.marked_at < OLD.marked_at OR NEW.marked_at IS NULL AND OLD.marked_at IS NOT NULL THEN
+        IF NEW.user_id <> OLD.user_id OR NEW.run_id <> OLD.run_id THEN
+            PERFORM row_check_keeps_run(OLD.user_id, OLD.run_id, NEW.user_id, NEW.run_id,
+                                        'position');
+        ELSIF NEW.marked_at < OLD.marked_at OR NEW.marked_at IS NULL AND OLD.marked_at IS NOT NULL THEN
             RAISE EXCEPTION 'the mark of % is from %, not from an earlier %', NEW.symbol,
                 OLD.marked_at, NEW.marked_at
                 USING ERRCODE = '23T07', CONSTRAINT = 'position_mark_moves_forward',
@@ -79,8 +85,20 @@ BEGIN
               IS NOT DISTINCT FROM (OLD.symbol, OLD.quantity, OLD.cost_basis, OLD.realized_pnl) THEN
             RETURN NEW;
         END IF;
+        due := OLD;
     END IF;
-    due := position_due(NEW.user_id, NEW.run_id, NEW.symbol);
+    due := position_after_events(due, NEW.user_id, NEW.run_id, NEW.symbol, run.books_seq,
+                                 run.account_type);
+    IF NEW.quantity IS NULL THEN
+        NEW.quantity := coalesce(due.quantity, 0);
+        NEW.cost_basis := coalesce(due.cost_basis, 0);
+        NEW.realized_pnl := coalesce(due.realized_pnl, 0);
+        -- A split restates the mark too, which nobody else gives then.
+        IF NEW.marked_at IS NULL OR NEW.mark_price IS NOT DISTINCT FROM OLD.mark_price THEN
+            NEW.mark_price := due.mark_price;
+            NEW.marked_at := due.marked_at;
+        END IF;
+    END IF;
     IF (NEW.quantity, NEW.cost_basis, NEW.realized_pnl)
        IS DISTINCT FROM
        (coalesce(due.quantity, 0), coalesce(due.cost_basis, 0), coalesce(due.realized_pnl, 0))

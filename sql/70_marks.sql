@@ -8,7 +8,7 @@ CREATE TABLE mtm_ledger (
     cash         numeric     NOT NULL,
     market_value numeric     NOT NULL,
     equity       numeric     GENERATED ALWAYS AS (cash + market_value) STORED,
-    recorded_at  timestamptz NOT NULL DEFAULT now(),
+    recorded_at  timestamptz NOT NULL,
     CONSTRAINT mtm_ledger_one_per_logical_time PRIMARY KEY (user_id, run_id, logical_time),
     CONSTRAINT mtm_ledger_belongs_to_run FOREIGN KEY (user_id, run_id)
         REFERENCES strategy_run (user_id, run_id) ON DELETE CASCADE,
@@ -32,10 +32,12 @@ BEGIN
     NEW.logical_time := coalesce(NEW.logical_time, run_last_time(NEW.user_id, NEW.run_id));
     NEW.recorded_at := now();
     -- The books are those of the newest event: an earlier time had others.
-    SELECT greatest((SELECT max(logical_time) FROM mtm_ledger
-                     WHERE user_id = NEW.user_id AND run_id = NEW.run_id),
-                    (SELECT max(logical_time) FROM event_ledger
-                     WHERE user_id = NEW.user_id AND run_id = NEW.run_id)) INTO newest;
+    SELECT greatest((SELECT logical_time FROM mtm_ledger
+                     WHERE user_id = NEW.user_id AND run_id = NEW.run_id
+                     ORDER BY logical_time DESC LIMIT 1),
+                    (SELECT logical_time FROM event_ledger
+                     WHERE user_id = NEW.user_id AND run_id = NEW.run_id
+                     ORDER BY seq DESC LIMIT 1)) INTO newest;
     IF NEW.logical_time < newest THEN
         RAISE EXCEPTION 'run % already stands at %, after %', NEW.run_id, newest, NEW.logical_time
             USING ERRCODE = '23T07', CONSTRAINT = 'mtm_ledger_time_moves_forward',
@@ -59,8 +61,79 @@ END $$;
 COMMENT ON FUNCTION mtm_ledger_prepare_insert IS
     'Trigger: cash and market value are the books'', at a time that is not past.';
 
+CREATE FUNCTION mtm_ledger_check_books(m mtm_ledger) RETURNS void
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
+    IF m.cash <> (SELECT r.cash FROM strategy_run r
+                  WHERE r.user_id = m.user_id AND r.run_id = m.run_id)
+       OR m.market_value <> (SELECT coalesce(sum(p.market_value), 0) FROM position p
+                             WHERE p.user_id = m.user_id AND p.run_id = m.run_id)
+       OR m.logical_time < (SELECT l.logical_time FROM event_ledger l
+                            WHERE l.user_id = m.user_id AND l.run_id = m.run_id
+                            ORDER BY l.seq DESC LIMIT 1) THEN
+        RAISE EXCEPTION 'the books of run % do not say cash % and market value % at %',
+            m.run_id, m.cash, m.market_value, m.logical_time
+            USING ERRCODE = '23T08', CONSTRAINT = 'mtm_ledger_equals_books',
+                  TABLE = 'mtm_ledger', COLUMN = 'market_value',
+                  HINT = 'Leave cash and market_value out; the database fills them in.';
+    END IF;
+END $$;
+
+COMMENT ON FUNCTION mtm_ledger_check_books IS
+    'Refuses a mark that is not what the books say, or older than the newest event.';
+
+-- A mark with the time of its transaction claims to be complete and to belong to a tick, whose
+-- event is proven to say what the books say (books_follow).
+CREATE FUNCTION mtm_ledger_prove() RETURNS trigger
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+DECLARE
+    part   record;
+    state record;
+BEGIN
+    FOR part IN SELECT user_id, run_id, max(logical_time) AS logical_time
+                FROM new_rows GROUP BY user_id, run_id
+    LOOP
+        PERFORM FROM strategy_run
+        WHERE user_id = part.user_id AND run_id = part.run_id AND status = 'RUNNING'
+        FOR NO KEY UPDATE;
+        IF NOT FOUND THEN
+            PERFORM run_lock(part.user_id, part.run_id, 'mtm_ledger', 'RUNNING');
+        END IF;
+        SELECT (SELECT m.logical_time FROM mtm_ledger m
+                WHERE m.user_id = part.user_id AND m.run_id = part.run_id
+                ORDER BY m.logical_time DESC LIMIT 1) AS newest,
+               bool_or((SELECT l.payload ? 'equity' FROM event_ledger l
+                        WHERE l.user_id = part.user_id AND l.run_id = part.run_id
+                          AND l.logical_time = n.logical_time AND l.event_type = 'TICK'
+                          AND l.subject = '') IS NOT TRUE) AS outside_ticks
+        INTO state FROM new_rows n
+        WHERE n.user_id = part.user_id AND n.run_id = part.run_id;
+        IF state.newest > part.logical_time THEN
+            RAISE EXCEPTION 'run % already stands at %, after %', part.run_id, state.newest,
+                part.logical_time
+                USING ERRCODE = '23T07', CONSTRAINT = 'mtm_ledger_time_moves_forward',
+                      TABLE = 'mtm_ledger', COLUMN = 'logical_time',
+                      HINT = 'A run only moves forward; mark it at a later logical_time.';
+        ELSIF state.outside_ticks THEN
+            PERFORM mtm_ledger_check_books(n) FROM new_rows n
+            WHERE n.user_id = part.user_id AND n.run_id = part.run_id
+              AND (SELECT l.payload ? 'equity' FROM event_ledger l
+                   WHERE l.user_id = part.user_id AND l.run_id = part.run_id
+                     AND l.logical_time = n.logical_time AND l.event_type = 'TICK'
+                     AND l.subject = '') IS NOT TRUE;
+        END IF;
+    END LOOP;
+    RETURN NULL;
+END $$;
+
+COMMENT ON FUNCTION mtm_ledger_prove IS
+    'Trigger: marks are those of the books, or belong to a tick that is proven to be.';
+
 CREATE TRIGGER mtm_ledger_a_prepare_insert BEFORE INSERT ON mtm_ledger
-    FOR EACH ROW EXECUTE FUNCTION mtm_ledger_prepare_insert();
+    FOR EACH ROW WHEN (NEW.recorded_at IS DISTINCT FROM now())
+    EXECUTE FUNCTION mtm_ledger_prepare_insert();
+CREATE TRIGGER mtm_ledger_m_prove AFTER INSERT ON mtm_ledger
+    REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION mtm_ledger_prove();
 CREATE TRIGGER mtm_ledger_z_refuse_change BEFORE UPDATE OR DELETE ON mtm_ledger
     FOR EACH ROW EXECUTE FUNCTION history_refuse_change('mtm_ledger', 'append_only');
 CREATE TRIGGER mtm_ledger_z_refuse_truncate BEFORE TRUNCATE ON mtm_ledger

@@ -1,6 +1,6 @@
 -- The books follow the ledger: cash and positions take up the EXECUTION and SPLIT_APPLIED events
 -- after strategy_run.books_seq, and nothing else ever changes them. Their tables' triggers prove it
--- with the functions below, whoever writes.
+-- with the functions below, whoever writes; who leaves a number NULL gets the proven one.
 
 CREATE FUNCTION event_cash_flow(event_type text, payload jsonb) RETURNS numeric
 LANGUAGE sql IMMUTABLE
@@ -12,27 +12,10 @@ RETURN CASE WHEN event_type = 'EXECUTION'
 
 COMMENT ON FUNCTION event_cash_flow IS 'What a ledger event does to cash, in currency.';
 
--- What a run's cash and books_seq must be: what they are, and what the events after books_seq add.
-CREATE FUNCTION strategy_run_books_due(run strategy_run, OUT cash numeric, OUT books_seq bigint)
-LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
-BEGIN
-    SELECT run.cash + coalesce(sum(event_cash_flow(l.event_type, l.payload)), 0),
-           coalesce(max(l.seq), run.books_seq)
-    INTO cash, books_seq
-    FROM event_ledger l
-    WHERE l.user_id = run.user_id AND l.run_id = run.run_id AND l.seq > run.books_seq
-      AND l.event_type IN ('EXECUTION', 'SPLIT_APPLIED');
-END $$;
-
-COMMENT ON FUNCTION strategy_run_books_due IS
-    'What the ledger makes of a run''s cash and books_seq.';
-
 CREATE FUNCTION strategy_run_follow_ledger(of_user uuid, of_run uuid) RETURNS void
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 BEGIN
-    UPDATE strategy_run r
-    SET (cash, books_seq) = (SELECT d.cash, d.books_seq FROM strategy_run_books_due(r) d)
-    WHERE r.user_id = of_user AND r.run_id = of_run;
+    UPDATE strategy_run SET cash = NULL WHERE user_id = of_user AND run_id = of_run;
 END $$;
 
 COMMENT ON FUNCTION strategy_run_follow_ledger IS
@@ -77,28 +60,26 @@ END $$;
 COMMENT ON FUNCTION position_after_event IS
     'A position after an EXECUTION or SPLIT_APPLIED event of its symbol.';
 
--- What a position must be: what it is, and what the events after the run's books_seq make of it.
-CREATE FUNCTION position_due(of_user uuid, of_run uuid, of_symbol text)
+-- What a position must be: what it is, or nothing, and what the events after the run's books_seq
+-- make of it.
+CREATE FUNCTION position_after_events(p public.position, of_user uuid, of_run uuid, of_symbol text,
+                                      books_seq bigint, account_type text)
 RETURNS public.position
 LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
 DECLARE
-    run   strategy_run;
-    p     public.position;
     was   numeric;
     event event_ledger;
 BEGIN
-    SELECT * INTO run FROM strategy_run WHERE user_id = of_user AND run_id = of_run;
-    SELECT * INTO p FROM position
-    WHERE user_id = of_user AND run_id = of_run AND symbol = of_symbol;
-    FOR event IN SELECT * FROM event_ledger
-                 WHERE user_id = of_user AND run_id = of_run AND seq > run.books_seq
-                   AND event_type IN ('EXECUTION', 'SPLIT_APPLIED')
-                   AND payload ->> 'symbol' = of_symbol
-                 ORDER BY seq
+    FOR event IN SELECT * FROM event_ledger l
+                 WHERE l.user_id = of_user AND l.run_id = of_run
+                   AND l.seq > position_after_events.books_seq
+                   AND l.event_type IN ('EXECUTION', 'SPLIT_APPLIED')
+                   AND l.payload ->> 'symbol' = of_symbol
+                 ORDER BY l.seq
     LOOP
         was := coalesce(p.quantity, 0);
         p := position_after_event(p, event);
-        IF p.quantity < 0 AND p.quantity < was AND run.account_type = 'CASH' THEN
+        IF p.quantity < 0 AND p.quantity < was AND account_type = 'CASH' THEN
             RAISE EXCEPTION 'selling % % leaves a short position of % in a cash account',
                 was - p.quantity, of_symbol, p.quantity
                 USING ERRCODE = '23T04', CONSTRAINT = 'position_not_short_in_cash_account',
@@ -109,25 +90,239 @@ BEGIN
     RETURN p;
 END $$;
 
-COMMENT ON FUNCTION position_due IS 'What the ledger makes of a position.';
+COMMENT ON FUNCTION position_after_events IS 'What the ledger makes of a position.';
 
 CREATE FUNCTION position_follow_ledger(of_user uuid, of_run uuid, of_symbol text) RETURNS void
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
-DECLARE
-    due public.position := position_due(of_user, of_run, of_symbol);
 BEGIN
-    UPDATE position
-    SET quantity = due.quantity, cost_basis = due.cost_basis, realized_pnl = due.realized_pnl,
-        mark_price = due.mark_price, marked_at = due.marked_at
+    -- A split of what was never held finds nothing to write.
+    UPDATE position SET quantity = NULL
     WHERE user_id = of_user AND run_id = of_run AND symbol = of_symbol;
-    -- A split of what was never held leaves nothing to write.
-    IF NOT FOUND AND due.marked_at IS NOT NULL THEN
-        INSERT INTO position (user_id, run_id, symbol, quantity, cost_basis, realized_pnl,
-                              mark_price, marked_at)
-        VALUES (of_user, of_run, of_symbol, due.quantity, due.cost_basis, due.realized_pnl,
-                due.mark_price, due.marked_at);
-    END IF;
 END $$;
 
 COMMENT ON FUNCTION position_follow_ledger IS
     'Brings a position up to the last event of its run''s ledger.';
+
+CREATE FUNCTION event_refuse(event record, fault text) RETURNS void
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
+    IF fault = 'SEQ' THEN
+        RAISE EXCEPTION 'event % of run % does not come next', event.seq, event.run_id
+            USING ERRCODE = '23T06', CONSTRAINT = 'event_ledger_seq_without_gap',
+                  TABLE = 'event_ledger', COLUMN = 'seq',
+                  HINT = 'Leave seq out; the database numbers events.';
+    ELSIF fault = 'HASH' THEN
+        RAISE EXCEPTION 'event % of run % does not follow from the one before it', event.seq,
+            event.run_id
+            USING ERRCODE = '23T06', CONSTRAINT = 'event_ledger_hash_chain',
+                  TABLE = 'event_ledger', COLUMN = 'hash',
+                  HINT = 'Leave hash out; the database chains events.';
+    ELSIF fault = 'TIME' THEN
+        RAISE EXCEPTION 'run % already stands after %', event.run_id, event.logical_time
+            USING ERRCODE = '23T07', CONSTRAINT = 'event_ledger_time_moves_forward',
+                  TABLE = 'event_ledger', COLUMN = 'logical_time',
+                  HINT = 'A run only moves forward; use a later logical_time.';
+    ELSIF fault IS NOT NULL THEN
+        RAISE EXCEPTION 'the gate refuses order %, which was not filled: %', event.subject, fault
+            USING ERRCODE = '23T08', CONSTRAINT = 'orders_gate_decides',
+                  TABLE = 'orders', COLUMN = 'status',
+                  HINT = 'Insert it NEW; the database decides, executions do the rest.';
+    END IF;
+    RAISE EXCEPTION 'no row of run % bears out the event % of %', event.run_id, event.event_type,
+        event.subject
+        USING ERRCODE = '23T08', CONSTRAINT = 'event_ledger_tells_what_happened',
+              TABLE = 'event_ledger', COLUMN = 'event_type',
+              HINT = 'Write the row itself; the database tells the ledger.';
+END $$;
+
+COMMENT ON FUNCTION event_refuse IS
+    'Raises what is wrong with an event: SEQ, HASH, TIME, words of the gate, or no row behind it.';
+
+-- Events are not taken on anybody's word: each must follow from the one before it, and what it
+-- tells must be so, row by row. Positions and cash follow these events, so forging one would forge
+-- money. The loop reads every row once and knows cash and holdings as they were at each event.
+CREATE FUNCTION books_follow(of_user uuid, of_run uuid, first_seq bigint) RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp SET enable_seqscan = off AS $$
+DECLARE
+    run      strategy_run := run_lock(of_user, of_run, 'event_ledger', 'RUNNING', 'STOPPING');
+    cash     numeric := run.cash;
+    value    numeric;             -- of the holdings, at their marks
+    symbols  text[];              -- the holdings: parallel arrays
+    held     numeric[];
+    marks    numeric[];
+    marked   timestamptz[];
+    traded   boolean[];
+    remarked boolean[];
+    previous bytea;
+    newest   timestamptz;
+    next_seq bigint := first_seq;
+    e        record;
+    i        integer;
+    price    numeric;
+    reserved numeric;
+    refusal  record;
+    moved    boolean := false;
+BEGIN
+    -- ORDER BY, here and elsewhere, leaves a planner without statistics one index to choose.
+    SELECT l.hash, l.logical_time INTO previous, newest FROM event_ledger l
+    WHERE l.user_id = of_user AND l.run_id = of_run AND l.seq < first_seq
+    ORDER BY l.seq DESC LIMIT 1;
+    FOR e IN
+        SELECT l.*,
+               CASE WHEN l.event_type = 'EXECUTION'
+                    THEN (SELECT t FROM execution t
+                          WHERE t.user_id = of_user AND t.run_id = of_run
+                            -- Both: before its first ANALYZE either index may be chosen.
+                            AND t.order_id = event_order_id(l.subject)
+                            AND t.execution_id = substr(l.subject, 38) COLLATE "default") END AS x,
+               CASE WHEN l.event_type IN ('ORDER_PLACED', 'EXECUTION')
+                    THEN (SELECT t FROM orders t
+                          WHERE t.user_id = of_user AND t.run_id = of_run
+                            AND t.order_id = event_order_id(l.subject)) END AS o,
+               CASE WHEN l.event_type = 'TICK'
+                    THEN (SELECT t FROM mtm_ledger t
+                          WHERE t.user_id = of_user AND t.run_id = of_run
+                            AND t.logical_time = l.logical_time) END AS m
+        FROM event_ledger l
+        WHERE l.user_id = of_user AND l.run_id = of_run AND l.seq >= first_seq
+        ORDER BY l.seq
+    LOOP
+        IF e.seq <> next_seq OR (previous IS NULL) <> (e.seq = 1) THEN
+            PERFORM event_refuse(e, 'SEQ');
+        ELSIF e.hash <> event_hash(coalesce(previous, ''), of_user, of_run, e.seq, e.logical_time,
+                                   e.event_type, e.subject, e.payload, e.recorded_at) THEN
+            PERFORM event_refuse(e, 'HASH');
+        ELSIF e.logical_time < newest THEN
+            PERFORM event_refuse(e, 'TIME');
+        ELSIF run.status = 'STOPPING' AND e.event_type NOT IN ('RUN_STOPPED', 'RUN_ERROR') THEN
+            PERFORM run_lock(of_user, of_run, 'event_ledger', 'RUNNING');
+        END IF;
+        next_seq := e.seq + 1;
+        previous := e.hash;
+        newest := e.logical_time;
+        CONTINUE WHEN e.event_type NOT IN ('ORDER_PLACED', 'EXECUTION', 'TICK', 'SPLIT_APPLIED')
+                      AND NOT starts_with(e.event_type, 'ORDER_');
+
+        IF symbols IS NULL THEN
+            SELECT coalesce(array_agg(p.symbol), '{}'), array_agg(p.quantity),
+                   array_agg(p.mark_price), array_agg(p.marked_at),
+                   array_agg(false), array_agg(false), coalesce(sum(p.market_value), 0)
+            INTO symbols, held, marks, marked, traded, remarked, value
+            FROM position p WHERE p.user_id = of_user AND p.run_id = of_run;
+        END IF;
+
+        IF e.event_type = 'TICK' THEN
+            CONTINUE WHEN NOT e.payload ?| ARRAY['cash', 'market_value', 'equity'];
+            FOR i IN 1 .. cardinality(symbols) LOOP
+                price := CASE WHEN held[i] <> 0
+                              THEN e.payload #>> ARRAY['prices', symbols[i]] END;
+                CONTINUE WHEN price IS NULL;
+                value := value + held[i] * (price - marks[i]);
+                marks[i] := price;
+                marked[i] := coalesce((e.payload #>> ARRAY['priced_at', symbols[i]])::timestamptz,
+                                      e.logical_time);
+                remarked[i] := true;
+            END LOOP;
+            IF (e.m).cash = cash AND (e.m).market_value = value
+               AND e.payload @> jsonb_build_object('cash', cash, 'market_value', value,
+                                                   'equity', cash + value) THEN
+                CONTINUE;
+            END IF;
+            PERFORM event_refuse(e, NULL);
+
+        ELSIF e.event_type = 'EXECUTION' THEN
+            IF e.subject = (e.x).order_id || '/' || (e.x).execution_id
+               AND e.logical_time = (e.x).logical_time
+               AND e.payload = execution_event_payload(e.x)
+               AND (e.o).symbol = (e.x).symbol AND (e.o).side = (e.x).side THEN
+                PERFORM execution_check_money(e.x, run)
+                WHERE (e.x).price <= 0 OR (e.x).commission <> 0;
+            ELSE
+                PERFORM event_refuse(e, NULL);
+            END IF;
+            i := coalesce(array_position(symbols, (e.x).symbol), cardinality(symbols) + 1);
+            symbols[i] := (e.x).symbol;
+            value := value - coalesce(held[i] * marks[i], 0);
+            held[i] := coalesce(held[i], 0)
+                     + CASE WHEN (e.x).side = 'BUY' THEN (e.x).quantity ELSE -(e.x).quantity END;
+            IF marked[i] IS NULL OR marked[i] < e.logical_time THEN
+                marks[i] := (e.x).price;
+                marked[i] := e.logical_time;
+            END IF;
+            value := value + held[i] * marks[i];
+            cash := cash + execution_cash_flow((e.x).side, (e.x).quantity, (e.x).price,
+                                               (e.x).commission);
+            traded[i] := true;
+            moved := true;
+
+        ELSIF e.event_type = 'ORDER_PLACED' THEN
+            IF e.subject <> (e.o).order_id::text OR e.logical_time <> (e.o).logical_time
+               OR (e.o).order_id IS NULL THEN
+                PERFORM event_refuse(e, NULL);
+            ELSIF (e.o).status = 'FILLED' THEN
+                IF reserved IS NULL THEN
+                    reserved := run_reserved_cash(of_user, of_run);
+                END IF;
+                refusal := orders_gate(
+                    e.o, run, cash - reserved,
+                    coalesce(held[array_position(symbols, (e.o).symbol)], 0)
+                    + orders_open_quantity(e.o));
+                IF refusal.code IS NOT NULL OR (e.o).broker <> run.broker THEN
+                    PERFORM event_refuse(e, coalesce(refusal.code, 'BROKER'));
+                END IF;
+            END IF;
+
+        ELSIF e.event_type = 'SPLIT_APPLIED' THEN
+            IF NOT EXISTS (SELECT FROM split_applied s
+                           WHERE s.user_id = of_user AND s.run_id = of_run
+                             AND split_event_subject(s) = e.subject
+                             AND s.logical_time = e.logical_time
+                             AND split_event_payload(s) = e.payload) THEN
+                PERFORM event_refuse(e, NULL);
+            END IF;
+
+        ELSIF NOT order_event_is_true(ROW (of_user, of_run, e.seq, e.logical_time, e.event_type,
+                                           e.subject, e.payload, e.recorded_at,
+                                           e.hash)::event_ledger) THEN
+            PERFORM event_refuse(e, NULL);
+        END IF;
+    END LOOP;
+
+    FOR i IN 1 .. coalesce(cardinality(symbols), 0) LOOP
+        IF traded[i] THEN
+            UPDATE position SET quantity = NULL, mark_price = marks[i], marked_at = marked[i]
+            WHERE user_id = of_user AND run_id = of_run AND symbol = symbols[i];
+            IF NOT FOUND THEN
+                INSERT INTO position (user_id, run_id, symbol, quantity, mark_price, marked_at)
+                VALUES (of_user, of_run, symbols[i], NULL, marks[i], marked[i]);
+            END IF;
+        ELSIF remarked[i] THEN
+            UPDATE position SET mark_price = marks[i], marked_at = marked[i]
+            WHERE user_id = of_user AND run_id = of_run AND symbol = symbols[i];
+        END IF;
+    END LOOP;
+    IF moved THEN
+        PERFORM strategy_run_follow_ledger(of_user, of_run);
+    END IF;
+END $$;
+
+COMMENT ON FUNCTION books_follow IS
+    'Proves a run''s events from first_seq on and brings its books up to them.';
+
+CREATE FUNCTION event_ledger_prove() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+DECLARE
+    part record;
+BEGIN
+    FOR part IN SELECT user_id, run_id, min(seq) AS first_seq FROM new_rows
+                GROUP BY user_id, run_id
+    LOOP
+        PERFORM books_follow(part.user_id, part.run_id, part.first_seq);
+    END LOOP;
+    RETURN NULL;
+END $$;
+
+COMMENT ON FUNCTION event_ledger_prove IS 'Trigger: proves what was told, and the books follow it.';
+
+CREATE TRIGGER event_ledger_m_prove AFTER INSERT ON event_ledger
+    REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION event_ledger_prove();

@@ -93,28 +93,28 @@ $$;
 
 COMMENT ON FUNCTION orders_price_code IS 'Why an order''s prices can not be, or NULL.';
 
--- Holdings with what open orders of the same side would add to them.
-CREATE FUNCTION orders_exposure(o orders) RETURNS numeric
-LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
-    SELECT coalesce((SELECT p.quantity FROM position p
-                     WHERE p.user_id = o.user_id AND p.run_id = o.run_id
-                       AND p.symbol = o.symbol), 0)
-         + coalesce((SELECT sum(w.quantity - w.filled_quantity) FROM orders w
+-- What open orders of an order's side would add to its run's holding.
+CREATE FUNCTION orders_open_quantity(o orders) RETURNS numeric
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    RETURN coalesce((SELECT sum(w.quantity - w.filled_quantity) FROM orders w
                      WHERE w.user_id = o.user_id AND w.run_id = o.run_id AND w.symbol = o.symbol
                        AND w.side = o.side
                        AND w.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')), 0)
-           * CASE WHEN o.side = 'BUY' THEN 1 ELSE -1 END
-$$;
+           * CASE WHEN o.side = 'BUY' THEN 1 ELSE -1 END;
+END $$;
 
-COMMENT ON FUNCTION orders_exposure IS 'Position plus open orders of an order''s side and symbol.';
+COMMENT ON FUNCTION orders_open_quantity IS
+    'Units that open orders of an order''s symbol and side would add; negative for sells.';
 
 -- The cash that open buy orders of a run hold back.
 CREATE FUNCTION run_reserved_cash(of_user uuid, of_run uuid) RETURNS numeric
-LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
-    SELECT coalesce(sum(reserved_cash), 0) FROM orders
-    WHERE user_id = of_user AND run_id = of_run
-      AND status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
-$$;
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    RETURN coalesce((SELECT sum(reserved_cash) FROM orders
+                     WHERE user_id = of_user AND run_id = of_run
+                       AND status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')), 0);
+END $$;
 
 COMMENT ON FUNCTION run_reserved_cash IS 'Cash held back by a run''s open buy orders.';
 
@@ -167,50 +167,71 @@ $$;
 
 COMMENT ON FUNCTION orders_broken_limit IS 'The first risk_limit that an order breaks, or no row.';
 
+-- The gate: why an order may not be taken, given the cash and the holding that it meets.
+CREATE FUNCTION orders_gate(o orders, run strategy_run, free_cash numeric, exposure numeric,
+                            OUT source text, OUT code text, OUT reason text)
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+DECLARE
+    price  numeric := coalesce(o.limit_price, o.stop_price, o.reference_price);
+    broken record;
+BEGIN
+    code := orders_validation_code(o);
+    IF code IS NULL AND least(o.limit_price, o.stop_price, o.reference_price) <= 0 THEN
+        code := orders_price_code(o);
+    END IF;
+    IF code IS NOT NULL THEN
+        source := 'VALIDATION';
+        RETURN;
+    END IF;
+    IF EXISTS (SELECT FROM risk_limit WHERE user_id = o.user_id) THEN
+        SELECT * INTO broken FROM orders_broken_limit(o, price, exposure);
+        IF FOUND THEN
+            code := broken.code;
+            reason := coalesce('limit ' || trim_scale(broken.limit_value) || ', would be '
+                               || coalesce(trim_scale(broken.value)::text, 'unknown'), o.symbol);
+        END IF;
+    END IF;
+    IF code IS NOT NULL OR run.account_type <> 'CASH' THEN
+        NULL;
+    ELSIF o.side = 'SELL' AND o.quantity > exposure THEN
+        code := 'INSUFFICIENT_POSITION';
+        reason := format('holds %s, would sell %s', trim_scale(exposure), trim_scale(o.quantity));
+    ELSIF o.side = 'BUY' AND o.quantity * price > free_cash THEN
+        code := 'INSUFFICIENT_CASH';
+        reason := format('has %s, needs %s', trim_scale(free_cash),
+                         trim_scale(o.quantity * price));
+    END IF;
+    IF code IS NOT NULL THEN
+        source := 'RISK';
+        reason := code || ': ' || reason;
+    END IF;
+END $$;
+
+COMMENT ON FUNCTION orders_gate IS
+    'Why an order is refused, or NULLs: free_cash is what open orders leave, exposure the holding '
+    'and open orders of its side.';
+
 CREATE FUNCTION orders_pass_gate() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 DECLARE
-    run       strategy_run;
-    price     numeric;
-    exposure  numeric;
-    available numeric;
-    broken    record;
-    code      text := coalesce(orders_validation_code(NEW), orders_price_code(NEW));
-    reason    text;
+    run     strategy_run;
+    held    numeric;
+    refusal record;
 BEGIN
-    IF code IS NOT NULL THEN
-        NEW.status := 'REJECTED';
-        NEW.reject_source := 'VALIDATION';
-        NEW.reject_code := code;
-        RETURN NEW;
-    END IF;
     SELECT * INTO run FROM strategy_run WHERE user_id = NEW.user_id AND run_id = NEW.run_id;
-    IF NEW.reference_price IS NULL THEN
+    IF NEW.reference_price IS NULL AND orders_validation_code(NEW) IS NULL
+       AND orders_price_code(NEW) IS NULL THEN
         NEW.reference_price := orders_known_price(NEW);
     END IF;
-    price := coalesce(NEW.limit_price, NEW.stop_price, NEW.reference_price);
-    exposure := orders_exposure(NEW);
-    SELECT * INTO broken FROM orders_broken_limit(NEW, price, exposure);
-    IF FOUND THEN
-        code := broken.code;
-        reason := coalesce('limit ' || trim_scale(broken.limit_value) || ', would be '
-                           || coalesce(trim_scale(broken.value)::text, 'unknown'), NEW.symbol);
-    ELSIF run.account_type = 'CASH' AND NEW.side = 'SELL' AND NEW.quantity > exposure THEN
-        code := 'INSUFFICIENT_POSITION';
-        reason := format('holds %s, would sell %s', trim_scale(exposure), trim_scale(NEW.quantity));
-    ELSIF run.account_type = 'CASH' AND NEW.side = 'BUY' THEN
-        available := run.cash - run_reserved_cash(NEW.user_id, NEW.run_id);
-        IF NEW.quantity * price > available THEN
-            code := 'INSUFFICIENT_CASH';
-            reason := format('has %s, needs %s',
-                             trim_scale(available), trim_scale(NEW.quantity * price));
-        END IF;
-    END IF;
-    IF code IS NOT NULL THEN
+    SELECT p.quantity INTO held FROM position p
+    WHERE p.user_id = NEW.user_id AND p.run_id = NEW.run_id AND p.symbol = NEW.symbol;
+    refusal := orders_gate(NEW, run, run.cash - run_reserved_cash(NEW.user_id, NEW.run_id),
+                           coalesce(held, 0) + orders_open_quantity(NEW));
+    IF refusal.code IS NOT NULL THEN
         NEW.status := 'REJECTED';
-        NEW.reject_source := 'RISK';
-        NEW.reject_code := code;
-        NEW.status_reason := code || ': ' || reason;
+        NEW.reject_source := refusal.source;
+        NEW.reject_code := refusal.code;
+        NEW.status_reason := coalesce(refusal.reason, NEW.status_reason);
     END IF;
     RETURN NEW;
 END $$;
@@ -219,4 +240,5 @@ COMMENT ON FUNCTION orders_pass_gate IS
     'Trigger: decides when an order arrives; a refusal is stored as REJECTED.';
 
 CREATE TRIGGER orders_b_pass_gate BEFORE INSERT ON orders
-    FOR EACH ROW WHEN (NEW.status <> 'REJECTED') EXECUTE FUNCTION orders_pass_gate();
+    FOR EACH ROW WHEN (NEW.status NOT IN ('REJECTED', 'FILLED'))
+    EXECUTE FUNCTION orders_pass_gate();

@@ -8,11 +8,8 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 from uuid import UUID
 
-from psycopg.types.json import Jsonb
-
 from engine.db.connect import Connection
 from engine.ids import ORDERS_PER_TICK_MAX, SALT_BITS, order_id_of
-from engine.ledger import TOLD, Told
 from engine.market.model import Split
 from engine.market.view import View
 from engine.orders.model import Fill, Order
@@ -195,41 +192,6 @@ def mtm(conn: Connection, run: Run, logical_time: datetime) -> Any:
            RETURNING equity""",
         [run.user_id, run.run_id, logical_time],
     ).fetchone()
-
-
-def close_tick(
-    conn: Connection, run: Run, view: View, facts: Jsonb, state: Jsonb, *, live: bool
-) -> Told:
-    """Mark, write the TICK event with the mark in it, and the engine's state; returns the event."""
-    key = [run.user_id, run.run_id]
-    with conn.pipeline():
-        mark(conn, run, view)
-        conn.execute(
-            "INSERT INTO mtm_ledger (user_id, run_id, logical_time) VALUES (%s, %s, %s)",
-            [*key, view.logical_time],
-        )
-        told = conn.execute(
-            f"""INSERT INTO event_ledger (user_id, run_id, logical_time, event_type, payload)
-                SELECT user_id, run_id, logical_time, 'TICK',
-                       %s || jsonb_build_object('cash', cash, 'market_value', market_value,
-                                                'equity', equity)
-                FROM mtm_ledger WHERE user_id = %s AND run_id = %s AND logical_time = %s
-                RETURNING {TOLD}""",
-            [facts, *key, view.logical_time],
-        )
-        conn.execute(
-            """INSERT INTO engine_state AS s (user_id, run_id, last_logical_time, state)
-               VALUES (%s, %s, %s, %s)
-               ON CONFLICT (user_id, run_id) DO UPDATE
-               SET last_logical_time = excluded.last_logical_time, state = excluded.state,
-                   recorded_at = now()""",
-            [*key, view.logical_time, state],
-        )
-        if live:
-            heartbeat(conn, run, view)
-    row = told.fetchone()
-    assert row is not None
-    return Told(*row)
 
 
 def heartbeat(conn: Connection, run: Run, view: View) -> None:

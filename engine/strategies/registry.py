@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic import ValidationError
@@ -40,13 +40,27 @@ def find(name: str) -> type[Strategy]:
 
 def make(name: str, parameters: Mapping[str, Any]) -> Strategy:
     """A strategy with its parameters checked. Raises BadInput, naming the parameter."""
+    return maker(name, parameters)()
+
+
+def maker(name: str, parameters: Mapping[str, Any]) -> Callable[[], Strategy]:
+    """Makes the strategy anew at each call; its parameters are checked once, and none is made yet.
+
+    Raises BadInput, naming the parameter; so does each call, for a constructor that fails.
+    """
     kind = find(name)
     try:
-        return kind(kind.Parameters.model_validate(dict(parameters)))
+        checked = kind.Parameters.model_validate(dict(parameters))
     except ValidationError as error:
         problems = "; ".join(
             f"{'.'.join(map(str, e['loc'])) or 'parameters'}: {e['msg']}" for e in error.errors()
         )
         raise BadInput(f"the parameters of strategy {name!r} don't fit: {problems}") from error
-    except Exception as error:  # a user's constructor may raise anything
-        raise BadInput(f"strategy {name!r} can't be made: {error!r}") from error
+
+    def made() -> Strategy:
+        try:
+            return kind(checked)
+        except Exception as error:  # a user's constructor may raise anything
+            raise BadInput(f"strategy {name!r} can't be made: {error!r}") from error
+
+    return made

@@ -26,7 +26,7 @@ from market_days import (
 )
 from scripted import SCRIPTED, WATCHING, Hooks, hooks
 
-from engine import tick as tick_module
+from engine import agenda as agenda_module
 from engine.db.connect import Connection
 from engine.errors import StrategyFailed
 from engine.market.calendar import sessions
@@ -231,7 +231,7 @@ def test_a_live_catch_up_of_several_ticks_runs_once(conn: Connection) -> None:
 def test_more_occasions_than_one_tick_takes_up_wait_for_the_next(
     conn: Connection, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tick_module, "SIPS_DUE_MAX", 2)
+    monkeypatch.setattr(agenda_module, "SIPS_DUE_MAX", 2)
     run = a_run(conn)
     for name in "abc":
         a_plan(conn, run, plan=name, amount=Decimal(10))

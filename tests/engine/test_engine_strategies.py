@@ -34,7 +34,7 @@ from market_days import (
 )
 from scripted import FORGETFUL, SCRIPTED, Hooks, Scripted, Unmakeable, hooks
 
-from engine import tick as tick_module
+from engine import work as work_module
 from engine.db.connect import Connection
 from engine.errors import BadInput, StrategyFailed, TimeMovesForward
 from engine.orders.model import OrderType, Side, TimeInForce
@@ -516,7 +516,7 @@ def test_a_strategy_that_asks_for_too_many_orders_ends_in_error(
     conn: Connection, hooks: Hooks, monkeypatch: pytest.MonkeyPatch, before: int
 ) -> None:
     """Also when others had placed some of them at the same time already."""
-    monkeypatch.setattr(tick_module, "ORDERS_PER_TICK_MAX", 3)
+    monkeypatch.setattr(work_module, "ORDERS_PER_TICK_MAX", 3)
     run = a_run(conn, strategy=SCRIPTED)
     key = run.user_id, run.run_id, close_on(MON), at_price("1")
     place_orders(conn, *key, [buy("1")] * before)

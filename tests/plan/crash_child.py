@@ -14,7 +14,9 @@ from engine.tick import run_tick
 def main(dsn: str, user_id: str, run_id: str, day: str) -> None:
     with open_connection(dsn, role=ENGINE_ROLE) as conn:
         prices = at_price("100") | at_price("50", "IBM")
-        run_tick(conn, UUID(user_id), UUID(run_id), close_on(day), prices)
+        # In a transaction, so that the steps of the tick are written while it is under way.
+        with conn.transaction():
+            run_tick(conn, UUID(user_id), UUID(run_id), close_on(day), prices)
 
 
 if __name__ == "__main__":

@@ -34,7 +34,7 @@ from market_days import (
 from scripted import BLOCKING, LOCK, SCRIPTED, Hooks, hooks
 from waits import wait_until
 
-from engine import ledger
+from engine import journal, ledger
 from engine.db.connect import ENGINE_ROLE, Connection, open_connection
 from engine.errors import AlreadyHappened
 from engine.orders import write
@@ -104,7 +104,7 @@ def test_what_is_raised_in_the_middle_of_a_transaction_takes_all_of_it_back(
 def a_fault(name: str, after: bool) -> Callable[[pytest.MonkeyPatch], None]:
     """Make one of the functions that write raise, before or after it has written."""
     module, function = name.split(".")
-    home = {"write": write, "ledger": ledger}[module]
+    home = {"write": write, "ledger": ledger, "journal": journal}[module]
 
     def inject(patch: pytest.MonkeyPatch) -> None:
         whole = getattr(home, function)
@@ -125,8 +125,7 @@ FAULTS = [
         "write.insert_orders",
         "write.insert_executions",
         "write.move_orders",
-        "write.mark",
-        "write.close_tick",
+        "journal.write",
         "write.heartbeat",
         "ledger.append",
     )
@@ -190,7 +189,7 @@ def test_a_retry_makes_the_same_rows_as_if_nothing_had_happened(
         tick()
         undisturbed = snapshot(conn)
     with monkeypatch.context() as patch:
-        a_fault("write.close_tick", after=True)(patch)
+        a_fault("journal.write", after=True)(patch)
         with pytest.raises(Crash):
             tick()
     tick()

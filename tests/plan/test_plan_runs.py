@@ -433,8 +433,8 @@ BREAKAGES = {
     "mtm_ledger GROUP BY": (
         "ALTER TABLE mtm_ledger DISABLE TRIGGER USER",
         "ALTER TABLE mtm_ledger DROP CONSTRAINT mtm_ledger_one_per_logical_time",
-        "INSERT INTO mtm_ledger (user_id, run_id, logical_time, cash, market_value)"
-        " SELECT user_id, run_id, logical_time, cash, market_value FROM mtm_ledger",
+        "INSERT INTO mtm_ledger (user_id, run_id, logical_time, cash, market_value, recorded_at)"
+        " SELECT user_id, run_id, logical_time, cash, market_value, now() FROM mtm_ledger",
     ),
     "status='RUNNING' GROUP BY": (
         "ALTER TABLE strategy_run DISABLE TRIGGER USER",

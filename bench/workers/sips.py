@@ -1,0 +1,32 @@
+"""Drives the schedule until nothing is due: ``DSN NOW``. Says it is ready, waits for a line."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from datetime import datetime
+
+from engine.db.connect import ENGINE_ROLE, open_connection
+from engine.errors import ConfigurationError
+from engine.schedule import drive
+
+
+def main(dsn: str, now: datetime) -> None:
+    with open_connection(dsn, role=ENGINE_ROLE) as conn:
+        conn.execute("SELECT 1")
+        print("ready", flush=True)
+        sys.stdin.readline()
+        ticks = 0
+        while True:
+            done = drive(conn, lambda: now)
+            if done.stuck:
+                raise ConfigurationError(f"a run is stuck: {next(iter(done.stuck.values()))}")
+            if not done.ticks and not done.repeated:
+                break
+            ticks += done.ticks
+        print(json.dumps({"ticks": ticks, "ended": time.monotonic()}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], datetime.fromisoformat(sys.argv[2]))
