@@ -14,9 +14,11 @@ from cli.options import Dsn, Json
 from cli.output import count, note, print_json, say, utc
 
 if TYPE_CHECKING:
-    from engine.schedule import Round
+    from engine.schedule import Round, Share
 
 __all__ = ["schedule"]
+
+SHARES_MAX = 1_000
 
 
 def schedule(
@@ -24,6 +26,9 @@ def schedule(
         int, typer.Option("--every", metavar="SECONDS", min=1, help="How often to look.")
     ] = 60,
     once: Annotated[bool, typer.Option("--once", help="One round, then end.")] = False,
+    share: Annotated[
+        str, typer.Option("--share", metavar="PART/OF", help="Which users to serve first.")
+    ] = "1/1",
     dsn: Dsn = None,
     as_json: Json = False,
 ) -> None:
@@ -34,6 +39,9 @@ def schedule(
     once, be killed and be started again: every planned moment is ticked once.
     A run whose prices haven't come yet waits for them, and holds up no other.
 
+    Several that share the work are told so: --share 1/2 and --share 2/2 each
+    serve half of the users first, and then what the other has left undone.
+
     SIGTERM ends it too; the round under way is finished. With --json each round
     is one document on one line. With --once, exit code 1 means that a run could
     not go on.
@@ -41,24 +49,36 @@ def schedule(
     Examples:
       oms schedule
       oms schedule --once --json
+      oms schedule --share 1/2
     """
+    taken = _share(share)
     if once:
-        _one_round(dsn, as_json=as_json)
+        _one_round(dsn, taken, as_json=as_json)
     else:
-        _serve(dsn, every, as_json=as_json)
+        _serve(dsn, every, taken, as_json=as_json)
 
 
-def _one_round(dsn: str | None, *, as_json: bool) -> None:
+def _share(given: str) -> Share:
+    from engine.errors import BadInput
+    from engine.schedule import Share
+
+    part, slash, of = given.partition("/")
+    if slash and part.isdecimal() and of.isdecimal() and 1 <= int(part) <= int(of) <= SHARES_MAX:
+        return Share(int(part), int(of))
+    raise BadInput(f"--share {given} is no part of a whole; write for instance 1/2")
+
+
+def _one_round(dsn: str | None, share: Share, *, as_json: bool) -> None:
     from engine.schedule import drive
 
     with acting(dsn) as conn:
-        done = drive(conn)
+        done = drive(conn, share=share)
     _report(done, as_json=as_json, quiet=False)
     if done.stuck:
         raise typer.Exit(REFUSED)
 
 
-def _serve(dsn: str | None, every: int, *, as_json: bool) -> None:
+def _serve(dsn: str | None, every: int, share: Share, *, as_json: bool) -> None:
     from engine.schedule import serve
 
     logging.basicConfig(
@@ -73,6 +93,7 @@ def _serve(dsn: str | None, every: int, *, as_json: bool) -> None:
     serve(
         where,
         every_seconds=every,
+        share=share,
         report=lambda done: _report(done, as_json=as_json, quiet=True),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from calendar import monthrange
+from collections.abc import Sequence
 from datetime import date
 
 from engine.db.connect import Connection
@@ -17,15 +18,25 @@ SIPS_DUE_MAX = 1_000
 class Agenda:
     """Occasions by session; those that this agenda was told of are done, written or not yet.
 
-    ``ahead`` reads a month at a time, for a replay; a live tick reads what is due at its session.
+    ``ahead`` reads a month at a time, for a replay; a live tick reads what is due at its session,
+    if that wasn't ``read`` with its books.
     """
 
-    def __init__(self, conn: Connection, run: Run, *, ahead: bool = False) -> None:
+    def __init__(
+        self,
+        conn: Connection,
+        run: Run,
+        *,
+        ahead: bool = False,
+        read: tuple[date, Sequence[SipDue]] | None = None,
+    ) -> None:
         self._conn = conn
         self._run = run
         self._ahead = ahead
-        self._known: list[SipDue] = []
         self._upto: date | None = None
+        self._known: Sequence[SipDue] = ()
+        if read is not None:
+            self._upto, self._known = read
         self._done: dict[str, str] = {}
 
     def due(self, session: Session) -> tuple[SipDue, ...]:

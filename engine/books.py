@@ -7,7 +7,7 @@ a write whose cash or market value isn't what the ledger makes of it is refused.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import date, datetime
 from decimal import Decimal
 from typing import Any, NamedTuple
 from uuid import UUID
@@ -15,10 +15,11 @@ from uuid import UUID
 from engine.db.connect import Connection
 from engine.errors import BadInput
 from engine.ledger import TOLD, Told
+from engine.market.model import Session
 from engine.orders.model import Fill, Order, OrderType, Side, TimeInForce
 from engine.quantities import EXACT, quotient
 from engine.runs import RUN_COLUMNS, Run, run_of
-from engine.strategies.base import Holding
+from engine.strategies.base import Holding, SipDue
 
 ZERO = Decimal(0)
 _COST_DECIMALS = 12
@@ -30,9 +31,18 @@ _READ = f"""
            (SELECT jsonb_agg(jsonb_build_array(p.symbol, p.quantity::text, p.cost_basis::text,
                                                p.avg_cost::text, p.mark_price::text, p.marked_at))
             FROM position p WHERE p.user_id = r.user_id AND p.run_id = r.run_id),
-           EXISTS (SELECT FROM orders o
-                   WHERE o.user_id = r.user_id AND o.run_id = r.run_id
-                     AND o.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')),
+           (SELECT true FROM orders o
+            WHERE o.user_id = r.user_id AND o.run_id = r.run_id
+              AND o.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
+            ORDER BY o.symbol LIMIT 1),
+           -- What is due of its plans, for the strategy that carries them out.
+           CASE WHEN r.strategy = 'sip' AND %(at)s::timestamptz IS NOT NULL
+                THEN (SELECT jsonb_agg(jsonb_build_array(
+                                 d.plan, d.symbol, d.amount::text, d.missed_policy, d.occasion,
+                                 d.planned_on, d.next_open_at, d.session_date, d.open_at,
+                                 d.close_at))
+                      FROM sip_due(r.user_id, r.run_id,
+                                   (calendar_session_at(r.calendar, %(at)s)).session_date) d) END,
            t.*, {", ".join(f"r.{column}" for column in RUN_COLUMNS)}
     FROM strategy_run r
     LEFT JOIN engine_state s ON s.user_id = r.user_id AND s.run_id = r.run_id
@@ -41,9 +51,9 @@ _READ = f"""
                        ORDER BY l.seq DESC LIMIT 1) h ON true
     LEFT JOIN LATERAL (SELECT {TOLD} FROM event_ledger l
                        WHERE l.user_id = r.user_id AND l.run_id = r.run_id
-                         AND l.logical_time = %s AND l.event_type = 'TICK' AND l.subject = ''
+                         AND l.logical_time = %(at)s AND l.event_type = 'TICK' AND l.subject = ''
                       ) t ON true
-    WHERE r.user_id = %s AND r.run_id = %s"""
+    WHERE r.user_id = %(user)s AND r.run_id = %(run)s"""
 
 _OPEN_ORDERS = """
     SELECT status, reserved_cash,
@@ -148,19 +158,23 @@ def after_trade(quantity: Decimal, cost: Decimal, delta: Decimal, price: Decimal
 
 
 class Opened(NamedTuple):
-    """A run and its books at one moment, and what its TICK at a logical time told, if any."""
+    """A run and its books at one moment, and what its TICK at a logical time told, if any.
+
+    ``due`` are the occasions of its plans at that time, where its strategy carries them out.
+    """
 
     run: Run
     books: Books
     told: Told | None
+    due: tuple[SipDue, ...]
 
 
 def open_books(conn: Connection, user_id: UUID, run_id: UUID, at: datetime | None = None) -> Opened:
     """Read a run and its books, and the TICK at ``at``. Raises BadInput for an unknown run."""
-    row = conn.execute(_READ, [at, user_id, run_id], prepare=True).fetchone()
+    row = conn.execute(_READ, {"at": at, "user": user_id, "run": run_id}, prepare=True).fetchone()
     if row is None:
         raise BadInput(f"user {user_id} has no run {run_id}; `oms run list` shows the runs")
-    books, (told, run) = Books(), (row[7:12], run_of(row[12:]))
+    books, (told, run) = Books(), (row[8:13], run_of(row[13:]))
     books.last_tick, books.state = row[1], row[2] or {}
     _take_up(conn, run, books, row)
     if books.last_tick is None and books.head:
@@ -170,7 +184,8 @@ def open_books(conn: Connection, user_id: UUID, run_id: UUID, at: datetime | Non
             [user_id, run_id],
         ).fetchone()
         books.began = first[0] if first else None
-    return Opened(run, books, None if told[0] is None else Told(*told))
+    due = tuple(_due(run.calendar, *occasion) for occasion in row[7] or ())
+    return Opened(run, books, None if told[0] is None else Told(*told), due)
 
 
 def read_books(conn: Connection, run: Run) -> Books:
@@ -180,7 +195,8 @@ def read_books(conn: Connection, run: Run) -> Books:
 
 def reread(conn: Connection, run: Run, books: Books) -> None:
     """Read again what writes change: all but the last tick and the strategy's state."""
-    row = conn.execute(_READ, [None, run.user_id, run.run_id], prepare=True).fetchone()
+    key = {"at": None, "user": run.user_id, "run": run.run_id}
+    row = conn.execute(_READ, key, prepare=True).fetchone()
     assert row is not None
     _take_up(conn, run, books, row)
 
@@ -204,6 +220,21 @@ def _take_up(conn: Connection, run: Run, books: Books, row: tuple[Any, ...]) -> 
     books.statuses = {row[3]: row[0] for row in rows}
     books.reserved = {row[3]: row[1] for row in rows}
     books.executions = {row[3]: row[2] for row in rows}
+
+
+def _due(
+    calendar: str, plan: str, symbol: str, amount: str, policy: str, occasion: str, *moments: str
+) -> SipDue:
+    planned_on, next_open_at, day, open_at, close_at = moments
+    session = Session(
+        calendar,
+        date.fromisoformat(day),
+        datetime.fromisoformat(open_at),
+        datetime.fromisoformat(close_at),
+    )
+    following = datetime.fromisoformat(next_open_at) if next_open_at else None
+    on = date.fromisoformat(planned_on)
+    return SipDue(plan, symbol, Decimal(amount), policy, occasion, on, following, session)
 
 
 def _order(row: tuple[Any, ...]) -> Order:

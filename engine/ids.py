@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from datetime import UTC, datetime
+from functools import lru_cache
 from uuid import UUID, uuid5
 
 ORDERS_PER_TICK_MAX = 1 << 16
@@ -18,6 +19,7 @@ def user_id_of(name: str) -> UUID:
     return uuid5(_USERS, name)
 
 
+@lru_cache(maxsize=1024)
 def run_salt(user_id: UUID, run_id: UUID) -> int:
     """46 bits that set the order ids of one run apart from every other run's."""
     digest = hashlib.sha256(user_id.bytes + run_id.bytes).digest()

@@ -32,11 +32,18 @@ class Reference:
         self._opens: list[datetime] = []
         self._sessions: list[Session] = []
         self._loaded: tuple[datetime, datetime] | None = None
+        self._asked_in: Session | None = None
 
-    def forget(self) -> None:
-        """Ask again for what may have changed or come: everything but the sessions."""
-        self._decimals.clear()
-        self._negative.clear()
+    def ask_anew(self, at: datetime) -> None:
+        """Forget splits, which may have been announced, and instruments once a session.
+
+        ``at`` is the logical time from which on things are asked. Sessions never change.
+        """
+        session = self.session_at(at)
+        if session != self._asked_in:
+            self._decimals.clear()
+            self._negative.clear()
+        self._asked_in = session
         self._splits.clear()
 
     def quantity_decimals(self, symbols: Iterable[str]) -> dict[str, int]:

@@ -24,13 +24,12 @@ from engine.agenda import Agenda
 from engine.books import read_books
 from engine.db.connect import Connection
 from engine.errors import BadInput, Retryable, RuleViolation, StrategyFailed, translated
-from engine.journal import Journal
 from engine.market.model import Bar
 from engine.market.view import look
 from engine.reference import Reference
 from engine.runs import find_run, lock_run, require_aware, require_running
 from engine.tick import run_tick
-from engine.work import NeedsSteps, Work, strategies_of
+from engine.work import Desk, NeedsSteps, Work, strategies_of
 
 BATCH_TICKS = 500
 
@@ -156,42 +155,29 @@ class _AtOnce:
         run = find_run(conn, run_id)
         if run.user_id != user_id or run.status != "RUNNING":
             raise NeedsSteps
-        self._conn = conn
-        self._run = run
-        self._reference = Reference(conn, run.calendar)
-        self._books = read_books(conn, run)
+        reference, books = Reference(conn, run.calendar), read_books(conn, run)
+        self._desk = Desk(
+            conn, run, books, reference, at_once=True, agenda=Agenda(conn, run, ahead=True)
+        )
         self._strategy = strategies_of(run)
-        self._journal = Journal(self._books.head)
-        self._agenda = Agenda(conn, run, ahead=True)
 
     def tick(self, at: datetime, bars: list[Bar]) -> None:
         """Work out a tick. Raises NeedsSteps, and what a tick raises; it has told nothing then."""
-        at = require_aware(at, "logical_time")
-        if self._books.last_tick is not None and at <= self._books.last_tick:
+        desk, at = self._desk, require_aware(at, "logical_time")
+        if desk.books.last_tick is not None and at <= desk.books.last_tick:
             raise NeedsSteps
-        before = self._journal.place()
+        before = desk.journal.place()
         try:
             # A strategy of its own for every tick, as live: what it wants to keep it remembers.
-            Work(
-                self._conn,
-                self._run,
-                self._strategy(),
-                self._reference,
-                self._books,
-                look(self._reference, at, bars),
-                journal=self._journal,
-                agenda=self._agenda,
-                trusting=True,
-                steps=False,
-            ).tick()
+            Work(desk, self._strategy(), look(desk.reference, at, bars)).tick()
         except BaseException:
-            self._journal.back_to(before)
+            desk.journal.back_to(before)
             raise
-        self._state = self._books.state
+        self._state = desk.books.state
 
     def take(self) -> list[Any]:
         """What writes the ticks that were worked out."""
-        return self._journal.take(self._run.user_id, self._run.run_id, self._state)
+        return self._desk.journal.take(self._desk.run.user_id, self._desk.run.run_id, self._state)
 
 
 def _tick_batch(conn: Connection, user_id: UUID, run_id: UUID, ticks: Ticks) -> int:
@@ -204,17 +190,14 @@ def _tick_batch(conn: Connection, user_id: UUID, run_id: UUID, ticks: Ticks) -> 
         if not new:
             return 0
         require_running(run)
-        reference = Reference(conn, run.calendar)
-        books = read_books(conn, run)
-        journal = Journal(books.head)
+        reference, books = Reference(conn, run.calendar), read_books(conn, run)
+        desk = Desk(
+            conn, run, books, reference, trusting=True, agenda=Agenda(conn, run, ahead=True)
+        )
         strategy = strategies_of(run)
         for at, bars in new:
-            view = look(reference, at, bars)
-            work = Work(
-                conn, run, strategy(), reference, books, view, journal=journal, trusting=True
-            )
-            work.tick()
-        work.write_out()
+            Work(desk, strategy(), look(reference, at, bars)).tick()
+        desk.write_out()
     return len(new)
 
 

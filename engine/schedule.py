@@ -10,22 +10,31 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
+from typing import NamedTuple
 from uuid import UUID
 
 from engine.clock import Clock, utc_now
 from engine.db.connect import Connection, pool, pooled
-from engine.errors import DatabaseUnavailable, EngineError, Retryable, RunNotRunning, translated
-from engine.feeds import prices_at, symbols_of
+from engine.errors import (
+    BadInput,
+    DatabaseUnavailable,
+    EngineError,
+    Retryable,
+    RunNotRunning,
+    translated,
+)
+from engine.feeds import Needed, StoredPrices, needed_by, symbols_of
 from engine.market.calendar import ensure_sessions
-from engine.runs import find_run
 from engine.strategies.sip import ON_TIME_HOURS_MAX
 from engine.tick import run_tick
 
 # Planned times that one round takes up of one run; the next round goes on from there.
 CATCH_UP_TICKS_MAX = 500
+# Ticks for which what their runs need is read in one query.
+CHUNK_TICKS = 500
 # How often a tick is tried again at once after a deadlock or a lock timeout.
 ATTEMPTS_MAX = 3
 
@@ -74,28 +83,72 @@ def due(conn: Connection, now: datetime, *, per_run_max: int = CATCH_UP_TICKS_MA
     return [Due(*row) for row in rows]
 
 
-def drive(conn: Connection, clock: Clock = utc_now) -> Round:
+class Share(NamedTuple):
+    """The users whom a scheduler serves first, of several that share the work: ``part`` of ``of``.
+
+    It goes on with what the others have left undone, so that none of them must be there.
+    """
+
+    part: int = 1
+    of: int = 1
+
+    def takes(self, user_id: UUID) -> bool:
+        """Whether a user is of this share."""
+        return user_id.int % self.of == self.part - 1
+
+
+ALL = Share()
+
+
+def drive(conn: Connection, clock: Clock = utc_now, share: Share = ALL) -> Round:
     """One round: tick whatever is due, oldest first; a run that is stuck holds up no other."""
     done = Round()
-    for planned in due(conn, clock()):
-        if planned.run_id in done.stuck:
-            continue
-        try:
-            _tick(conn, planned, clock(), done)
-        except RunNotRunning:
-            done.stuck[planned.run_id] = "was stopped meanwhile"
-        except DatabaseUnavailable:
-            raise
-        except Exception as error:  # whatever it is, the other runs go on
-            done.stuck[planned.run_id] = str(error)
-            log.error("run %s can't tick at %s: %r", planned.run_id, planned.planned_at, error)
+    _take(conn, clock, [d for d in due(conn, clock()) if share.takes(d.user_id)], done)
+    if share.of > 1:
+        # From the other end, so as not to follow in the steps of whose share it is.
+        left = [d for d in due(conn, clock()) if not share.takes(d.user_id)]
+        runs = {d.run_id: None for d in left}
+        place = {run_id: -number for number, run_id in enumerate(runs)}
+        _take(conn, clock, sorted(left, key=lambda d: (d.planned_at, place[d.run_id])), done)
     return done
 
 
-def _tick(conn: Connection, planned: Due, now: datetime, done: Round) -> None:
-    run = find_run(conn, planned.run_id)
-    bars = prices_at(conn, run, planned.planned_at)
-    missing = symbols_of(conn, run) - {bar.symbol for bar in bars}
+def _take(conn: Connection, clock: Clock, planned: Sequence[Due], done: Round) -> None:
+    prices = StoredPrices(conn)
+    for start in range(0, len(planned), CHUNK_TICKS):
+        chunk = planned[start : start + CHUNK_TICKS]
+        keys = {(each.user_id, each.run_id): None for each in chunk}
+        needed = needed_by(conn, list(keys))
+        for each in chunk:
+            if each.run_id in done.stuck:
+                continue
+            try:
+                # After a tick it may hold and have ordered something else.
+                known = needed.pop(each.run_id, None)
+                _tick(conn, each, known or _needed(conn, each), prices, clock(), done)
+            except RunNotRunning:
+                done.stuck[each.run_id] = "was stopped meanwhile"
+            except DatabaseUnavailable:
+                raise
+            except Exception as error:  # whatever it is, the other runs go on
+                done.stuck[each.run_id] = str(error)
+                log.error("run %s can't tick at %s: %r", each.run_id, each.planned_at, error)
+
+
+def _needed(conn: Connection, planned: Due) -> Needed:
+    found = needed_by(conn, [(planned.user_id, planned.run_id)])
+    if planned.run_id not in found:
+        raise BadInput(f"run {planned.run_id} was deleted")
+    return found[planned.run_id]
+
+
+def _tick(
+    conn: Connection, planned: Due, needed: Needed, prices: StoredPrices, now: datetime, done: Round
+) -> None:
+    run = needed.run
+    symbols = symbols_of(conn, run, needed)
+    bars = prices.at(run.calendar, planned.planned_at, symbols)
+    missing = symbols - {bar.symbol for bar in bars}
     if missing and now - planned.planned_at <= timedelta(hours=ON_TIME_HOURS_MAX):
         reason = (
             f"waits for the prices of {', '.join(sorted(missing))} at "
@@ -142,6 +195,7 @@ def serve(
     every_seconds: int,
     report: Callable[[Round], None] = lambda done: None,
     clock: Clock = utc_now,
+    share: Share = ALL,
     signals: Iterable[signal.Signals] = (signal.SIGINT, signal.SIGTERM),
 ) -> None:
     """Drive a round every ``every_seconds`` until a signal comes; the round under way is finished.
@@ -156,7 +210,7 @@ def serve(
     def round_() -> None:
         try:
             with translated(), pooled(connections) as conn:
-                report(drive(conn, clock))
+                report(drive(conn, clock, share))
         except EngineError as error:
             log.error("this round failed, the next one tries again: %s", error)
 

@@ -12,7 +12,7 @@ from engine.errors import translated
 from engine.market.view import look
 from engine.reference import Reference
 from engine.runs import Run, lock_run, set_status
-from engine.work import Work, strategy_of
+from engine.work import Desk, Work, strategy_of
 
 
 def stop_run(conn: Connection, user_id: UUID, run_id: UUID) -> Run:
@@ -35,7 +35,7 @@ def _tell_strategy(conn: Connection, run: Run) -> None:
     try:
         with conn.transaction():
             books, view = read_books(conn, run), look(reference, at, {})
-            work = Work(conn, run, strategy_of(run), reference, books, view)
+            work = Work(Desk(conn, run, books, reference), strategy_of(run), view)
             work.strategy.on_stop(work.context())
     except Exception as error:  # a user's code; stopping must not depend on it
         event = ledger.Event("STRATEGY_FAILED_TO_STOP", "", {"error": repr(error)})

@@ -22,6 +22,7 @@ from weakref import WeakKeyDictionary
 
 from psycopg.pq import TransactionStatus
 
+from engine.agenda import Agenda
 from engine.books import Books, open_books, read_books
 from engine.clock import utc_now
 from engine.db.connect import Connection
@@ -37,9 +38,10 @@ from engine.market.view import Prices, look
 from engine.orders import write
 from engine.reference import Reference
 from engine.runs import Run, fail_run, lock_run, require_aware, require_running
-from engine.strategies.base import Intent, PlaceOrder
+from engine.strategies.base import Intent, PlaceOrder, SipDue
 from engine.work import (
     FILL_ROUNDS_MAX,
+    Desk,
     NeedsSteps,
     TickResult,
     Work,
@@ -147,43 +149,54 @@ class _Planned:
         if known is not None:
             with suppress(Retryable, RuleViolation), translated():
                 return self._kept_tick(conn, kept, *known)
-        run, books, told = open_books(conn, self.user_id, self.run_id, self.logical_time)
+        run, books, told, due = open_books(conn, self.user_id, self.run_id, self.logical_time)
         if told is not None:
             return TickResult.told(self.logical_time, told, repeated=True)
-        kept.reference(conn, run).forget()
-        return self._kept_tick(conn, kept, run, books)
+        kept.reference(conn, run).ask_anew(self.logical_time)
+        return self._kept_tick(conn, kept, run, books, due)
 
-    def _kept_tick(self, conn: Connection, kept: _Kept, run: Run, books: Books) -> TickResult:
+    def _kept_tick(
+        self,
+        conn: Connection,
+        kept: _Kept,
+        run: Run,
+        books: Books,
+        due: tuple[SipDue, ...] | None = None,
+    ) -> TickResult:
         reference = kept.reference(conn, run)
-        result = self._tick(conn, run, books, reference, at_once=True)
+        session = reference.session_at(self.logical_time)
+        read = None if due is None or session is None else (session.day, due)
+        agenda = Agenda(conn, run, read=read)
+        desk = Desk(conn, run, books, reference, at_once=True, agenda=agenda)
+        result = self._tick(desk)
         kept.keep(run, books)
         return result
 
     def in_steps(self, conn: Connection) -> TickResult:
         """Lock the run and write each step as it comes, in the caller's transaction."""
         lock_run(conn, self.user_id, self.run_id)
-        run, books, told = open_books(conn, self.user_id, self.run_id, self.logical_time)
+        run, books, told, _ = open_books(conn, self.user_id, self.run_id, self.logical_time)
         if told is not None:
             return TickResult.told(self.logical_time, told, repeated=True)
-        return self._tick(conn, run, books, Reference(conn, run.calendar), at_once=False)
+        return self._tick(Desk(conn, run, books, Reference(conn, run.calendar)))
 
-    def _tick(
-        self, conn: Connection, run: Run, books: Books, reference: Reference, *, at_once: bool
-    ) -> TickResult:
+    def _tick(self, desk: Desk) -> TickResult:
+        conn, run = desk.conn, desk.run
         require_running(run)
         view = look(
-            reference, self.logical_time, self.prices, now=self.now, market_open=self.market_open
+            desk.reference,
+            self.logical_time,
+            self.prices,
+            now=self.now,
+            market_open=self.market_open,
         )
-        strategy = strategy_of(run)
-        work = Work(
-            conn, run, strategy, reference, books, view, trusting=at_once, steps=not at_once
-        )
+        work = Work(desk, strategy_of(run), view)
         result = work.tick(self.intents)
         if self.now is None:
-            work.write_out()
+            desk.write_out()
         else:
             with conn.pipeline():
-                work.write_out()
+                desk.write_out()
                 write.heartbeat(conn, run, view)
         return result
 
@@ -298,4 +311,4 @@ def open_work(
     # after it must find the split done.
     also = view.prices.keys() | symbols
     apply_splits(conn, run, books, view, splits_due(books, reference, view, also=also))
-    return Work(conn, run, strategy_of(run), reference, books, view)
+    return Work(Desk(conn, run, books, reference), strategy_of(run), view)

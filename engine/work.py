@@ -130,46 +130,74 @@ def apply_splits(
         reread(conn, run, books)
 
 
-class Work:
-    """A tick's work, or that of a call outside of a tick.
+class Desk:
+    """What the ticks of one run share: its books, what is looked up, and the journal.
 
-    ``trusting``: a trade that its tick fills whole goes into the journal without asking the gate
-    first; the gate decides when the journal is written. ``steps``: the run is locked in the
-    caller's transaction, so that steps can be written as they come; where not, NeedsSteps is
-    raised, and nothing has been written.
+    ``at_once``: nothing is locked and nothing written until the journal is, so that a trade which
+    its tick fills whole is told without asking the gate first; the gate decides when the journal
+    is written. What needs more raises NeedsSteps, and nothing has been written then. Otherwise the
+    run is locked in the caller's transaction, and steps are written as they come.
+
+    ``trusting``: trades are told without asking the gate first, also where steps can be written.
     """
 
     def __init__(
         self,
         conn: Connection,
         run: Run,
-        strategy: Strategy,
-        reference: Reference,
         books: Books,
-        view: View,
+        reference: Reference,
         *,
-        journal: Journal | None = None,
-        agenda: Agenda | None = None,
+        at_once: bool = False,
         trusting: bool = False,
-        steps: bool = True,
+        agenda: Agenda | None = None,
     ) -> None:
         self.conn = conn
         self.run = run
-        self.strategy = strategy
-        self.reference = reference
         self.books = books
-        self.view = view
-        self.journal = journal or Journal(books.head)
+        self.reference = reference
+        self.journal = Journal(books.head)
         self.agenda = agenda or Agenda(conn, run)
+        self.at_once = at_once
+        self.trusting = trusting or at_once
+
+    def write_out(self) -> None:
+        """Write what the journal holds."""
+        if not self.journal.empty:
+            taken = self.journal.take(self.run.user_id, self.run.run_id, self.books.state)
+            journals.write(self.conn, taken)
+            self.books.head = self.journal.head
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """A step that is written now, after what the journal holds; the books are read anew."""
+        if self.at_once:
+            raise NeedsSteps
+        self.write_out()
+        yield
+        reread(self.conn, self.run, self.books)
+        self.journal.head = self.books.head
+
+
+class Work:
+    """A tick's work at a run's desk, or that of a call outside of a tick."""
+
+    def __init__(self, desk: Desk, strategy: Strategy, view: View) -> None:
+        self.desk = desk
+        self.conn = desk.conn
+        self.run = desk.run
+        self.reference = desk.reference
+        self.books = desk.books
+        self.strategy = strategy
+        self.view = view
         self.placed = 0
         self.executed = 0
-        self._trusting = trusting
-        self._steps = steps
         self._unpaid: dict[UUID, str] = {}
         self._plans = isinstance(strategy, Sip)
         self._context: Context | None = None
         # Nothing has happened at this logical time yet, so that no order has an id of it.
-        self._first_here = books.stands_at is None or books.stands_at < view.logical_time
+        stands_at = desk.books.stands_at
+        self._first_here = stands_at is None or stands_at < view.logical_time
 
     def tick(self, intents: Sequence[Intent] = ()) -> TickResult:
         """Everything that a tick does after its claim, up to what the journal still holds."""
@@ -195,22 +223,10 @@ class Work:
             self.carry_out(intents)
         return self._close()
 
-    def write_out(self) -> None:
-        """Write what the journal holds."""
-        if not self.journal.empty:
-            taken = self.journal.take(self.run.user_id, self.run.run_id, self.books.state)
-            journals.write(self.conn, taken)
-            self.books.head = self.journal.head
-
     @contextmanager
     def _step(self) -> Iterator[None]:
-        """A step that is written now, after what the journal holds; the books are read anew."""
-        if not self._steps:
-            raise NeedsSteps
-        self.write_out()
-        yield
-        reread(self.conn, self.run, self.books)
-        self.journal.head = self.books.head
+        with self.desk.step():
+            yield
         self._context = None
 
     def _has(self, hook: str) -> bool:
@@ -338,7 +354,7 @@ class Work:
                 if event_type.startswith(_OURS):
                     raise BadInput(f"{event_type} is an event that only the engine writes")
                 self._record(ledger.Event(event_type, subject, payload))
-                self.agenda.told(subject)
+                self.desk.agenda.told(subject)
             case _:
                 raise BadInput(f"{intent!r} is no intent")
 
@@ -354,13 +370,13 @@ class Work:
         """Occasions of plans that are due, if they can be executed now."""
         if self.view.session is None or not self.view.market_open:
             return ()
-        return self.agenda.due(self.view.session)
+        return self.desk.agenda.due(self.view.session)
 
     def _record(self, *events: ledger.Event) -> None:
         at = self.view.logical_time
-        if self._trusting:
+        if self.desk.trusting:
             for event in events:
-                self.journal.event(at, *event)
+                self.desk.journal.event(at, *event)
         elif events:
             with self._step():
                 ledger.append(self.conn, self.run.user_id, self.run.run_id, at, events)
@@ -384,12 +400,19 @@ class Work:
 
     def _with_end(self, order: Order) -> Order:
         """An order with the end of its day, which one that came by psql doesn't have."""
-        if order.expire_at is not None or order.time_in_force in _ENDLESS:
-            return order
-        session = self.reference.session_at(order.logical_time)
-        if session is None or order.logical_time >= session.close_at:
-            session = self.reference.session_after(order.logical_time)
-        return replace(order, expire_at=session.close_at if session else None)
+        end = self._end_of(order.time_in_force, order.expire_at, order.logical_time)
+        return order if end == order.expire_at else replace(order, expire_at=end)
+
+    def _end_of(
+        self, time_in_force: TimeInForce, expire_at: datetime | None, placed_at: datetime
+    ) -> datetime | None:
+        """When an order expires: where it names no moment, at the end of its day."""
+        if expire_at is not None or time_in_force in _ENDLESS:
+            return expire_at
+        session = self.reference.session_at(placed_at)
+        if session is None or placed_at >= session.close_at:
+            session = self.reference.session_after(placed_at)
+        return session.close_at if session else None
 
     def _match(self, orders: Sequence[Order], bars: Mapping[str, Bar]) -> list[Outcome]:
         """Show the bars to the orders, by where the bars stand in the session."""
@@ -425,7 +448,7 @@ class Work:
             for number, place in enumerate(wanted)
         ]
         self.placed += len(orders)
-        if self._trusting:
+        if self.desk.trusting:
             outcomes = self._match(orders, self.view.bars)
             if self._trades(outcomes):
                 fills = self._journal_trades(outcomes, wanted)
@@ -483,7 +506,7 @@ class Work:
         for outcome, key in zip(outcomes, keys, strict=True):
             (fill,) = outcome.fills
             reference = self.view.prices[outcome.order.symbol]
-            self.journal.trade(outcome.order, reference, key, fill)
+            self.desk.journal.trade(outcome.order, reference, key, fill)
             self.books.fill(fill, self.view.logical_time)
             fills.append(fill)
         self.executed += len(fills)
@@ -491,21 +514,21 @@ class Work:
         return fills
 
     def _order_of(self, place: PlaceOrder, order_id: UUID) -> Order:
-        order = Order(
+        at = self.view.logical_time
+        return Order(
             order_id,
             place.symbol,
             place.side,
             place.quantity,
             place.order_type,
             place.time_in_force,
-            self.view.logical_time,
+            at,
             place.limit_price,
             place.stop_price,
             place.trail_amount,
             place.trail_percent,
-            place.expire_at,
+            self._end_of(place.time_in_force, place.expire_at, at),
         )
-        return self._with_end(order)
 
     def _settle(self, outcomes: Sequence[Outcome]) -> list[Fill]:
         """Write what the paper book decided: executions first, then what else became of orders."""
@@ -587,7 +610,7 @@ class Work:
                 if code is None
                 else ledger.Event("SIP_REJECTED", due.occasion, facts | {"reject_code": code})
             )
-            self.agenda.told(due.occasion)
+            self.desk.agenda.told(due.occasion)
         self._record(*events)
 
     def _close(self) -> TickResult:
@@ -605,7 +628,7 @@ class Work:
             elif books.orders and symbol in books.symbols():
                 marks[symbol] = price
         value = books.market_value
-        self.journal.tick(at, self.placed, self.executed, marks, marked, books.cash, value)
+        self.desk.journal.tick(at, self.placed, self.executed, marks, marked, books.cash, value)
         books.last_tick = books.stands_at = at
         told = Told(self.placed, self.executed, books.cash, value, EXACT.add(books.cash, value))
         return TickResult.told(at, told, repeated=False)

@@ -8,7 +8,8 @@ CREATE TABLE instrument (
     quantity_decimals      integer NOT NULL DEFAULT 6,
     negative_price_allowed boolean NOT NULL DEFAULT false,
     CONSTRAINT instrument_pkey PRIMARY KEY (symbol),
-    CONSTRAINT instrument_symbol_format CHECK (symbol ~ '^[A-Z0-9][A-Z0-9._=^/ -]{0,31}$'),
+    CONSTRAINT instrument_symbol_format
+        CHECK (symbol ~ '^[A-Z0-9][A-Z0-9._=^/ -]*$' AND length(symbol) <= 32),
     CONSTRAINT instrument_currency_format CHECK (currency ~ '^[A-Z]{3}$'),
     CONSTRAINT instrument_quantity_decimals_in_range CHECK (quantity_decimals BETWEEN 0 AND 8)
 );

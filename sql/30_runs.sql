@@ -290,16 +290,9 @@ CREATE TRIGGER strategy_run_b_check_move BEFORE UPDATE ON strategy_run
 CREATE FUNCTION run_guard_write() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 BEGIN
-    PERFORM FROM strategy_run
-    WHERE user_id = NEW.user_id AND run_id = NEW.run_id AND status = 'RUNNING' FOR NO KEY UPDATE;
-    IF NOT FOUND THEN
-        PERFORM run_lock(NEW.user_id, NEW.run_id, TG_ARGV[0], 'RUNNING');
-    END IF;
+    PERFORM run_lock(NEW.user_id, NEW.run_id, TG_ARGV[0], 'RUNNING');
     IF TG_OP = 'UPDATE' THEN
-        IF NEW.user_id <> OLD.user_id OR NEW.run_id <> OLD.run_id THEN
-            PERFORM row_check_keeps_run(OLD.user_id, OLD.run_id, NEW.user_id, NEW.run_id,
-                                        TG_ARGV[0]);
-        END IF;
+        PERFORM row_check_keeps_run(OLD.user_id, OLD.run_id, NEW.user_id, NEW.run_id, TG_ARGV[0]);
     END IF;
     RETURN NEW;
 END $$;
@@ -365,7 +358,15 @@ COMMENT ON COLUMN engine_state.last_logical_time IS
 CREATE FUNCTION engine_state_check_write() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 BEGIN
-    IF NEW.last_logical_time IS DISTINCT FROM
+    PERFORM FROM strategy_run
+    WHERE user_id = NEW.user_id AND run_id = NEW.run_id AND status = 'RUNNING' FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        PERFORM run_lock(NEW.user_id, NEW.run_id, 'engine_state', 'RUNNING');
+    END IF;
+    IF TG_OP = 'UPDATE' AND (NEW.user_id <> OLD.user_id OR NEW.run_id <> OLD.run_id) THEN
+        PERFORM row_check_keeps_run(OLD.user_id, OLD.run_id, NEW.user_id, NEW.run_id,
+                                    'engine_state');
+    ELSIF NEW.last_logical_time IS DISTINCT FROM
        (SELECT logical_time FROM event_ledger
         WHERE user_id = NEW.user_id AND run_id = NEW.run_id AND event_type = 'TICK'
         ORDER BY logical_time DESC LIMIT 1) THEN
@@ -379,11 +380,9 @@ BEGIN
 END $$;
 
 COMMENT ON FUNCTION engine_state_check_write IS
-    'Trigger: last_logical_time is that of the newest TICK event.';
+    'Trigger: no write unless the run is RUNNING; last_logical_time is the newest TICK event''s.';
 
-CREATE TRIGGER engine_state_a_guard_write BEFORE INSERT OR UPDATE ON engine_state
-    FOR EACH ROW EXECUTE FUNCTION run_guard_write('engine_state');
-CREATE TRIGGER engine_state_b_check_write BEFORE INSERT OR UPDATE ON engine_state
+CREATE TRIGGER engine_state_a_check_write BEFORE INSERT OR UPDATE ON engine_state
     FOR EACH ROW EXECUTE FUNCTION engine_state_check_write();
 CREATE TRIGGER engine_state_z_refuse_delete BEFORE DELETE ON engine_state
     FOR EACH ROW EXECUTE FUNCTION history_refuse_change('engine_state', 'kept');

@@ -191,7 +191,8 @@ CREATE TABLE orders (
     CONSTRAINT orders_pkey PRIMARY KEY (user_id, run_id, order_id),
     CONSTRAINT orders_belongs_to_run FOREIGN KEY (user_id, run_id)
         REFERENCES strategy_run (user_id, run_id) ON DELETE CASCADE,
-    CONSTRAINT orders_symbol_format CHECK (symbol ~ '^[A-Z0-9][A-Z0-9._=^/ -]{0,31}$'),
+    CONSTRAINT orders_symbol_format
+        CHECK (symbol ~ '^[A-Z0-9][A-Z0-9._=^/ -]*$' AND length(symbol) <= 32),
     CONSTRAINT orders_client_order_id_short CHECK (length(client_order_id) <= 128),
     CONSTRAINT orders_side_known CHECK (side = ANY ('{BUY,SELL}')),
     CONSTRAINT orders_order_type_known

@@ -19,7 +19,8 @@ CREATE TABLE execution (
     CONSTRAINT execution_belongs_to_order FOREIGN KEY (user_id, run_id, order_id)
         REFERENCES orders (user_id, run_id, order_id) ON DELETE CASCADE,
     CONSTRAINT execution_execution_id_format
-        CHECK (execution_id ~ '^[[:graph:]]([[:print:]]{0,126}[[:graph:]])?$'),
+        CHECK (execution_id ~ '^[[:graph:]]([[:print:]]*[[:graph:]])?$'
+               AND length(execution_id) <= 128),
     CONSTRAINT execution_quantity_positive
         CHECK (quantity > 0 AND amount_in_range(quantity)),
     CONSTRAINT execution_price_in_range CHECK (amount_in_range(price)),
@@ -67,14 +68,14 @@ BEGIN
     NEW.event_at := coalesce(NEW.event_at, NEW.logical_time);
     NEW.commission_currency := coalesce(NEW.commission_currency, run.currency);
     NEW.recorded_at := now();
-    PERFORM execution_check_money(NEW, run);
+    PERFORM execution_check_money(NEW, run.currency);
     RETURN NEW;
 END $$;
 
 COMMENT ON FUNCTION execution_prepare_insert IS
     'Trigger: only an open order trades; symbol and side are the order''s.';
 
-CREATE FUNCTION execution_check_money(e execution, run strategy_run) RETURNS void
+CREATE FUNCTION execution_check_money(e execution, currency text) RETURNS void
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 BEGIN
     IF e.price <= 0 AND NOT EXISTS (SELECT FROM instrument
@@ -83,9 +84,9 @@ BEGIN
             USING ERRCODE = 'check_violation', CONSTRAINT = 'execution_price_positive',
                   TABLE = 'execution', COLUMN = 'price',
                   HINT = 'Only an instrument with negative_price_allowed trades at or below zero.';
-    ELSIF e.commission <> 0 AND e.commission_currency <> run.currency THEN
+    ELSIF e.commission <> 0 AND e.commission_currency <> currency THEN
         RAISE EXCEPTION 'a commission in % can not be paid from cash in %', e.commission_currency,
-            run.currency
+            currency
             USING ERRCODE = 'check_violation', CONSTRAINT = 'execution_commission_in_run_currency',
                   TABLE = 'execution', COLUMN = 'commission_currency',
                   HINT = 'Convert the commission into the run''s currency.';

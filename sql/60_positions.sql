@@ -17,7 +17,8 @@ CREATE TABLE position (
     CONSTRAINT position_pkey PRIMARY KEY (user_id, run_id, symbol),
     CONSTRAINT position_belongs_to_run FOREIGN KEY (user_id, run_id)
         REFERENCES strategy_run (user_id, run_id) ON DELETE CASCADE,
-    CONSTRAINT position_symbol_format CHECK (symbol ~ '^[A-Z0-9][A-Z0-9._=^/ -]{0,31}$'),
+    CONSTRAINT position_symbol_format
+        CHECK (symbol ~ '^[A-Z0-9][A-Z0-9._=^/ -]*$' AND length(symbol) <= 32),
     CONSTRAINT position_quantity_in_range
         CHECK (decimal_in_range(quantity, 1e18, 8)),
     CONSTRAINT position_mark_price_in_range CHECK (amount_in_range(mark_price)),
@@ -76,7 +77,8 @@ BEGIN
         IF NEW.user_id <> OLD.user_id OR NEW.run_id <> OLD.run_id THEN
             PERFORM row_check_keeps_run(OLD.user_id, OLD.run_id, NEW.user_id, NEW.run_id,
                                         'position');
-        ELSIF NEW.marked_at < OLD.marked_at OR NEW.marked_at IS NULL AND OLD.marked_at IS NOT NULL THEN
+        ELSIF NEW.marked_at < OLD.marked_at
+              OR NEW.marked_at IS NULL AND OLD.marked_at IS NOT NULL THEN
             RAISE EXCEPTION 'the mark of % is from %, not from an earlier %', NEW.symbol,
                 OLD.marked_at, NEW.marked_at
                 USING ERRCODE = '23T07', CONSTRAINT = 'position_mark_moves_forward',
@@ -86,6 +88,9 @@ BEGIN
             RETURN NEW;
         END IF;
         due := OLD;
+    ELSE
+        SELECT * INTO due FROM position p
+        WHERE p.user_id = NEW.user_id AND p.run_id = NEW.run_id AND p.symbol = NEW.symbol;
     END IF;
     due := position_after_events(due, NEW.user_id, NEW.run_id, NEW.symbol, run.books_seq,
                                  run.account_type);

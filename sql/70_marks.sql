@@ -39,10 +39,7 @@ BEGIN
                      WHERE user_id = NEW.user_id AND run_id = NEW.run_id
                      ORDER BY seq DESC LIMIT 1)) INTO newest;
     IF NEW.logical_time < newest THEN
-        RAISE EXCEPTION 'run % already stands at %, after %', NEW.run_id, newest, NEW.logical_time
-            USING ERRCODE = '23T07', CONSTRAINT = 'mtm_ledger_time_moves_forward',
-                  TABLE = 'mtm_ledger', COLUMN = 'logical_time',
-                  HINT = 'A run only moves forward; mark it at a later logical_time.';
+        PERFORM mtm_ledger_refuse_time(NEW.run_id, newest, NEW.logical_time);
     END IF;
     SELECT coalesce(sum(market_value), 0) INTO held FROM position
     WHERE user_id = NEW.user_id AND run_id = NEW.run_id;
@@ -82,47 +79,51 @@ END $$;
 COMMENT ON FUNCTION mtm_ledger_check_books IS
     'Refuses a mark that is not what the books say, or older than the newest event.';
 
--- A mark with the time of its transaction claims to be complete and to belong to a tick, whose
--- event is proven to say what the books say (books_follow).
+CREATE FUNCTION mtm_ledger_refuse_time(of_run uuid, stands timestamptz, mark timestamptz)
+RETURNS void LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
+    RAISE EXCEPTION 'run % already stands at %, after %', of_run, stands, mark
+        USING ERRCODE = '23T07', CONSTRAINT = 'mtm_ledger_time_moves_forward',
+              TABLE = 'mtm_ledger', COLUMN = 'logical_time',
+              HINT = 'A run only moves forward; mark it at a later logical_time.';
+END $$;
+
+COMMENT ON FUNCTION mtm_ledger_refuse_time IS 'Raises that a mark is older than another.';
+
+-- A mark with the time of its transaction claims to be complete and to belong to a tick: then it is
+-- proven, and that none is newer, with the tick's event (books_follow). If there is no such event,
+-- it has to be what the books say now.
 CREATE FUNCTION mtm_ledger_prove() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 DECLARE
-    part   record;
-    state record;
+    outside_ticks boolean;
+    part          record;
+    newest        timestamptz;
 BEGIN
-    FOR part IN SELECT user_id, run_id, max(logical_time) AS logical_time
-                FROM new_rows GROUP BY user_id, run_id
-    LOOP
-        PERFORM FROM strategy_run
-        WHERE user_id = part.user_id AND run_id = part.run_id AND status = 'RUNNING'
-        FOR NO KEY UPDATE;
-        IF NOT FOUND THEN
+    SELECT bool_or((SELECT l.payload ? 'equity' FROM event_ledger l
+                    WHERE l.user_id = n.user_id AND l.run_id = n.run_id
+                      AND l.logical_time = n.logical_time AND l.event_type = 'TICK'
+                      AND l.subject = '') IS NOT TRUE)
+    INTO outside_ticks FROM new_rows n;
+    IF outside_ticks THEN
+        FOR part IN SELECT user_id, run_id, max(logical_time) AS logical_time
+                    FROM new_rows GROUP BY user_id, run_id
+        LOOP
             PERFORM run_lock(part.user_id, part.run_id, 'mtm_ledger', 'RUNNING');
-        END IF;
-        SELECT (SELECT m.logical_time FROM mtm_ledger m
-                WHERE m.user_id = part.user_id AND m.run_id = part.run_id
-                ORDER BY m.logical_time DESC LIMIT 1) AS newest,
-               bool_or((SELECT l.payload ? 'equity' FROM event_ledger l
-                        WHERE l.user_id = part.user_id AND l.run_id = part.run_id
-                          AND l.logical_time = n.logical_time AND l.event_type = 'TICK'
-                          AND l.subject = '') IS NOT TRUE) AS outside_ticks
-        INTO state FROM new_rows n
-        WHERE n.user_id = part.user_id AND n.run_id = part.run_id;
-        IF state.newest > part.logical_time THEN
-            RAISE EXCEPTION 'run % already stands at %, after %', part.run_id, state.newest,
-                part.logical_time
-                USING ERRCODE = '23T07', CONSTRAINT = 'mtm_ledger_time_moves_forward',
-                      TABLE = 'mtm_ledger', COLUMN = 'logical_time',
-                      HINT = 'A run only moves forward; mark it at a later logical_time.';
-        ELSIF state.outside_ticks THEN
+            SELECT logical_time INTO newest FROM mtm_ledger
+            WHERE user_id = part.user_id AND run_id = part.run_id
+            ORDER BY logical_time DESC LIMIT 1;
+            IF newest > part.logical_time THEN
+                PERFORM mtm_ledger_refuse_time(part.run_id, newest, part.logical_time);
+            END IF;
             PERFORM mtm_ledger_check_books(n) FROM new_rows n
             WHERE n.user_id = part.user_id AND n.run_id = part.run_id
               AND (SELECT l.payload ? 'equity' FROM event_ledger l
                    WHERE l.user_id = part.user_id AND l.run_id = part.run_id
                      AND l.logical_time = n.logical_time AND l.event_type = 'TICK'
                      AND l.subject = '') IS NOT TRUE;
-        END IF;
-    END LOOP;
+        END LOOP;
+    END IF;
     RETURN NULL;
 END $$;
 

@@ -21,7 +21,8 @@ CREATE TABLE event_ledger (
     CONSTRAINT event_ledger_logical_time_in_range CHECK (time_in_range(logical_time)),
     CONSTRAINT event_ledger_subject_short CHECK (length(subject) <= 200),
     CONSTRAINT event_ledger_tick_has_no_subject CHECK (event_type <> 'TICK' OR subject = ''),
-    CONSTRAINT event_ledger_event_type_format CHECK (event_type ~ '^[A-Z][A-Z0-9_]{0,62}$'),
+    CONSTRAINT event_ledger_event_type_format
+        CHECK (event_type ~ '^[A-Z][A-Z0-9_]*$' AND length(event_type) <= 63),
     CONSTRAINT event_ledger_payload_is_object CHECK (jsonb_typeof(payload) = 'object'),
     CONSTRAINT event_ledger_hash_is_sha256 CHECK (length(hash) = 32)
 );
@@ -169,7 +170,9 @@ COMMENT ON FUNCTION orders_event_payload IS 'What the event of an order''s placi
 -- The subject of an order's event is its id, of an execution's the order's id and its own.
 CREATE FUNCTION event_order_id(subject text) RETURNS uuid
 LANGUAGE sql IMMUTABLE
-RETURN CASE WHEN subject ~ '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}([/@]|$)'
+RETURN CASE WHEN left(subject, 36) LIKE '________-____-____-____-____________'
+             AND left(subject, 36) ~ '^[0-9a-f]+-[0-9a-f]+-[0-9a-f]+-[0-9a-f]+-[0-9a-f]+$'
+             AND substr(subject, 37, 1) = ANY ('{"",/,@}')
             THEN left(subject, 36)::uuid END;
 
 COMMENT ON FUNCTION event_order_id IS 'The order that an event''s subject names, or NULL.';
@@ -230,7 +233,7 @@ CREATE TRIGGER event_ledger_a_append BEFORE INSERT ON event_ledger
     EXECUTE FUNCTION event_ledger_append();
 CREATE CONSTRAINT TRIGGER event_ledger_m_check_end AFTER INSERT ON event_ledger
     DEFERRABLE INITIALLY DEFERRED
-    FOR EACH ROW WHEN (NEW.event_type IN ('RUN_STOPPING', 'RUN_STOPPED', 'RUN_ERROR'))
+    FOR EACH ROW WHEN (NEW.event_type = ANY ('{RUN_STOPPING,RUN_STOPPED,RUN_ERROR}'))
     EXECUTE FUNCTION event_ledger_check_end();
 CREATE TRIGGER event_ledger_z_refuse_change BEFORE UPDATE OR DELETE ON event_ledger
     FOR EACH ROW EXECUTE FUNCTION history_refuse_change('event_ledger', 'append_only');

@@ -32,12 +32,14 @@ DECLARE
     price numeric := (event.payload ->> 'price')::numeric;
     a     record;
 BEGIN
-    p.user_id := event.user_id;
-    p.run_id := event.run_id;
-    p.symbol := event.payload ->> 'symbol';
-    p.quantity := coalesce(p.quantity, 0);
-    p.cost_basis := coalesce(p.cost_basis, 0);
-    p.realized_pnl := coalesce(p.realized_pnl, 0);
+    IF p.symbol IS NULL THEN
+        p.user_id := event.user_id;
+        p.run_id := event.run_id;
+        p.symbol := event.payload ->> 'symbol';
+        p.quantity := 0;
+        p.cost_basis := 0;
+        p.realized_pnl := 0;
+    END IF;
     IF event.event_type = 'SPLIT_APPLIED' THEN
         p.quantity := (event.payload ->> 'quantity_after')::numeric;
         p.mark_price := round(p.mark_price * (event.payload ->> 'denominator')::numeric
@@ -141,48 +143,90 @@ COMMENT ON FUNCTION event_refuse IS
 -- Events are not taken on anybody's word: each must follow from the one before it, and what it
 -- tells must be so, row by row. Positions and cash follow these events, so forging one would forge
 -- money. The loop reads every row once and knows cash and holdings as they were at each event.
-CREATE FUNCTION books_follow(of_user uuid, of_run uuid, first_seq bigint) RETURNS void
+CREATE FUNCTION books_follow(of_user uuid, of_run uuid, first_seq bigint) RETURNS bigint
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp SET enable_seqscan = off AS $$
 DECLARE
-    run      strategy_run := run_lock(of_user, of_run, 'event_ledger', 'RUNNING', 'STOPPING');
-    cash     numeric := run.cash;
-    value    numeric;             -- of the holdings, at their marks
-    symbols  text[];              -- the holdings: parallel arrays
-    held     numeric[];
-    marks    numeric[];
-    marked   timestamptz[];
-    traded   boolean[];
-    remarked boolean[];
-    previous bytea;
-    newest   timestamptz;
-    next_seq bigint := first_seq;
-    e        record;
-    i        integer;
-    price    numeric;
-    reserved numeric;
-    refusal  record;
-    moved    boolean := false;
+    run       record;
+    cash      numeric;
+    limited   boolean;             -- has limits
+    waiting   boolean;             -- has open orders
+    reserved  numeric := 0;
+    symbols   text[];              -- the holdings: parallel arrays
+    held      numeric[];
+    marks     numeric[];
+    marked    timestamptz[];
+    traded    boolean[];
+    remarked  boolean[];
+    value     numeric;
+    previous  bytea;
+    newest    timestamptz;
+    last_mark timestamptz;         -- in mtm_ledger, and that of the last tick told now
+    ticked    timestamptz;
+    next_seq  bigint := first_seq;
+    e         record;
+    i         integer;
+    price     numeric;
+    refusal   record;
+    moved     boolean;
 BEGIN
-    -- ORDER BY, here and elsewhere, leaves a planner without statistics one index to choose.
-    SELECT l.hash, l.logical_time INTO previous, newest FROM event_ledger l
-    WHERE l.user_id = of_user AND l.run_id = of_run AND l.seq < first_seq
-    ORDER BY l.seq DESC LIMIT 1;
+    SELECT r.status, r.account_type, r.broker, r.currency, r.cash INTO run FROM strategy_run r
+    WHERE r.user_id = of_user AND r.run_id = of_run FOR NO KEY UPDATE;
+    IF run.status IS NULL OR run.status NOT IN ('RUNNING', 'STOPPING') THEN
+        PERFORM run_lock(of_user, of_run, 'event_ledger', 'RUNNING', 'STOPPING');
+    END IF;
+    -- Where the books stand before the first event, in one query.
+    SELECT run.cash, l.hash, l.logical_time, p.symbols, p.held, p.marks, p.marked,
+           -- ORDER BY leaves a planner without statistics one index to choose.
+           (SELECT true FROM orders o
+            WHERE o.user_id = of_user AND o.run_id = of_run
+              AND o.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
+            ORDER BY o.symbol LIMIT 1),
+           (SELECT true FROM risk_limit k WHERE k.user_id = of_user LIMIT 1),
+           (SELECT m.logical_time FROM mtm_ledger m
+            WHERE m.user_id = of_user AND m.run_id = of_run ORDER BY m.logical_time DESC LIMIT 1)
+    INTO cash, previous, newest, symbols, held, marks, marked, waiting, limited, last_mark
+    FROM (SELECT coalesce(array_agg(h.symbol), '{}') AS symbols, array_agg(h.quantity) AS held,
+                 array_agg(h.mark_price) AS marks, array_agg(h.marked_at) AS marked
+          FROM position h WHERE h.user_id = of_user AND h.run_id = of_run) p
+    LEFT JOIN event_ledger l ON l.user_id = of_user AND l.run_id = of_run AND l.seq = first_seq - 1;
+    IF waiting THEN
+        reserved := run_reserved_cash(of_user, of_run);
+    END IF;
+
+    -- Beside the event the row that it tells of: there is none unless the row is as the event says.
     FOR e IN
         SELECT l.*,
                CASE WHEN l.event_type = 'EXECUTION'
                     THEN (SELECT t FROM execution t
+                          JOIN orders o ON o.user_id = t.user_id AND o.run_id = t.run_id
+                                       AND o.order_id = t.order_id
                           WHERE t.user_id = of_user AND t.run_id = of_run
                             -- Both: before its first ANALYZE either index may be chosen.
                             AND t.order_id = event_order_id(l.subject)
-                            AND t.execution_id = substr(l.subject, 38) COLLATE "default") END AS x,
-               CASE WHEN l.event_type IN ('ORDER_PLACED', 'EXECUTION')
-                    THEN (SELECT t FROM orders t
-                          WHERE t.user_id = of_user AND t.run_id = of_run
-                            AND t.order_id = event_order_id(l.subject)) END AS o,
+                            AND t.execution_id = substr(l.subject, 38) COLLATE "default"
+                            AND l.subject = t.order_id || '/' || t.execution_id
+                            AND t.logical_time = l.logical_time
+                            AND l.payload = execution_event_payload(t)
+                            AND o.symbol = t.symbol AND o.side = t.side) END AS x,
+               CASE WHEN l.event_type = 'ORDER_PLACED'
+                    THEN (SELECT o FROM orders o
+                          WHERE o.user_id = of_user AND o.run_id = of_run
+                            AND o.order_id = event_order_id(l.subject)
+                            AND o.order_id::text = l.subject
+                            AND o.logical_time = l.logical_time
+                            AND l.payload = orders_event_payload(o)
+                            AND (o.status IN ('NEW', 'PENDING')
+                                 -- Nothing has looked up a price for the gate.
+                                 OR o.status = 'FILLED' AND o.status_at = o.logical_time
+                                    AND coalesce(o.limit_price, o.stop_price, o.reference_price)
+                                        IS NOT NULL)) END AS o,
                CASE WHEN l.event_type = 'TICK'
-                    THEN (SELECT t FROM mtm_ledger t
-                          WHERE t.user_id = of_user AND t.run_id = of_run
-                            AND t.logical_time = l.logical_time) END AS m
+                    THEN (SELECT m FROM mtm_ledger m
+                          WHERE m.user_id = of_user AND m.run_id = of_run
+                            AND m.logical_time = l.logical_time
+                            AND l.payload @> jsonb_build_object(
+                                'cash', m.cash, 'market_value', m.market_value,
+                                'equity', m.equity)) END AS m
         FROM event_ledger l
         WHERE l.user_id = of_user AND l.run_id = of_run AND l.seq >= first_seq
         ORDER BY l.seq
@@ -197,79 +241,61 @@ BEGIN
         ELSIF run.status = 'STOPPING' AND e.event_type NOT IN ('RUN_STOPPED', 'RUN_ERROR') THEN
             PERFORM run_lock(of_user, of_run, 'event_ledger', 'RUNNING');
         END IF;
-        next_seq := e.seq + 1;
+        next_seq := next_seq + 1;
         previous := e.hash;
         newest := e.logical_time;
-        CONTINUE WHEN e.event_type NOT IN ('ORDER_PLACED', 'EXECUTION', 'TICK', 'SPLIT_APPLIED')
-                      AND NOT starts_with(e.event_type, 'ORDER_');
-
-        IF symbols IS NULL THEN
-            SELECT coalesce(array_agg(p.symbol), '{}'), array_agg(p.quantity),
-                   array_agg(p.mark_price), array_agg(p.marked_at),
-                   array_agg(false), array_agg(false), coalesce(sum(p.market_value), 0)
-            INTO symbols, held, marks, marked, traded, remarked, value
-            FROM position p WHERE p.user_id = of_user AND p.run_id = of_run;
-        END IF;
 
         IF e.event_type = 'TICK' THEN
-            CONTINUE WHEN NOT e.payload ?| ARRAY['cash', 'market_value', 'equity'];
+            CONTINUE WHEN NOT e.payload ?| '{cash,market_value,equity}';
+            value := 0;
             FOR i IN 1 .. cardinality(symbols) LOOP
-                price := CASE WHEN held[i] <> 0
-                              THEN e.payload #>> ARRAY['prices', symbols[i]] END;
-                CONTINUE WHEN price IS NULL;
-                value := value + held[i] * (price - marks[i]);
-                marks[i] := price;
-                marked[i] := coalesce((e.payload #>> ARRAY['priced_at', symbols[i]])::timestamptz,
-                                      e.logical_time);
-                remarked[i] := true;
+                CONTINUE WHEN held[i] = 0;
+                price := e.payload #>> ARRAY['prices', symbols[i]];
+                IF price IS NOT NULL THEN
+                    marks[i] := price;
+                    marked[i] := coalesce(
+                        (e.payload #>> ARRAY['priced_at', symbols[i]])::timestamptz,
+                        e.logical_time);
+                    remarked[i] := true;
+                END IF;
+                value := value + held[i] * marks[i];
             END LOOP;
-            IF (e.m).cash = cash AND (e.m).market_value = value
-               AND e.payload @> jsonb_build_object('cash', cash, 'market_value', value,
-                                                   'equity', cash + value) THEN
-                CONTINUE;
-            END IF;
-            PERFORM event_refuse(e, NULL);
-
-        ELSIF e.event_type = 'EXECUTION' THEN
-            IF e.subject = (e.x).order_id || '/' || (e.x).execution_id
-               AND e.logical_time = (e.x).logical_time
-               AND e.payload = execution_event_payload(e.x)
-               AND (e.o).symbol = (e.x).symbol AND (e.o).side = (e.x).side THEN
-                PERFORM execution_check_money(e.x, run)
-                WHERE (e.x).price <= 0 OR (e.x).commission <> 0;
+            IF (e.m).cash = cash AND (e.m).market_value = value THEN
+                ticked := e.logical_time;
             ELSE
                 PERFORM event_refuse(e, NULL);
             END IF;
+
+        ELSIF e.event_type = 'EXECUTION' THEN
+            IF (e.x).price IS NULL THEN
+                PERFORM event_refuse(e, NULL);
+            ELSIF (e.x).price <= 0 OR (e.x).commission <> 0 THEN
+                PERFORM execution_check_money(e.x, run.currency);
+            END IF;
             i := coalesce(array_position(symbols, (e.x).symbol), cardinality(symbols) + 1);
             symbols[i] := (e.x).symbol;
-            value := value - coalesce(held[i] * marks[i], 0);
             held[i] := coalesce(held[i], 0)
                      + CASE WHEN (e.x).side = 'BUY' THEN (e.x).quantity ELSE -(e.x).quantity END;
             IF marked[i] IS NULL OR marked[i] < e.logical_time THEN
                 marks[i] := (e.x).price;
                 marked[i] := e.logical_time;
             END IF;
-            value := value + held[i] * marks[i];
             cash := cash + execution_cash_flow((e.x).side, (e.x).quantity, (e.x).price,
                                                (e.x).commission);
             traded[i] := true;
             moved := true;
 
         ELSIF e.event_type = 'ORDER_PLACED' THEN
-            IF e.subject <> (e.o).order_id::text OR e.logical_time <> (e.o).logical_time
-               OR (e.o).order_id IS NULL THEN
-                PERFORM event_refuse(e, NULL);
-            ELSIF (e.o).status = 'FILLED' THEN
-                IF reserved IS NULL THEN
-                    reserved := run_reserved_cash(of_user, of_run);
-                END IF;
+            IF (e.o).status = 'FILLED' THEN
                 refusal := orders_gate(
-                    e.o, run, cash - reserved,
+                    e.o, run.account_type, limited, cash - reserved,
                     coalesce(held[array_position(symbols, (e.o).symbol)], 0)
-                    + orders_open_quantity(e.o));
+                    + CASE WHEN waiting THEN orders_open_quantity(e.o) ELSE 0 END);
                 IF refusal.code IS NOT NULL OR (e.o).broker <> run.broker THEN
                     PERFORM event_refuse(e, coalesce(refusal.code, 'BROKER'));
                 END IF;
+            ELSIF (e.o).status IS NULL THEN
+                PERFORM event_refuse(e, NULL);
             END IF;
 
         ELSIF e.event_type = 'SPLIT_APPLIED' THEN
@@ -281,14 +307,18 @@ BEGIN
                 PERFORM event_refuse(e, NULL);
             END IF;
 
-        ELSIF NOT order_event_is_true(ROW (of_user, of_run, e.seq, e.logical_time, e.event_type,
-                                           e.subject, e.payload, e.recorded_at,
-                                           e.hash)::event_ledger) THEN
+        ELSIF starts_with(e.event_type, 'ORDER_')
+              AND NOT order_event_is_true(ROW (of_user, of_run, e.seq, e.logical_time,
+                                               e.event_type, e.subject, e.payload, e.recorded_at,
+                                               e.hash)::event_ledger) THEN
             PERFORM event_refuse(e, NULL);
         END IF;
     END LOOP;
 
-    FOR i IN 1 .. coalesce(cardinality(symbols), 0) LOOP
+    IF last_mark > ticked THEN
+        PERFORM mtm_ledger_refuse_time(of_run, last_mark, ticked);
+    END IF;
+    FOR i IN 1 .. cardinality(symbols) LOOP
         IF traded[i] THEN
             UPDATE position SET quantity = NULL, mark_price = marks[i], marked_at = marked[i]
             WHERE user_id = of_user AND run_id = of_run AND symbol = symbols[i];
@@ -302,8 +332,9 @@ BEGIN
         END IF;
     END LOOP;
     IF moved THEN
-        PERFORM strategy_run_follow_ledger(of_user, of_run);
+        UPDATE strategy_run SET cash = NULL WHERE user_id = of_user AND run_id = of_run;
     END IF;
+    RETURN next_seq - first_seq;
 END $$;
 
 COMMENT ON FUNCTION books_follow IS
@@ -312,12 +343,13 @@ COMMENT ON FUNCTION books_follow IS
 CREATE FUNCTION event_ledger_prove() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
 DECLARE
-    part record;
+    part   record;
+    proven bigint;
 BEGIN
     FOR part IN SELECT user_id, run_id, min(seq) AS first_seq FROM new_rows
                 GROUP BY user_id, run_id
     LOOP
-        PERFORM books_follow(part.user_id, part.run_id, part.first_seq);
+        proven := books_follow(part.user_id, part.run_id, part.first_seq);
     END LOOP;
     RETURN NULL;
 END $$;

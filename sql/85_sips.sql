@@ -80,7 +80,11 @@ CREATE FUNCTION sip_due(of_user uuid, of_run uuid, upto_session date)
 RETURNS TABLE (plan text, symbol text, amount numeric, missed_policy text, occasion text,
                planned_on date, next_open_at timestamptz,
                session_date date, open_at timestamptz, close_at timestamptz)
-LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+-- PL/pgSQL, which keeps the plan: planning costs ten times as much as asking.
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+#variable_conflict use_column
+BEGIN
+    RETURN QUERY
     SELECT p.plan, p.symbol, p.amount, p.missed_policy,
            p.plan || '@' || to_char(m.month, 'YYYY-MM'), d.planned_on,
            (SELECT c.open_at FROM calendar_session c
@@ -111,8 +115,8 @@ LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
     WHERE p.user_id = of_user AND p.run_id = of_run AND r.user_id = of_user
       AND p.status = 'ACTIVE' AND d.planned_on >= p.start_on
       AND (p.end_on IS NULL OR d.planned_on <= p.end_on) AND s.session_date <= upto_session
-    ORDER BY d.planned_on, p.plan
-$$;
+    ORDER BY d.planned_on, p.plan;
+END $$;
 
 COMMENT ON FUNCTION sip_due IS
     'Occasions of a run''s active plans that are due at a session and not yet in the ledger, with '

@@ -21,7 +21,8 @@ CREATE TABLE risk_limit (
         CASE WHEN kind IN ('FORBIDDEN_SYMBOL', 'ALLOWED_SYMBOL')
              THEN symbol IS NOT NULL AND limit_value IS NULL
              ELSE limit_value >= 0 AND limit_value < 1e20 AND limit_value IS NOT NULL END),
-    CONSTRAINT risk_limit_symbol_format CHECK (symbol ~ '^[A-Z0-9][A-Z0-9._=^/ -]{0,31}$')
+    CONSTRAINT risk_limit_symbol_format
+        CHECK (symbol ~ '^[A-Z0-9][A-Z0-9._=^/ -]*$' AND length(symbol) <= 32)
 );
 
 COMMENT ON TABLE risk_limit IS 'Limits that every order of a user, or of one run, must meet.';
@@ -168,8 +169,8 @@ $$;
 COMMENT ON FUNCTION orders_broken_limit IS 'The first risk_limit that an order breaks, or no row.';
 
 -- The gate: why an order may not be taken, given the cash and the holding that it meets.
-CREATE FUNCTION orders_gate(o orders, run strategy_run, free_cash numeric, exposure numeric,
-                            OUT source text, OUT code text, OUT reason text)
+CREATE FUNCTION orders_gate(o orders, account_type text, limited boolean, free_cash numeric,
+                            exposure numeric, OUT source text, OUT code text, OUT reason text)
 LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
 DECLARE
     price  numeric := coalesce(o.limit_price, o.stop_price, o.reference_price);
@@ -183,7 +184,7 @@ BEGIN
         source := 'VALIDATION';
         RETURN;
     END IF;
-    IF EXISTS (SELECT FROM risk_limit WHERE user_id = o.user_id) THEN
+    IF limited THEN
         SELECT * INTO broken FROM orders_broken_limit(o, price, exposure);
         IF FOUND THEN
             code := broken.code;
@@ -191,7 +192,7 @@ BEGIN
                                || coalesce(trim_scale(broken.value)::text, 'unknown'), o.symbol);
         END IF;
     END IF;
-    IF code IS NOT NULL OR run.account_type <> 'CASH' THEN
+    IF code IS NOT NULL OR account_type <> 'CASH' THEN
         NULL;
     ELSIF o.side = 'SELL' AND o.quantity > exposure THEN
         code := 'INSUFFICIENT_POSITION';
@@ -208,24 +209,27 @@ BEGIN
 END $$;
 
 COMMENT ON FUNCTION orders_gate IS
-    'Why an order is refused, or NULLs: free_cash is what open orders leave, exposure the holding '
-    'and open orders of its side.';
+    'Why an order is refused, or NULLs: limited is whether its user has limits, free_cash what '
+    'open orders leave, exposure the holding and open orders of its side.';
 
 CREATE FUNCTION orders_pass_gate() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 DECLARE
-    run     strategy_run;
+    run     record;
     held    numeric;
     refusal record;
 BEGIN
-    SELECT * INTO run FROM strategy_run WHERE user_id = NEW.user_id AND run_id = NEW.run_id;
+    SELECT r.cash, r.account_type INTO run FROM strategy_run r
+    WHERE r.user_id = NEW.user_id AND r.run_id = NEW.run_id;
     IF NEW.reference_price IS NULL AND orders_validation_code(NEW) IS NULL
        AND orders_price_code(NEW) IS NULL THEN
         NEW.reference_price := orders_known_price(NEW);
     END IF;
     SELECT p.quantity INTO held FROM position p
     WHERE p.user_id = NEW.user_id AND p.run_id = NEW.run_id AND p.symbol = NEW.symbol;
-    refusal := orders_gate(NEW, run, run.cash - run_reserved_cash(NEW.user_id, NEW.run_id),
+    refusal := orders_gate(NEW, run.account_type,
+                           EXISTS (SELECT FROM risk_limit l WHERE l.user_id = NEW.user_id),
+                           run.cash - run_reserved_cash(NEW.user_id, NEW.run_id),
                            coalesce(held, 0) + orders_open_quantity(NEW));
     IF refusal.code IS NOT NULL THEN
         NEW.status := 'REJECTED';
@@ -240,5 +244,5 @@ COMMENT ON FUNCTION orders_pass_gate IS
     'Trigger: decides when an order arrives; a refusal is stored as REJECTED.';
 
 CREATE TRIGGER orders_b_pass_gate BEFORE INSERT ON orders
-    FOR EACH ROW WHEN (NEW.status NOT IN ('REJECTED', 'FILLED'))
+    FOR EACH ROW WHEN (NEW.status <> ALL ('{REJECTED,FILLED}'))
     EXECUTE FUNCTION orders_pass_gate();

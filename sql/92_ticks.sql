@@ -16,6 +16,22 @@ END $$;
 COMMENT ON FUNCTION ledger_analyze IS
     'Gives the planner its first statistics of the tables that grow with every tick.';
 
+CREATE FUNCTION plans_are_active(of_user uuid, of_run uuid, event_types text[],
+                                 event_subject text[]) RETURNS boolean
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    RETURN NOT EXISTS (
+        SELECT FROM unnest(event_types, event_subject) AS t (event_type, subject)
+        WHERE t.event_type = 'SIP_EXECUTED'
+          AND NOT EXISTS (SELECT FROM sip_plan p
+                          WHERE p.user_id = of_user AND p.run_id = of_run
+                            AND p.plan = split_part(t.subject, '@', 1)
+                            AND p.status = 'ACTIVE'));
+END $$;
+
+COMMENT ON FUNCTION plans_are_active IS
+    'Whether the plans that events say were carried out are active.';
+
 -- Trades are orders that their tick filled whole: each is placed at its place in the story and
 -- executed at the next one. Places count from 1 without a gap. after_seq is the number of the last
 -- event that the writer knows; if there is a newer one, or a plan was changed, the writer has
@@ -33,76 +49,77 @@ CREATE FUNCTION ticks_write(
     tick_value numeric[])
 RETURNS void LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp
 -- Arrays of every length would be planned anew each time, which costs more than it ever saves.
-SET plan_cache_mode = force_generic_plan AS $$
+SET plan_cache_mode = force_generic_plan
+-- A plan that was made while a table was empty reads all of it for as long as it is kept.
+SET enable_seqscan = off AS $$
 DECLARE
-    run  strategy_run := run_lock(of_user, of_run, 'event_ledger', 'RUNNING');
+    run  record;
     head record;
 BEGIN
+    SELECT r.status, r.broker, r.currency INTO run FROM strategy_run r
+    WHERE r.user_id = of_user AND r.run_id = of_run FOR NO KEY UPDATE;
+    IF run.status IS DISTINCT FROM 'RUNNING' THEN
+        PERFORM run_lock(of_user, of_run, 'event_ledger', 'RUNNING');
+    END IF;
     SELECT l.seq, l.hash INTO head FROM event_ledger l
     WHERE l.user_id = of_user AND l.run_id = of_run ORDER BY l.seq DESC LIMIT 1;
     IF coalesce(head.seq, 0) <> after_seq
-       OR 'SIP_EXECUTED' = ANY (event_types) AND EXISTS (
-           SELECT FROM unnest(event_types, event_subject) AS t (event_type, subject)
-           WHERE t.event_type = 'SIP_EXECUTED'
-             AND NOT EXISTS (SELECT FROM sip_plan p
-                             WHERE p.user_id = of_user AND p.run_id = of_run
-                               AND p.plan = split_part(t.subject, '@', 1)
-                               AND p.status = 'ACTIVE')) THEN
+       OR 'SIP_EXECUTED' = ANY (event_types)
+          AND NOT plans_are_active(of_user, of_run, event_types, event_subject) THEN
         RAISE EXCEPTION 'run % has moved since it was read', of_run
             USING ERRCODE = 'serialization_failure';
     END IF;
-    WITH trade AS MATERIALIZED (
-        SELECT * FROM unnest(
-            trade_place, trade_time, trade_order, trade_symbol, trade_side, trade_quantity,
-            trade_type, trade_in_force, trade_limit, trade_expire, trade_reference, trade_client,
-            trade_price, trade_commission, trade_event_at)
-            AS t (place, at, order_id, symbol, side, quantity, order_type, time_in_force,
-                  limit_price, expire_at, reference_price, client_order_id, price, commission,
-                  event_at)
-    ), tick AS MATERIALIZED (
-        SELECT * FROM unnest(tick_place, tick_time, tick_facts, tick_cash, tick_value)
-            AS t (place, at, facts, cash, market_value)
-    ), told AS (
-        SELECT place, at, 'ORDER_PLACED' AS event_type, order_id::text AS subject,
-               jsonb_strip_nulls(jsonb_build_object(
-                   'symbol', symbol, 'side', side, 'quantity', quantity, 'order_type', order_type,
-                   'time_in_force', time_in_force, 'limit_price', limit_price,
-                   'expire_at', event_moment(expire_at), 'reference_price', reference_price,
-                   'client_order_id', client_order_id)) AS payload
-        FROM trade
-        UNION ALL
-        SELECT place + 1, at, 'EXECUTION', order_id || '/' || order_id || '-1',
-               jsonb_build_object('symbol', symbol, 'side', side, 'quantity', quantity,
-                                  'price', price, 'commission', commission,
-                                  'commission_currency', run.currency,
-                                  'event_at', event_moment(event_at))
-        FROM trade
-        UNION ALL
-        SELECT * FROM unnest(event_place, event_time, event_types, event_subject, event_payload)
-        UNION ALL
-        SELECT place, at, 'TICK', '',
-               facts || jsonb_build_object('cash', cash, 'market_value', market_value,
-                                           'equity', cash + market_value)
-        FROM tick
-    ), placed AS (
+    WITH placed AS (
         INSERT INTO orders (user_id, run_id, order_id, client_order_id, broker, symbol, side,
                             quantity, order_type, time_in_force, limit_price, expire_at,
                             reference_price, status, status_at, filled_quantity, filled_notional,
                             logical_time, recorded_at)
-        SELECT of_user, of_run, order_id, client_order_id, run.broker, symbol, side, quantity,
-               order_type, time_in_force, limit_price, expire_at, reference_price, 'FILLED', at,
-               quantity, quantity * price, at, now()
-        FROM trade
+        SELECT of_user, of_run, trade_order[i], trade_client[i], run.broker, trade_symbol[i],
+               trade_side[i], trade_quantity[i], trade_type[i], trade_in_force[i], trade_limit[i],
+               trade_expire[i], trade_reference[i], 'FILLED', trade_time[i], trade_quantity[i],
+               trade_quantity[i] * trade_price[i], trade_time[i], now()
+        FROM generate_series(1, cardinality(trade_order)) i
     ), filled AS (
         INSERT INTO execution (user_id, run_id, execution_id, order_id, symbol, side, quantity,
                                price, commission, commission_currency, logical_time, event_at,
                                recorded_at)
-        SELECT of_user, of_run, order_id || '-1', order_id, symbol, side, quantity, price,
-               commission, run.currency, at, event_at, now()
-        FROM trade
+        SELECT of_user, of_run, trade_order[i] || '-1', trade_order[i], trade_symbol[i],
+               trade_side[i], trade_quantity[i], trade_price[i], trade_commission[i],
+               run.currency, trade_time[i], trade_event_at[i], now()
+        FROM generate_series(1, cardinality(trade_order)) i
     ), marked AS (
         INSERT INTO mtm_ledger (user_id, run_id, logical_time, cash, market_value, recorded_at)
-        SELECT of_user, of_run, at, cash, market_value, now() FROM tick
+        SELECT of_user, of_run, tick_time[i], tick_cash[i], tick_value[i], now()
+        FROM generate_series(1, cardinality(tick_time)) i
+    ), told AS (
+        SELECT trade_place[i] AS place, trade_time[i] AS at, 'ORDER_PLACED' AS event_type,
+               trade_order[i]::text AS subject,
+               jsonb_strip_nulls(jsonb_build_object(
+                   'symbol', trade_symbol[i], 'side', trade_side[i],
+                   'quantity', trade_quantity[i], 'order_type', trade_type[i],
+                   'time_in_force', trade_in_force[i], 'limit_price', trade_limit[i],
+                   'expire_at', event_moment(trade_expire[i]),
+                   'reference_price', trade_reference[i],
+                   'client_order_id', trade_client[i])) AS payload
+        FROM generate_series(1, cardinality(trade_order)) i
+        UNION ALL
+        SELECT trade_place[i] + 1, trade_time[i], 'EXECUTION',
+               trade_order[i] || '/' || trade_order[i] || '-1',
+               jsonb_build_object('symbol', trade_symbol[i], 'side', trade_side[i],
+                                  'quantity', trade_quantity[i], 'price', trade_price[i],
+                                  'commission', trade_commission[i],
+                                  'commission_currency', run.currency,
+                                  'event_at', event_moment(trade_event_at[i]))
+        FROM generate_series(1, cardinality(trade_order)) i
+        UNION ALL
+        SELECT event_place[i], event_time[i], event_types[i], event_subject[i], event_payload[i]
+        FROM generate_series(1, cardinality(event_place)) i
+        UNION ALL
+        SELECT tick_place[i], tick_time[i], 'TICK', '',
+               tick_facts[i] || jsonb_build_object('cash', tick_cash[i],
+                                                   'market_value', tick_value[i],
+                                                   'equity', tick_cash[i] + tick_value[i])
+        FROM generate_series(1, cardinality(tick_time)) i
     )
     INSERT INTO event_ledger (user_id, run_id, seq, logical_time, event_type, subject, payload,
                               recorded_at, hash)
@@ -117,10 +134,13 @@ BEGIN
         PERFORM ledger_analyze();
     END IF;
     IF cardinality(tick_time) > 0 THEN
-        INSERT INTO engine_state (user_id, run_id, last_logical_time, state)
-        VALUES (of_user, of_run, tick_time[cardinality(tick_time)], new_state)
-        ON CONFLICT (user_id, run_id) DO UPDATE
-        SET last_logical_time = excluded.last_logical_time, state = excluded.state;
+        UPDATE engine_state
+        SET last_logical_time = tick_time[cardinality(tick_time)], state = new_state
+        WHERE user_id = of_user AND run_id = of_run;
+        IF NOT FOUND THEN
+            INSERT INTO engine_state (user_id, run_id, last_logical_time, state)
+            VALUES (of_user, of_run, tick_time[cardinality(tick_time)], new_state);
+        END IF;
     END IF;
 END $$;
 

@@ -21,7 +21,8 @@ END $$;
 
 -- The rights of each role: all that it needs and no more. The engine inserts what happens and
 -- moves what moves; it has no right to a number that follows from something else. Those are
--- written by execution_apply and split_applied_apply, which have the owner's rights.
+-- written by ticks_write and, behind the tables' triggers, by execution_apply, books_follow and
+-- split_applied_apply, which have the owner's rights.
 CREATE FUNCTION role_rights() RETURNS TABLE (role text, rights text)
 LANGUAGE sql IMMUTABLE SET search_path = public, pg_temp AS $$
     VALUES
@@ -49,6 +50,7 @@ LANGUAGE sql IMMUTABLE SET search_path = public, pg_temp AS $$
         ('oms_engine', 'INSERT (user_id, run_id, logical_time, event_type, subject, payload)
             ON event_ledger'),
         ('oms_engine', 'UPDATE (status, start_on) ON sip_plan'),
+        ('oms_engine', 'EXECUTE ON FUNCTION ticks_write'),
         ('oms_connector', 'USAGE ON SCHEMA public'),
         ('oms_connector', 'SELECT ON instrument, calendar_session'),
         ('oms_auditor', 'USAGE ON SCHEMA public')
@@ -111,7 +113,7 @@ BEGIN
     END LOOP;
 END $$;
 
-REVOKE EXECUTE ON FUNCTION grant_roles FROM PUBLIC;
+REVOKE EXECUTE ON FUNCTION grant_roles, ticks_write, books_follow, ledger_analyze FROM PUBLIC;
 
 DO $$
 DECLARE

@@ -109,6 +109,5 @@ def _check_price(price: Decimal, symbol: str) -> None:
         raise BadInput(f"the price {price!r} of {symbol} is no Decimal")
     if not price.is_finite() or abs(price) >= PRICE_MAX:
         raise BadInput(f"{price} is no price for {symbol}; give a finite number below 10^15")
-    exponent = price.as_tuple().exponent
-    if -int(exponent) > PRICE_DECIMALS_MAX and price != round(price, PRICE_DECIMALS_MAX):
+    if price != round(price, PRICE_DECIMALS_MAX):
         raise BadInput(f"the price {price} of {symbol} has more than {PRICE_DECIMALS_MAX} decimals")

@@ -76,6 +76,25 @@ class Order:
     triggered_at: datetime | None = None
     filled_quantity: Decimal = Decimal(0)
 
+    def filled_by(self, filled_quantity: Decimal) -> Order:
+        """The order with so much filled. Spelled out: ``dataclasses.replace`` costs five times."""
+        return Order(
+            self.order_id,
+            self.symbol,
+            self.side,
+            self.quantity,
+            self.order_type,
+            self.time_in_force,
+            self.logical_time,
+            self.limit_price,
+            self.stop_price,
+            self.trail_amount,
+            self.trail_percent,
+            self.expire_at,
+            self.triggered_at,
+            filled_quantity,
+        )
+
     @property
     def remaining(self) -> Decimal:
         return self.quantity - self.filled_quantity

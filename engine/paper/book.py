@@ -97,7 +97,7 @@ def match(
                 fill = _fill(order, touch, settings, volume_left, fills_before + 1)
         if fill is None:
             return _settle(order, (), met=met, settings=settings, now=now)
-        order = replace(order, filled_quantity=order.filled_quantity + fill.quantity)
+        order = order.filled_by(order.filled_quantity + fill.quantity)
         return _settle(order, (fill,), met=met, settings=settings, now=now)
 
 

@@ -113,18 +113,21 @@ class PlaceOrder:
     occasion: SipDue | None = None
 
     def __post_init__(self) -> None:
-        at_the_close = str(self.order_type).strip().upper() in ("MOC", "LOC")
         put = object.__setattr__
         put(self, "symbol", str(self.symbol).strip().upper())
-        put(self, "side", _word(Side, self.side))
-        put(self, "order_type", _word(OrderType, self.order_type))
-        put(self, "time_in_force", _word(TimeInForce, self.time_in_force))
-        if at_the_close:
-            put(self, "time_in_force", TimeInForce.CLS)
+        if type(self.side) is not Side:
+            put(self, "side", _word(Side, self.side))
+        if type(self.time_in_force) is not TimeInForce:
+            put(self, "time_in_force", _word(TimeInForce, self.time_in_force))
+        if type(self.order_type) is not OrderType:
+            if str(self.order_type).strip().upper() in ("MOC", "LOC"):
+                put(self, "time_in_force", TimeInForce.CLS)
+            put(self, "order_type", _word(OrderType, self.order_type))
         put(self, "quantity", _number("quantity", self.quantity))
         for name in ("limit_price", "stop_price", "trail_amount", "trail_percent"):
             value = getattr(self, name)
-            put(self, name, None if value is None else _number(name, value))
+            if value is not None:
+                put(self, name, _number(name, value))
         if self.expire_at is not None and self.expire_at.tzinfo is None:
             raise ValueError(
                 f"expire_at {self.expire_at.isoformat()} has no time zone; give it one"

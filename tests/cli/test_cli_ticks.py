@@ -16,7 +16,7 @@ from cli_cases import SCRIPT, Result, counts, environment, oms, process, started
 
 from engine.clock import utc_now
 from engine.db.connect import open_connection
-from engine.schedule import Round
+from engine.schedule import Round, Share
 
 CLOSE = "2024-01-05T21:00:00Z"
 PLAN = ("--symbol", "AAPL", "--amount", "500", "--day", "5", "--from", "2024-01-01")
@@ -229,7 +229,9 @@ def test_the_schedule_runs_until_it_is_told_to_end(dsn: str) -> None:
 def test_the_schedule_tells_of_rounds_in_which_something_happened(
     dsn: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def serve(dsn: str, *, every_seconds: int, report: Callable[[Round], None]) -> None:
+    def serve(
+        dsn: str, *, every_seconds: int, share: Share, report: Callable[[Round], None]
+    ) -> None:
         assert every_seconds == 60
         report(Round())
         report(Round(ticks=3, stuck={UUID(int=7): "waits"}))

@@ -1,5 +1,7 @@
 -- Back to ticks that are written and proven row by row.
 
+DROP TRIGGER engine_state_a_check_write ON engine_state;
+
 DROP TRIGGER orders_a_prepare_insert ON orders;
 
 DROP TRIGGER execution_a_prepare_insert ON execution;
@@ -9,6 +11,8 @@ DROP TRIGGER mtm_ledger_a_prepare_insert ON mtm_ledger;
 DROP TRIGGER mtm_ledger_m_prove ON mtm_ledger;
 
 DROP TRIGGER event_ledger_a_append ON event_ledger;
+
+DROP TRIGGER event_ledger_m_check_end ON event_ledger;
 
 DROP TRIGGER event_ledger_m_prove ON event_ledger;
 
@@ -66,6 +70,53 @@ BEGIN
     END IF;
     NEW.recorded_at := now();
     RETURN NEW;
+END $$;
+
+CREATE OR REPLACE FUNCTION execution_prepare_insert() RETURNS trigger
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+DECLARE
+    run strategy_run;
+    o   orders;
+BEGIN
+    run := run_lock(NEW.user_id, NEW.run_id, 'execution', 'RUNNING');
+    SELECT * INTO o FROM orders
+    WHERE user_id = NEW.user_id AND run_id = NEW.run_id AND order_id = NEW.order_id;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'run % has no order %', NEW.run_id, NEW.order_id
+            USING ERRCODE = 'foreign_key_violation', CONSTRAINT = 'execution_belongs_to_order',
+                  TABLE = 'execution', COLUMN = 'order_id',
+                  HINT = 'An execution belongs to an order of the same run.';
+    ELSIF o.broker = 'paper' AND o.status IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED') THEN
+        RAISE EXCEPTION 'paper order % is %, so it can not trade', o.order_id, o.status
+            USING ERRCODE = '23T05', CONSTRAINT = 'execution_order_is_open', TABLE = 'execution',
+                  HINT = 'Only an open order trades; place another.';
+    END IF;
+    NEW.symbol := o.symbol;
+    NEW.side := o.side;
+    NEW.logical_time := coalesce(NEW.logical_time, run_last_time(NEW.user_id, NEW.run_id));
+    NEW.event_at := coalesce(NEW.event_at, NEW.logical_time);
+    NEW.commission_currency := coalesce(NEW.commission_currency, run.currency);
+    NEW.recorded_at := now();
+    PERFORM execution_check_money(NEW, run);
+    RETURN NEW;
+END $$;
+
+CREATE OR REPLACE FUNCTION execution_check_money(e execution, run strategy_run) RETURNS void
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
+    IF e.price <= 0 AND NOT EXISTS (SELECT FROM instrument
+                                    WHERE symbol = e.symbol AND negative_price_allowed) THEN
+        RAISE EXCEPTION 'a price of % is not possible for %', e.price, e.symbol
+            USING ERRCODE = 'check_violation', CONSTRAINT = 'execution_price_positive',
+                  TABLE = 'execution', COLUMN = 'price',
+                  HINT = 'Only an instrument with negative_price_allowed trades at or below zero.';
+    ELSIF e.commission <> 0 AND e.commission_currency <> run.currency THEN
+        RAISE EXCEPTION 'a commission in % can not be paid from cash in %', e.commission_currency,
+            run.currency
+            USING ERRCODE = 'check_violation', CONSTRAINT = 'execution_commission_in_run_currency',
+                  TABLE = 'execution', COLUMN = 'commission_currency',
+                  HINT = 'Convert the commission into the run''s currency.';
+    END IF;
 END $$;
 
 -- The event first: it is what position and cash follow, and their own triggers prove that they do,
@@ -200,6 +251,12 @@ LANGUAGE sql STABLE SET search_path = public, pg_temp SET timezone = 'UTC' AS $$
         'status_reason', o.status_reason))
 $$;
 
+-- The subject of an order's event is its id, of an execution's the order's id and its own.
+CREATE OR REPLACE FUNCTION event_order_id(subject text) RETURNS uuid
+LANGUAGE sql IMMUTABLE
+RETURN CASE WHEN subject ~ '^[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}([/@]|$)'
+            THEN left(subject, 36)::uuid END;
+
 -- Events that tell of rows are not taken on anybody's word: the row must be there and say the
 -- same. Positions and cash follow these events, so forging one would forge money.
 CREATE OR REPLACE FUNCTION event_ledger_check_fact() RETURNS trigger
@@ -280,12 +337,92 @@ BEGIN
     RETURN NULL;
 END $$;
 
+-- What a run's cash and books_seq must be: what they are, and what the events after books_seq add.
+CREATE OR REPLACE FUNCTION strategy_run_books_due(run strategy_run, OUT cash numeric, OUT books_seq bigint)
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    SELECT run.cash + coalesce(sum(event_cash_flow(l.event_type, l.payload)), 0),
+           coalesce(max(l.seq), run.books_seq)
+    INTO cash, books_seq
+    FROM event_ledger l
+    WHERE l.user_id = run.user_id AND l.run_id = run.run_id AND l.seq > run.books_seq
+      AND l.event_type IN ('EXECUTION', 'SPLIT_APPLIED');
+END $$;
+
 CREATE OR REPLACE FUNCTION strategy_run_follow_ledger(of_user uuid, of_run uuid) RETURNS void
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 BEGIN
     UPDATE strategy_run r
     SET (cash, books_seq) = (SELECT d.cash, d.books_seq FROM strategy_run_books_due(r) d)
     WHERE r.user_id = of_user AND r.run_id = of_run;
+END $$;
+
+-- One step of the fold that makes a position of a run's events, here and in the audit. A split
+-- keeps the cost and states the mark in the new unit. A mark from before a trade is older news
+-- than the trade's own price.
+CREATE OR REPLACE FUNCTION position_after_event(p public.position, event event_ledger)
+RETURNS public.position
+LANGUAGE plpgsql IMMUTABLE SET search_path = public, pg_temp AS $$
+DECLARE
+    units numeric := (event.payload ->> 'quantity')::numeric;
+    price numeric := (event.payload ->> 'price')::numeric;
+    a     record;
+BEGIN
+    p.user_id := event.user_id;
+    p.run_id := event.run_id;
+    p.symbol := event.payload ->> 'symbol';
+    p.quantity := coalesce(p.quantity, 0);
+    p.cost_basis := coalesce(p.cost_basis, 0);
+    p.realized_pnl := coalesce(p.realized_pnl, 0);
+    IF event.event_type = 'SPLIT_APPLIED' THEN
+        p.quantity := (event.payload ->> 'quantity_after')::numeric;
+        p.mark_price := round(p.mark_price * (event.payload ->> 'denominator')::numeric
+                              / (event.payload ->> 'numerator')::numeric, 8);
+        RETURN p;
+    END IF;
+    a := position_after(p.quantity, p.cost_basis,
+                        CASE WHEN event.payload ->> 'side' = 'BUY' THEN units ELSE -units END,
+                        price);
+    p.quantity := a.quantity_after;
+    p.cost_basis := a.cost_after;
+    p.realized_pnl := p.realized_pnl + a.realized;
+    IF p.marked_at IS NULL OR p.marked_at < event.logical_time THEN
+        p.mark_price := price;
+        p.marked_at := event.logical_time;
+    END IF;
+    RETURN p;
+END $$;
+
+-- What a position must be: what it is, and what the events after the run's books_seq make of it.
+CREATE OR REPLACE FUNCTION position_due(of_user uuid, of_run uuid, of_symbol text)
+RETURNS public.position
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+DECLARE
+    run   strategy_run;
+    p     public.position;
+    was   numeric;
+    event event_ledger;
+BEGIN
+    SELECT * INTO run FROM strategy_run WHERE user_id = of_user AND run_id = of_run;
+    SELECT * INTO p FROM position
+    WHERE user_id = of_user AND run_id = of_run AND symbol = of_symbol;
+    FOR event IN SELECT * FROM event_ledger
+                 WHERE user_id = of_user AND run_id = of_run AND seq > run.books_seq
+                   AND event_type IN ('EXECUTION', 'SPLIT_APPLIED')
+                   AND payload ->> 'symbol' = of_symbol
+                 ORDER BY seq
+    LOOP
+        was := coalesce(p.quantity, 0);
+        p := position_after_event(p, event);
+        IF p.quantity < 0 AND p.quantity < was AND run.account_type = 'CASH' THEN
+            RAISE EXCEPTION 'selling % % leaves a short position of % in a cash account',
+                was - p.quantity, of_symbol, p.quantity
+                USING ERRCODE = '23T04', CONSTRAINT = 'position_not_short_in_cash_account',
+                      TABLE = 'position', COLUMN = 'quantity',
+                      HINT = 'Sell at most what is held, or use a MARGIN account.';
+        END IF;
+    END LOOP;
+    RETURN p;
 END $$;
 
 CREATE OR REPLACE FUNCTION position_follow_ledger(of_user uuid, of_run uuid, of_symbol text) RETURNS void
@@ -375,6 +512,45 @@ BEGIN
     RETURN NEW;
 END $$;
 
+-- The rights of each role: all that it needs and no more. The engine inserts what happens and
+-- moves what moves; it has no right to a number that follows from something else. Those are
+-- written by execution_apply and split_applied_apply, which have the owner's rights.
+CREATE OR REPLACE FUNCTION role_rights() RETURNS TABLE (role text, rights text)
+LANGUAGE sql IMMUTABLE SET search_path = public, pg_temp AS $$
+    VALUES
+        ('oms_engine', 'USAGE ON SCHEMA public'),
+        ('oms_engine', 'INSERT ON app_user, instrument, calendar_session, price_bar,
+            corporate_action, engine_state, engine_status, sip_plan'),
+        ('oms_engine', 'INSERT (user_id, run_id, name, status, strategy, parameters, broker, paper,
+            account_type, calendar, currency, tick_at, initial_cash),
+            UPDATE (status) ON strategy_run'),
+        ('oms_engine', 'UPDATE (last_logical_time, state, recorded_at) ON engine_state'),
+        ('oms_engine', 'UPDATE (heartbeat_at, lag_seconds, last_error, error_at)
+            ON engine_status'),
+        ('oms_engine', 'INSERT (user_id, run_id, order_id, client_order_id, symbol, side, quantity,
+            order_type, time_in_force, limit_price, stop_price, trail_amount, trail_percent,
+            expire_at, reference_price, logical_time), UPDATE (status, status_at, status_reason,
+            reject_source, reject_code, stop_price, triggered_at, expire_at)
+            ON orders, paper_order'),
+        ('oms_engine', 'INSERT (user_id, run_id, execution_id, order_id, symbol, side, quantity,
+            price, commission, commission_currency, logical_time, event_at)
+            ON execution, paper_trade'),
+        ('oms_engine', 'UPDATE (mark_price, marked_at) ON position, paper_position'),
+        ('oms_engine', 'INSERT (user_id, run_id, symbol, ex_date, kind, logical_time)
+            ON split_applied'),
+        ('oms_engine', 'INSERT (user_id, run_id, logical_time) ON mtm_ledger, paper_equity_curve'),
+        ('oms_engine', 'INSERT (user_id, run_id, logical_time, event_type, subject, payload)
+            ON event_ledger'),
+        ('oms_engine', 'UPDATE (status, start_on) ON sip_plan'),
+        ('oms_connector', 'USAGE ON SCHEMA public'),
+        ('oms_connector', 'SELECT ON instrument, calendar_session'),
+        ('oms_auditor', 'USAGE ON SCHEMA public')
+$$;
+
+ALTER TABLE instrument
+    DROP CONSTRAINT instrument_symbol_format,
+    ADD CONSTRAINT instrument_symbol_format CHECK (symbol ~ '^[A-Z0-9][A-Z0-9._=^/ -]{0,31}$');
+
 ALTER TABLE strategy_run
     DROP CONSTRAINT strategy_run_account_type_known,
     ADD CONSTRAINT strategy_run_account_type_known CHECK (account_type IN ('CASH', 'MARGIN')),
@@ -394,6 +570,8 @@ ALTER TABLE strategy_run
         CHECK ((stopped_at IS NOT NULL) = (status IN ('STOPPED', 'ERROR')));
 
 ALTER TABLE orders
+    DROP CONSTRAINT orders_symbol_format,
+    ADD CONSTRAINT orders_symbol_format CHECK (symbol ~ '^[A-Z0-9][A-Z0-9._=^/ -]{0,31}$'),
     DROP CONSTRAINT orders_side_known,
     ADD CONSTRAINT orders_side_known CHECK (side IN ('BUY', 'SELL')),
     DROP CONSTRAINT orders_order_type_known,
@@ -440,6 +618,9 @@ ALTER TABLE orders
     ALTER COLUMN recorded_at SET DEFAULT now();
 
 ALTER TABLE execution
+    DROP CONSTRAINT execution_execution_id_format,
+    ADD CONSTRAINT execution_execution_id_format
+        CHECK (execution_id ~ '^[[:graph:]]([[:print:]]{0,126}[[:graph:]])?$'),
     DROP CONSTRAINT execution_quantity_positive,
     ADD CONSTRAINT execution_quantity_positive
         CHECK (quantity > 0 AND quantity < 1e15 AND min_scale(quantity) <= 8),
@@ -451,6 +632,8 @@ ALTER TABLE execution
     ALTER COLUMN recorded_at SET DEFAULT now();
 
 ALTER TABLE position
+    DROP CONSTRAINT position_symbol_format,
+    ADD CONSTRAINT position_symbol_format CHECK (symbol ~ '^[A-Z0-9][A-Z0-9._=^/ -]{0,31}$'),
     DROP CONSTRAINT position_quantity_in_range,
     ADD CONSTRAINT position_quantity_in_range
         CHECK (abs(quantity) < 1e18 AND min_scale(quantity) <= 8),
@@ -462,7 +645,19 @@ ALTER TABLE mtm_ledger
     ALTER COLUMN recorded_at SET DEFAULT now();
 
 ALTER TABLE event_ledger
+    DROP CONSTRAINT event_ledger_event_type_format,
+    ADD CONSTRAINT event_ledger_event_type_format CHECK (event_type ~ '^[A-Z][A-Z0-9_]{0,62}$'),
     ALTER COLUMN recorded_at SET DEFAULT now();
+
+ALTER TABLE risk_limit
+    DROP CONSTRAINT risk_limit_symbol_format,
+    ADD CONSTRAINT risk_limit_symbol_format CHECK (symbol ~ '^[A-Z0-9][A-Z0-9._=^/ -]{0,31}$');
+
+CREATE TRIGGER engine_state_a_guard_write BEFORE INSERT OR UPDATE ON engine_state
+    FOR EACH ROW EXECUTE FUNCTION run_guard_write('engine_state');
+
+CREATE TRIGGER engine_state_b_check_write BEFORE INSERT OR UPDATE ON engine_state
+    FOR EACH ROW EXECUTE FUNCTION engine_state_check_write();
 
 CREATE TRIGGER orders_a_prepare_insert BEFORE INSERT ON orders
     FOR EACH ROW EXECUTE FUNCTION orders_prepare_insert();
@@ -481,10 +676,17 @@ CREATE TRIGGER event_ledger_b_check_fact BEFORE INSERT ON event_ledger
                        OR starts_with(NEW.event_type, 'ORDER_'))
     EXECUTE FUNCTION event_ledger_check_fact();
 
+CREATE CONSTRAINT TRIGGER event_ledger_m_check_end AFTER INSERT ON event_ledger
+    DEFERRABLE INITIALLY DEFERRED
+    FOR EACH ROW WHEN (NEW.event_type IN ('RUN_STOPPING', 'RUN_STOPPED', 'RUN_ERROR'))
+    EXECUTE FUNCTION event_ledger_check_end();
+
 CREATE TRIGGER orders_b_pass_gate BEFORE INSERT ON orders
     FOR EACH ROW WHEN (NEW.status <> 'REJECTED') EXECUTE FUNCTION orders_pass_gate();
 
 DROP FUNCTION ticks_write;
+
+DROP FUNCTION plans_are_active;
 
 DROP FUNCTION ledger_analyze;
 
@@ -498,9 +700,13 @@ DROP FUNCTION books_follow;
 
 DROP FUNCTION event_refuse;
 
+DROP FUNCTION position_after_events;
+
 DROP FUNCTION event_chain_next;
 
 DROP FUNCTION mtm_ledger_prove;
+
+DROP FUNCTION mtm_ledger_refuse_time;
 
 DROP FUNCTION mtm_ledger_check_books;
 
@@ -522,11 +728,19 @@ DROP FUNCTION amount_in_range;
 
 DROP FUNCTION decimal_in_range;
 
+COMMENT ON FUNCTION engine_state_check_write IS
+    'Trigger: last_logical_time is that of the newest TICK event.';
+
 COMMENT ON FUNCTION execution_apply IS
     'Trigger: executions are told to the ledger and move orders, positions and cash.';
 
 COMMENT ON FUNCTION event_ledger_check_fact IS
     'Trigger: an event that tells of a row says what the row says.';
+
+COMMENT ON FUNCTION strategy_run_books_due IS
+    'What the ledger makes of a run''s cash and books_seq.';
+
+COMMENT ON FUNCTION position_due IS 'What the ledger makes of a position.';
 
 COMMENT ON FUNCTION orders_exposure IS 'Position plus open orders of an order''s side and symbol.';
 

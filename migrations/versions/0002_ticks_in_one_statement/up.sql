@@ -1,5 +1,9 @@
 -- Ticks are written in one statement, which the triggers prove as a whole; CHECKs are cheaper to start.
 
+DROP TRIGGER engine_state_a_guard_write ON engine_state;
+
+DROP TRIGGER engine_state_b_check_write ON engine_state;
+
 DROP TRIGGER orders_a_prepare_insert ON orders;
 
 DROP TRIGGER execution_a_prepare_insert ON execution;
@@ -10,6 +14,8 @@ DROP TRIGGER event_ledger_a_append ON event_ledger;
 
 DROP TRIGGER event_ledger_b_check_fact ON event_ledger;
 
+DROP TRIGGER event_ledger_m_check_end ON event_ledger;
+
 DROP TRIGGER orders_b_pass_gate ON orders;
 
 -- Who trades: people and services. Everything that belongs to somebody carries user_id first in
@@ -17,7 +23,8 @@ DROP TRIGGER orders_b_pass_gate ON orders;
 
 -- What CHECKs ask, here and in other files, is short in the catalog: every statement that writes a
 -- row reads the CHECKs of its table anew. A rule of some length is therefore a function in plpgsql,
--- which is read once a session; NULL asks nothing, as in any CHECK.
+-- which is read once a session; NULL asks nothing, as in any CHECK. And a pattern leaves lengths to
+-- length(): {0,31} has the matcher count, which costs more than all the rest.
 
 -- Infinity and years that no program's calendar has would stop whoever reads the row next.
 CREATE OR REPLACE FUNCTION time_in_range(moment timestamptz) RETURNS boolean
@@ -58,15 +65,25 @@ LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 DECLARE
     due record;
 BEGIN
-    PERFORM strategy_run_check_terms(OLD, NEW);
+    IF (NEW.user_id, NEW.run_id, NEW.initial_cash, NEW.broker, NEW.account_type, NEW.currency,
+        NEW.calendar, NEW.strategy, NEW.parameters, NEW.paper, NEW.created_at)
+       IS DISTINCT FROM
+       (OLD.user_id, OLD.run_id, OLD.initial_cash, OLD.broker, OLD.account_type, OLD.currency,
+        OLD.calendar, OLD.strategy, OLD.parameters, OLD.paper, OLD.created_at) THEN
+        PERFORM strategy_run_check_terms(OLD, NEW);
+    END IF;
     NEW.stopped_at := OLD.stopped_at;
     IF (NEW.cash, NEW.books_seq) IS DISTINCT FROM (OLD.cash, OLD.books_seq) THEN
-        due := strategy_run_books_due(OLD);
+        -- What they are, and what the events after books_seq add.
+        SELECT OLD.cash + coalesce(sum(event_cash_flow(l.event_type, l.payload)), 0) AS cash,
+               coalesce(max(l.seq), OLD.books_seq) AS books_seq
+        INTO due FROM event_ledger l
+        WHERE l.user_id = OLD.user_id AND l.run_id = OLD.run_id AND l.seq > OLD.books_seq
+          AND l.event_type IN ('EXECUTION', 'SPLIT_APPLIED');
         IF NEW.cash IS NULL THEN
             NEW.cash := due.cash;
             NEW.books_seq := due.books_seq;
-        END IF;
-        IF (NEW.cash, NEW.books_seq) IS DISTINCT FROM (due.cash, due.books_seq) THEN
+        ELSIF NEW.cash <> due.cash OR NEW.books_seq IS DISTINCT FROM due.books_seq THEN
             RAISE EXCEPTION 'the cash of run % follows from its executions: %, not %', OLD.run_id,
                 due.cash, NEW.cash
                 USING ERRCODE = '23T04', CONSTRAINT = 'strategy_run_cash_from_executions',
@@ -87,7 +104,15 @@ END $$;
 CREATE OR REPLACE FUNCTION engine_state_check_write() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 BEGIN
-    IF NEW.last_logical_time IS DISTINCT FROM
+    PERFORM FROM strategy_run
+    WHERE user_id = NEW.user_id AND run_id = NEW.run_id AND status = 'RUNNING' FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        PERFORM run_lock(NEW.user_id, NEW.run_id, 'engine_state', 'RUNNING');
+    END IF;
+    IF TG_OP = 'UPDATE' AND (NEW.user_id <> OLD.user_id OR NEW.run_id <> OLD.run_id) THEN
+        PERFORM row_check_keeps_run(OLD.user_id, OLD.run_id, NEW.user_id, NEW.run_id,
+                                    'engine_state');
+    ELSIF NEW.last_logical_time IS DISTINCT FROM
        (SELECT logical_time FROM event_ledger
         WHERE user_id = NEW.user_id AND run_id = NEW.run_id AND event_type = 'TICK'
         ORDER BY logical_time DESC LIMIT 1) THEN
@@ -141,6 +166,53 @@ RETURNS boolean LANGUAGE plpgsql IMMUTABLE SET search_path = public, pg_temp AS 
 BEGIN
     RETURN least(logical_time, status_at, expire_at, triggered_at) >= '0001-01-02 00:00Z'
        AND greatest(logical_time, status_at, expire_at, triggered_at) <= '9999-12-30 00:00Z';
+END $$;
+
+CREATE OR REPLACE FUNCTION execution_prepare_insert() RETURNS trigger
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+DECLARE
+    run strategy_run;
+    o   orders;
+BEGIN
+    run := run_lock(NEW.user_id, NEW.run_id, 'execution', 'RUNNING');
+    SELECT * INTO o FROM orders
+    WHERE user_id = NEW.user_id AND run_id = NEW.run_id AND order_id = NEW.order_id;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'run % has no order %', NEW.run_id, NEW.order_id
+            USING ERRCODE = 'foreign_key_violation', CONSTRAINT = 'execution_belongs_to_order',
+                  TABLE = 'execution', COLUMN = 'order_id',
+                  HINT = 'An execution belongs to an order of the same run.';
+    ELSIF o.broker = 'paper' AND o.status IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED') THEN
+        RAISE EXCEPTION 'paper order % is %, so it can not trade', o.order_id, o.status
+            USING ERRCODE = '23T05', CONSTRAINT = 'execution_order_is_open', TABLE = 'execution',
+                  HINT = 'Only an open order trades; place another.';
+    END IF;
+    NEW.symbol := o.symbol;
+    NEW.side := o.side;
+    NEW.logical_time := coalesce(NEW.logical_time, run_last_time(NEW.user_id, NEW.run_id));
+    NEW.event_at := coalesce(NEW.event_at, NEW.logical_time);
+    NEW.commission_currency := coalesce(NEW.commission_currency, run.currency);
+    NEW.recorded_at := now();
+    PERFORM execution_check_money(NEW, run.currency);
+    RETURN NEW;
+END $$;
+
+CREATE OR REPLACE FUNCTION execution_check_money(e execution, currency text) RETURNS void
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
+    IF e.price <= 0 AND NOT EXISTS (SELECT FROM instrument
+                                    WHERE symbol = e.symbol AND negative_price_allowed) THEN
+        RAISE EXCEPTION 'a price of % is not possible for %', e.price, e.symbol
+            USING ERRCODE = 'check_violation', CONSTRAINT = 'execution_price_positive',
+                  TABLE = 'execution', COLUMN = 'price',
+                  HINT = 'Only an instrument with negative_price_allowed trades at or below zero.';
+    ELSIF e.commission <> 0 AND e.commission_currency <> currency THEN
+        RAISE EXCEPTION 'a commission in % can not be paid from cash in %', e.commission_currency,
+            currency
+            USING ERRCODE = 'check_violation', CONSTRAINT = 'execution_commission_in_run_currency',
+                  TABLE = 'execution', COLUMN = 'commission_currency',
+                  HINT = 'Convert the commission into the run''s currency.';
+    END IF;
 END $$;
 
 -- What was not yet told to the ledger is told: cash and positions follow the events (82_books.sql).
@@ -204,12 +276,20 @@ RETURN jsonb_build_object('symbol', e.symbol, 'side', e.side, 'quantity', e.quan
 CREATE OR REPLACE FUNCTION position_check_write() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 DECLARE
+    run record;
     due public.position;
 BEGIN
-    PERFORM run_lock(NEW.user_id, NEW.run_id, 'position', 'RUNNING');
+    SELECT r.status, r.account_type, r.books_seq INTO run FROM strategy_run r
+    WHERE r.user_id = NEW.user_id AND r.run_id = NEW.run_id FOR NO KEY UPDATE;
+    IF run.status IS DISTINCT FROM 'RUNNING' THEN
+        PERFORM run_lock(NEW.user_id, NEW.run_id, 'position', 'RUNNING');
+    END IF;
     IF TG_OP = 'UPDATE' THEN
-        PERFORM row_check_keeps_run(OLD.user_id, OLD.run_id, NEW.user_id, NEW.run_id, 'position');
-        IF NEW.marked_at < OLD.marked_at OR NEW.marked_at IS NULL AND OLD.marked_at IS NOT NULL THEN
+        IF NEW.user_id <> OLD.user_id OR NEW.run_id <> OLD.run_id THEN
+            PERFORM row_check_keeps_run(OLD.user_id, OLD.run_id, NEW.user_id, NEW.run_id,
+                                        'position');
+        ELSIF NEW.marked_at < OLD.marked_at
+              OR NEW.marked_at IS NULL AND OLD.marked_at IS NOT NULL THEN
             RAISE EXCEPTION 'the mark of % is from %, not from an earlier %', NEW.symbol,
                 OLD.marked_at, NEW.marked_at
                 USING ERRCODE = '23T07', CONSTRAINT = 'position_mark_moves_forward',
@@ -218,8 +298,13 @@ BEGIN
               IS NOT DISTINCT FROM (OLD.symbol, OLD.quantity, OLD.cost_basis, OLD.realized_pnl) THEN
             RETURN NEW;
         END IF;
+        due := OLD;
+    ELSE
+        SELECT * INTO due FROM position p
+        WHERE p.user_id = NEW.user_id AND p.run_id = NEW.run_id AND p.symbol = NEW.symbol;
     END IF;
-    due := position_due(NEW.user_id, NEW.run_id, NEW.symbol);
+    due := position_after_events(due, NEW.user_id, NEW.run_id, NEW.symbol, run.books_seq,
+                                 run.account_type);
     IF NEW.quantity IS NULL THEN
         NEW.quantity := coalesce(due.quantity, 0);
         NEW.cost_basis := coalesce(due.cost_basis, 0);
@@ -260,10 +345,7 @@ BEGIN
                      WHERE user_id = NEW.user_id AND run_id = NEW.run_id
                      ORDER BY seq DESC LIMIT 1)) INTO newest;
     IF NEW.logical_time < newest THEN
-        RAISE EXCEPTION 'run % already stands at %, after %', NEW.run_id, newest, NEW.logical_time
-            USING ERRCODE = '23T07', CONSTRAINT = 'mtm_ledger_time_moves_forward',
-                  TABLE = 'mtm_ledger', COLUMN = 'logical_time',
-                  HINT = 'A run only moves forward; mark it at a later logical_time.';
+        PERFORM mtm_ledger_refuse_time(NEW.run_id, newest, NEW.logical_time);
     END IF;
     SELECT coalesce(sum(market_value), 0) INTO held FROM position
     WHERE user_id = NEW.user_id AND run_id = NEW.run_id;
@@ -297,47 +379,49 @@ BEGIN
     END IF;
 END $$;
 
--- A mark with the time of its transaction claims to be complete and to belong to a tick, whose
--- event is proven to say what the books say (books_follow).
+CREATE OR REPLACE FUNCTION mtm_ledger_refuse_time(of_run uuid, stands timestamptz, mark timestamptz)
+RETURNS void LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
+    RAISE EXCEPTION 'run % already stands at %, after %', of_run, stands, mark
+        USING ERRCODE = '23T07', CONSTRAINT = 'mtm_ledger_time_moves_forward',
+              TABLE = 'mtm_ledger', COLUMN = 'logical_time',
+              HINT = 'A run only moves forward; mark it at a later logical_time.';
+END $$;
+
+-- A mark with the time of its transaction claims to be complete and to belong to a tick: then it is
+-- proven, and that none is newer, with the tick's event (books_follow). If there is no such event,
+-- it has to be what the books say now.
 CREATE OR REPLACE FUNCTION mtm_ledger_prove() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 DECLARE
-    part   record;
-    state record;
+    outside_ticks boolean;
+    part          record;
+    newest        timestamptz;
 BEGIN
-    FOR part IN SELECT user_id, run_id, max(logical_time) AS logical_time
-                FROM new_rows GROUP BY user_id, run_id
-    LOOP
-        PERFORM FROM strategy_run
-        WHERE user_id = part.user_id AND run_id = part.run_id AND status = 'RUNNING'
-        FOR NO KEY UPDATE;
-        IF NOT FOUND THEN
+    SELECT bool_or((SELECT l.payload ? 'equity' FROM event_ledger l
+                    WHERE l.user_id = n.user_id AND l.run_id = n.run_id
+                      AND l.logical_time = n.logical_time AND l.event_type = 'TICK'
+                      AND l.subject = '') IS NOT TRUE)
+    INTO outside_ticks FROM new_rows n;
+    IF outside_ticks THEN
+        FOR part IN SELECT user_id, run_id, max(logical_time) AS logical_time
+                    FROM new_rows GROUP BY user_id, run_id
+        LOOP
             PERFORM run_lock(part.user_id, part.run_id, 'mtm_ledger', 'RUNNING');
-        END IF;
-        SELECT (SELECT m.logical_time FROM mtm_ledger m
-                WHERE m.user_id = part.user_id AND m.run_id = part.run_id
-                ORDER BY m.logical_time DESC LIMIT 1) AS newest,
-               bool_or((SELECT l.payload ? 'equity' FROM event_ledger l
-                        WHERE l.user_id = part.user_id AND l.run_id = part.run_id
-                          AND l.logical_time = n.logical_time AND l.event_type = 'TICK'
-                          AND l.subject = '') IS NOT TRUE) AS outside_ticks
-        INTO state FROM new_rows n
-        WHERE n.user_id = part.user_id AND n.run_id = part.run_id;
-        IF state.newest > part.logical_time THEN
-            RAISE EXCEPTION 'run % already stands at %, after %', part.run_id, state.newest,
-                part.logical_time
-                USING ERRCODE = '23T07', CONSTRAINT = 'mtm_ledger_time_moves_forward',
-                      TABLE = 'mtm_ledger', COLUMN = 'logical_time',
-                      HINT = 'A run only moves forward; mark it at a later logical_time.';
-        ELSIF state.outside_ticks THEN
+            SELECT logical_time INTO newest FROM mtm_ledger
+            WHERE user_id = part.user_id AND run_id = part.run_id
+            ORDER BY logical_time DESC LIMIT 1;
+            IF newest > part.logical_time THEN
+                PERFORM mtm_ledger_refuse_time(part.run_id, newest, part.logical_time);
+            END IF;
             PERFORM mtm_ledger_check_books(n) FROM new_rows n
             WHERE n.user_id = part.user_id AND n.run_id = part.run_id
               AND (SELECT l.payload ? 'equity' FROM event_ledger l
                    WHERE l.user_id = part.user_id AND l.run_id = part.run_id
                      AND l.logical_time = n.logical_time AND l.event_type = 'TICK'
                      AND l.subject = '') IS NOT TRUE;
-        END IF;
-    END LOOP;
+        END LOOP;
+    END IF;
     RETURN NULL;
 END $$;
 
@@ -381,6 +465,14 @@ RETURN jsonb_strip_nulls(jsonb_build_object(
     'reference_price', o.reference_price, 'client_order_id', o.client_order_id,
     'reject_source', o.reject_source, 'reject_code', o.reject_code,
     'status_reason', o.status_reason));
+
+-- The subject of an order's event is its id, of an execution's the order's id and its own.
+CREATE OR REPLACE FUNCTION event_order_id(subject text) RETURNS uuid
+LANGUAGE sql IMMUTABLE
+RETURN CASE WHEN left(subject, 36) LIKE '________-____-____-____-____________'
+             AND left(subject, 36) ~ '^[0-9a-f]+-[0-9a-f]+-[0-9a-f]+-[0-9a-f]+-[0-9a-f]+$'
+             AND substr(subject, 37, 1) = ANY ('{"",/,@}')
+            THEN left(subject, 36)::uuid END;
 
 -- An order's event is written with the move that it tells, so that it is never told again. A
 -- restatement is true while its split is told to the ledger and not yet taken up by the books.
@@ -458,21 +550,80 @@ BEGIN
     UPDATE strategy_run SET cash = NULL WHERE user_id = of_user AND run_id = of_run;
 END $$;
 
+-- One step of the fold that makes a position of a run's events, here and in the audit. A split
+-- keeps the cost and states the mark in the new unit. A mark from before a trade is older news
+-- than the trade's own price.
+CREATE OR REPLACE FUNCTION position_after_event(p public.position, event event_ledger)
+RETURNS public.position
+LANGUAGE plpgsql IMMUTABLE SET search_path = public, pg_temp AS $$
+DECLARE
+    units numeric := (event.payload ->> 'quantity')::numeric;
+    price numeric := (event.payload ->> 'price')::numeric;
+    a     record;
+BEGIN
+    IF p.symbol IS NULL THEN
+        p.user_id := event.user_id;
+        p.run_id := event.run_id;
+        p.symbol := event.payload ->> 'symbol';
+        p.quantity := 0;
+        p.cost_basis := 0;
+        p.realized_pnl := 0;
+    END IF;
+    IF event.event_type = 'SPLIT_APPLIED' THEN
+        p.quantity := (event.payload ->> 'quantity_after')::numeric;
+        p.mark_price := round(p.mark_price * (event.payload ->> 'denominator')::numeric
+                              / (event.payload ->> 'numerator')::numeric, 8);
+        RETURN p;
+    END IF;
+    a := position_after(p.quantity, p.cost_basis,
+                        CASE WHEN event.payload ->> 'side' = 'BUY' THEN units ELSE -units END,
+                        price);
+    p.quantity := a.quantity_after;
+    p.cost_basis := a.cost_after;
+    p.realized_pnl := p.realized_pnl + a.realized;
+    IF p.marked_at IS NULL OR p.marked_at < event.logical_time THEN
+        p.mark_price := price;
+        p.marked_at := event.logical_time;
+    END IF;
+    RETURN p;
+END $$;
+
+-- What a position must be: what it is, or nothing, and what the events after the run's books_seq
+-- make of it.
+CREATE OR REPLACE FUNCTION position_after_events(p public.position, of_user uuid, of_run uuid, of_symbol text,
+                                      books_seq bigint, account_type text)
+RETURNS public.position
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+DECLARE
+    was   numeric;
+    event event_ledger;
+BEGIN
+    FOR event IN SELECT * FROM event_ledger l
+                 WHERE l.user_id = of_user AND l.run_id = of_run
+                   AND l.seq > position_after_events.books_seq
+                   AND l.event_type IN ('EXECUTION', 'SPLIT_APPLIED')
+                   AND l.payload ->> 'symbol' = of_symbol
+                 ORDER BY l.seq
+    LOOP
+        was := coalesce(p.quantity, 0);
+        p := position_after_event(p, event);
+        IF p.quantity < 0 AND p.quantity < was AND account_type = 'CASH' THEN
+            RAISE EXCEPTION 'selling % % leaves a short position of % in a cash account',
+                was - p.quantity, of_symbol, p.quantity
+                USING ERRCODE = '23T04', CONSTRAINT = 'position_not_short_in_cash_account',
+                      TABLE = 'position', COLUMN = 'quantity',
+                      HINT = 'Sell at most what is held, or use a MARGIN account.';
+        END IF;
+    END LOOP;
+    RETURN p;
+END $$;
+
 CREATE OR REPLACE FUNCTION position_follow_ledger(of_user uuid, of_run uuid, of_symbol text) RETURNS void
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
-DECLARE
-    due public.position;
 BEGIN
+    -- A split of what was never held finds nothing to write.
     UPDATE position SET quantity = NULL
     WHERE user_id = of_user AND run_id = of_run AND symbol = of_symbol;
-    IF NOT FOUND THEN
-        due := position_due(of_user, of_run, of_symbol);
-        -- A split of what was never held leaves nothing to write.
-        IF due.marked_at IS NOT NULL THEN
-            INSERT INTO position (user_id, run_id, symbol, quantity)
-            VALUES (of_user, of_run, of_symbol, NULL);
-        END IF;
-    END IF;
 END $$;
 
 CREATE OR REPLACE FUNCTION event_refuse(event record, fault text) RETURNS void
@@ -510,48 +661,90 @@ END $$;
 -- Events are not taken on anybody's word: each must follow from the one before it, and what it
 -- tells must be so, row by row. Positions and cash follow these events, so forging one would forge
 -- money. The loop reads every row once and knows cash and holdings as they were at each event.
-CREATE OR REPLACE FUNCTION books_follow(of_user uuid, of_run uuid, first_seq bigint) RETURNS void
+CREATE OR REPLACE FUNCTION books_follow(of_user uuid, of_run uuid, first_seq bigint) RETURNS bigint
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp SET enable_seqscan = off AS $$
 DECLARE
-    run      strategy_run := run_lock(of_user, of_run, 'event_ledger', 'RUNNING', 'STOPPING');
-    cash     numeric := run.cash;
-    value    numeric;             -- of the holdings, at their marks
-    symbols  text[];              -- the holdings: parallel arrays
-    held     numeric[];
-    marks    numeric[];
-    marked   timestamptz[];
-    traded   boolean[];
-    remarked boolean[];
-    previous bytea;
-    newest   timestamptz;
-    next_seq bigint := first_seq;
-    e        record;
-    i        integer;
-    price    numeric;
-    reserved numeric;
-    refusal  record;
-    moved    boolean := false;
+    run       record;
+    cash      numeric;
+    limited   boolean;             -- has limits
+    waiting   boolean;             -- has open orders
+    reserved  numeric := 0;
+    symbols   text[];              -- the holdings: parallel arrays
+    held      numeric[];
+    marks     numeric[];
+    marked    timestamptz[];
+    traded    boolean[];
+    remarked  boolean[];
+    value     numeric;
+    previous  bytea;
+    newest    timestamptz;
+    last_mark timestamptz;         -- in mtm_ledger, and that of the last tick told now
+    ticked    timestamptz;
+    next_seq  bigint := first_seq;
+    e         record;
+    i         integer;
+    price     numeric;
+    refusal   record;
+    moved     boolean;
 BEGIN
-    -- ORDER BY, here and elsewhere, leaves a planner without statistics one index to choose.
-    SELECT l.hash, l.logical_time INTO previous, newest FROM event_ledger l
-    WHERE l.user_id = of_user AND l.run_id = of_run AND l.seq < first_seq
-    ORDER BY l.seq DESC LIMIT 1;
+    SELECT r.status, r.account_type, r.broker, r.currency, r.cash INTO run FROM strategy_run r
+    WHERE r.user_id = of_user AND r.run_id = of_run FOR NO KEY UPDATE;
+    IF run.status IS NULL OR run.status NOT IN ('RUNNING', 'STOPPING') THEN
+        PERFORM run_lock(of_user, of_run, 'event_ledger', 'RUNNING', 'STOPPING');
+    END IF;
+    -- Where the books stand before the first event, in one query.
+    SELECT run.cash, l.hash, l.logical_time, p.symbols, p.held, p.marks, p.marked,
+           -- ORDER BY leaves a planner without statistics one index to choose.
+           (SELECT true FROM orders o
+            WHERE o.user_id = of_user AND o.run_id = of_run
+              AND o.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
+            ORDER BY o.symbol LIMIT 1),
+           (SELECT true FROM risk_limit k WHERE k.user_id = of_user LIMIT 1),
+           (SELECT m.logical_time FROM mtm_ledger m
+            WHERE m.user_id = of_user AND m.run_id = of_run ORDER BY m.logical_time DESC LIMIT 1)
+    INTO cash, previous, newest, symbols, held, marks, marked, waiting, limited, last_mark
+    FROM (SELECT coalesce(array_agg(h.symbol), '{}') AS symbols, array_agg(h.quantity) AS held,
+                 array_agg(h.mark_price) AS marks, array_agg(h.marked_at) AS marked
+          FROM position h WHERE h.user_id = of_user AND h.run_id = of_run) p
+    LEFT JOIN event_ledger l ON l.user_id = of_user AND l.run_id = of_run AND l.seq = first_seq - 1;
+    IF waiting THEN
+        reserved := run_reserved_cash(of_user, of_run);
+    END IF;
+
+    -- Beside the event the row that it tells of: there is none unless the row is as the event says.
     FOR e IN
         SELECT l.*,
                CASE WHEN l.event_type = 'EXECUTION'
                     THEN (SELECT t FROM execution t
+                          JOIN orders o ON o.user_id = t.user_id AND o.run_id = t.run_id
+                                       AND o.order_id = t.order_id
                           WHERE t.user_id = of_user AND t.run_id = of_run
                             -- Both: before its first ANALYZE either index may be chosen.
                             AND t.order_id = event_order_id(l.subject)
-                            AND t.execution_id = substr(l.subject, 38) COLLATE "default") END AS x,
-               CASE WHEN l.event_type IN ('ORDER_PLACED', 'EXECUTION')
-                    THEN (SELECT t FROM orders t
-                          WHERE t.user_id = of_user AND t.run_id = of_run
-                            AND t.order_id = event_order_id(l.subject)) END AS o,
+                            AND t.execution_id = substr(l.subject, 38) COLLATE "default"
+                            AND l.subject = t.order_id || '/' || t.execution_id
+                            AND t.logical_time = l.logical_time
+                            AND l.payload = execution_event_payload(t)
+                            AND o.symbol = t.symbol AND o.side = t.side) END AS x,
+               CASE WHEN l.event_type = 'ORDER_PLACED'
+                    THEN (SELECT o FROM orders o
+                          WHERE o.user_id = of_user AND o.run_id = of_run
+                            AND o.order_id = event_order_id(l.subject)
+                            AND o.order_id::text = l.subject
+                            AND o.logical_time = l.logical_time
+                            AND l.payload = orders_event_payload(o)
+                            AND (o.status IN ('NEW', 'PENDING')
+                                 -- Nothing has looked up a price for the gate.
+                                 OR o.status = 'FILLED' AND o.status_at = o.logical_time
+                                    AND coalesce(o.limit_price, o.stop_price, o.reference_price)
+                                        IS NOT NULL)) END AS o,
                CASE WHEN l.event_type = 'TICK'
-                    THEN (SELECT t FROM mtm_ledger t
-                          WHERE t.user_id = of_user AND t.run_id = of_run
-                            AND t.logical_time = l.logical_time) END AS m
+                    THEN (SELECT m FROM mtm_ledger m
+                          WHERE m.user_id = of_user AND m.run_id = of_run
+                            AND m.logical_time = l.logical_time
+                            AND l.payload @> jsonb_build_object(
+                                'cash', m.cash, 'market_value', m.market_value,
+                                'equity', m.equity)) END AS m
         FROM event_ledger l
         WHERE l.user_id = of_user AND l.run_id = of_run AND l.seq >= first_seq
         ORDER BY l.seq
@@ -566,79 +759,61 @@ BEGIN
         ELSIF run.status = 'STOPPING' AND e.event_type NOT IN ('RUN_STOPPED', 'RUN_ERROR') THEN
             PERFORM run_lock(of_user, of_run, 'event_ledger', 'RUNNING');
         END IF;
-        next_seq := e.seq + 1;
+        next_seq := next_seq + 1;
         previous := e.hash;
         newest := e.logical_time;
-        CONTINUE WHEN e.event_type NOT IN ('ORDER_PLACED', 'EXECUTION', 'TICK', 'SPLIT_APPLIED')
-                      AND NOT starts_with(e.event_type, 'ORDER_');
-
-        IF symbols IS NULL THEN
-            SELECT coalesce(array_agg(p.symbol), '{}'), array_agg(p.quantity),
-                   array_agg(p.mark_price), array_agg(p.marked_at),
-                   array_agg(false), array_agg(false), coalesce(sum(p.market_value), 0)
-            INTO symbols, held, marks, marked, traded, remarked, value
-            FROM position p WHERE p.user_id = of_user AND p.run_id = of_run;
-        END IF;
 
         IF e.event_type = 'TICK' THEN
-            CONTINUE WHEN NOT e.payload ?| ARRAY['cash', 'market_value', 'equity'];
+            CONTINUE WHEN NOT e.payload ?| '{cash,market_value,equity}';
+            value := 0;
             FOR i IN 1 .. cardinality(symbols) LOOP
-                price := CASE WHEN held[i] <> 0
-                              THEN e.payload #>> ARRAY['prices', symbols[i]] END;
-                CONTINUE WHEN price IS NULL;
-                value := value + held[i] * (price - marks[i]);
-                marks[i] := price;
-                marked[i] := coalesce((e.payload #>> ARRAY['priced_at', symbols[i]])::timestamptz,
-                                      e.logical_time);
-                remarked[i] := true;
+                CONTINUE WHEN held[i] = 0;
+                price := e.payload #>> ARRAY['prices', symbols[i]];
+                IF price IS NOT NULL THEN
+                    marks[i] := price;
+                    marked[i] := coalesce(
+                        (e.payload #>> ARRAY['priced_at', symbols[i]])::timestamptz,
+                        e.logical_time);
+                    remarked[i] := true;
+                END IF;
+                value := value + held[i] * marks[i];
             END LOOP;
-            IF (e.m).cash = cash AND (e.m).market_value = value
-               AND e.payload @> jsonb_build_object('cash', cash, 'market_value', value,
-                                                   'equity', cash + value) THEN
-                CONTINUE;
-            END IF;
-            PERFORM event_refuse(e, NULL);
-
-        ELSIF e.event_type = 'EXECUTION' THEN
-            IF e.subject = (e.x).order_id || '/' || (e.x).execution_id
-               AND e.logical_time = (e.x).logical_time
-               AND e.payload = execution_event_payload(e.x)
-               AND (e.o).symbol = (e.x).symbol AND (e.o).side = (e.x).side THEN
-                PERFORM execution_check_money(e.x, run)
-                WHERE (e.x).price <= 0 OR (e.x).commission <> 0;
+            IF (e.m).cash = cash AND (e.m).market_value = value THEN
+                ticked := e.logical_time;
             ELSE
                 PERFORM event_refuse(e, NULL);
             END IF;
+
+        ELSIF e.event_type = 'EXECUTION' THEN
+            IF (e.x).price IS NULL THEN
+                PERFORM event_refuse(e, NULL);
+            ELSIF (e.x).price <= 0 OR (e.x).commission <> 0 THEN
+                PERFORM execution_check_money(e.x, run.currency);
+            END IF;
             i := coalesce(array_position(symbols, (e.x).symbol), cardinality(symbols) + 1);
             symbols[i] := (e.x).symbol;
-            value := value - coalesce(held[i] * marks[i], 0);
             held[i] := coalesce(held[i], 0)
                      + CASE WHEN (e.x).side = 'BUY' THEN (e.x).quantity ELSE -(e.x).quantity END;
             IF marked[i] IS NULL OR marked[i] < e.logical_time THEN
                 marks[i] := (e.x).price;
                 marked[i] := e.logical_time;
             END IF;
-            value := value + held[i] * marks[i];
             cash := cash + execution_cash_flow((e.x).side, (e.x).quantity, (e.x).price,
                                                (e.x).commission);
             traded[i] := true;
             moved := true;
 
         ELSIF e.event_type = 'ORDER_PLACED' THEN
-            IF e.subject <> (e.o).order_id::text OR e.logical_time <> (e.o).logical_time
-               OR (e.o).order_id IS NULL THEN
-                PERFORM event_refuse(e, NULL);
-            ELSIF (e.o).status = 'FILLED' THEN
-                IF reserved IS NULL THEN
-                    reserved := run_reserved_cash(of_user, of_run);
-                END IF;
+            IF (e.o).status = 'FILLED' THEN
                 refusal := orders_gate(
-                    e.o, run, cash - reserved,
+                    e.o, run.account_type, limited, cash - reserved,
                     coalesce(held[array_position(symbols, (e.o).symbol)], 0)
-                    + orders_open_quantity(e.o));
+                    + CASE WHEN waiting THEN orders_open_quantity(e.o) ELSE 0 END);
                 IF refusal.code IS NOT NULL OR (e.o).broker <> run.broker THEN
                     PERFORM event_refuse(e, coalesce(refusal.code, 'BROKER'));
                 END IF;
+            ELSIF (e.o).status IS NULL THEN
+                PERFORM event_refuse(e, NULL);
             END IF;
 
         ELSIF e.event_type = 'SPLIT_APPLIED' THEN
@@ -650,14 +825,18 @@ BEGIN
                 PERFORM event_refuse(e, NULL);
             END IF;
 
-        ELSIF NOT order_event_is_true(ROW (of_user, of_run, e.seq, e.logical_time, e.event_type,
-                                           e.subject, e.payload, e.recorded_at,
-                                           e.hash)::event_ledger) THEN
+        ELSIF starts_with(e.event_type, 'ORDER_')
+              AND NOT order_event_is_true(ROW (of_user, of_run, e.seq, e.logical_time,
+                                               e.event_type, e.subject, e.payload, e.recorded_at,
+                                               e.hash)::event_ledger) THEN
             PERFORM event_refuse(e, NULL);
         END IF;
     END LOOP;
 
-    FOR i IN 1 .. coalesce(cardinality(symbols), 0) LOOP
+    IF last_mark > ticked THEN
+        PERFORM mtm_ledger_refuse_time(of_run, last_mark, ticked);
+    END IF;
+    FOR i IN 1 .. cardinality(symbols) LOOP
         IF traded[i] THEN
             UPDATE position SET quantity = NULL, mark_price = marks[i], marked_at = marked[i]
             WHERE user_id = of_user AND run_id = of_run AND symbol = symbols[i];
@@ -671,19 +850,21 @@ BEGIN
         END IF;
     END LOOP;
     IF moved THEN
-        PERFORM strategy_run_follow_ledger(of_user, of_run);
+        UPDATE strategy_run SET cash = NULL WHERE user_id = of_user AND run_id = of_run;
     END IF;
+    RETURN next_seq - first_seq;
 END $$;
 
 CREATE OR REPLACE FUNCTION event_ledger_prove() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
 DECLARE
-    part record;
+    part   record;
+    proven bigint;
 BEGIN
     FOR part IN SELECT user_id, run_id, min(seq) AS first_seq FROM new_rows
                 GROUP BY user_id, run_id
     LOOP
-        PERFORM books_follow(part.user_id, part.run_id, part.first_seq);
+        proven := books_follow(part.user_id, part.run_id, part.first_seq);
     END LOOP;
     RETURN NULL;
 END $$;
@@ -709,8 +890,8 @@ BEGIN
 END $$;
 
 -- The gate: why an order may not be taken, given the cash and the holding that it meets.
-CREATE OR REPLACE FUNCTION orders_gate(o orders, run strategy_run, free_cash numeric, exposure numeric,
-                            OUT source text, OUT code text, OUT reason text)
+CREATE OR REPLACE FUNCTION orders_gate(o orders, account_type text, limited boolean, free_cash numeric,
+                            exposure numeric, OUT source text, OUT code text, OUT reason text)
 LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
 DECLARE
     price  numeric := coalesce(o.limit_price, o.stop_price, o.reference_price);
@@ -724,7 +905,7 @@ BEGIN
         source := 'VALIDATION';
         RETURN;
     END IF;
-    IF EXISTS (SELECT FROM risk_limit WHERE user_id = o.user_id) THEN
+    IF limited THEN
         SELECT * INTO broken FROM orders_broken_limit(o, price, exposure);
         IF FOUND THEN
             code := broken.code;
@@ -732,7 +913,7 @@ BEGIN
                                || coalesce(trim_scale(broken.value)::text, 'unknown'), o.symbol);
         END IF;
     END IF;
-    IF code IS NOT NULL OR run.account_type <> 'CASH' THEN
+    IF code IS NOT NULL OR account_type <> 'CASH' THEN
         NULL;
     ELSIF o.side = 'SELL' AND o.quantity > exposure THEN
         code := 'INSUFFICIENT_POSITION';
@@ -751,18 +932,21 @@ END $$;
 CREATE OR REPLACE FUNCTION orders_pass_gate() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 DECLARE
-    run     strategy_run;
+    run     record;
     held    numeric;
     refusal record;
 BEGIN
-    SELECT * INTO run FROM strategy_run WHERE user_id = NEW.user_id AND run_id = NEW.run_id;
+    SELECT r.cash, r.account_type INTO run FROM strategy_run r
+    WHERE r.user_id = NEW.user_id AND r.run_id = NEW.run_id;
     IF NEW.reference_price IS NULL AND orders_validation_code(NEW) IS NULL
        AND orders_price_code(NEW) IS NULL THEN
         NEW.reference_price := orders_known_price(NEW);
     END IF;
     SELECT p.quantity INTO held FROM position p
     WHERE p.user_id = NEW.user_id AND p.run_id = NEW.run_id AND p.symbol = NEW.symbol;
-    refusal := orders_gate(NEW, run, run.cash - run_reserved_cash(NEW.user_id, NEW.run_id),
+    refusal := orders_gate(NEW, run.account_type,
+                           EXISTS (SELECT FROM risk_limit l WHERE l.user_id = NEW.user_id),
+                           run.cash - run_reserved_cash(NEW.user_id, NEW.run_id),
                            coalesce(held, 0) + orders_open_quantity(NEW));
     IF refusal.code IS NOT NULL THEN
         NEW.status := 'REJECTED';
@@ -788,6 +972,19 @@ BEGIN
     END IF;
 END $$;
 
+CREATE OR REPLACE FUNCTION plans_are_active(of_user uuid, of_run uuid, event_types text[],
+                                 event_subject text[]) RETURNS boolean
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    RETURN NOT EXISTS (
+        SELECT FROM unnest(event_types, event_subject) AS t (event_type, subject)
+        WHERE t.event_type = 'SIP_EXECUTED'
+          AND NOT EXISTS (SELECT FROM sip_plan p
+                          WHERE p.user_id = of_user AND p.run_id = of_run
+                            AND p.plan = split_part(t.subject, '@', 1)
+                            AND p.status = 'ACTIVE'));
+END $$;
+
 -- Trades are orders that their tick filled whole: each is placed at its place in the story and
 -- executed at the next one. Places count from 1 without a gap. after_seq is the number of the last
 -- event that the writer knows; if there is a newer one, or a plan was changed, the writer has
@@ -805,76 +1002,77 @@ CREATE OR REPLACE FUNCTION ticks_write(
     tick_value numeric[])
 RETURNS void LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp
 -- Arrays of every length would be planned anew each time, which costs more than it ever saves.
-SET plan_cache_mode = force_generic_plan AS $$
+SET plan_cache_mode = force_generic_plan
+-- A plan that was made while a table was empty reads all of it for as long as it is kept.
+SET enable_seqscan = off AS $$
 DECLARE
-    run  strategy_run := run_lock(of_user, of_run, 'event_ledger', 'RUNNING');
+    run  record;
     head record;
 BEGIN
+    SELECT r.status, r.broker, r.currency INTO run FROM strategy_run r
+    WHERE r.user_id = of_user AND r.run_id = of_run FOR NO KEY UPDATE;
+    IF run.status IS DISTINCT FROM 'RUNNING' THEN
+        PERFORM run_lock(of_user, of_run, 'event_ledger', 'RUNNING');
+    END IF;
     SELECT l.seq, l.hash INTO head FROM event_ledger l
     WHERE l.user_id = of_user AND l.run_id = of_run ORDER BY l.seq DESC LIMIT 1;
     IF coalesce(head.seq, 0) <> after_seq
-       OR 'SIP_EXECUTED' = ANY (event_types) AND EXISTS (
-           SELECT FROM unnest(event_types, event_subject) AS t (event_type, subject)
-           WHERE t.event_type = 'SIP_EXECUTED'
-             AND NOT EXISTS (SELECT FROM sip_plan p
-                             WHERE p.user_id = of_user AND p.run_id = of_run
-                               AND p.plan = split_part(t.subject, '@', 1)
-                               AND p.status = 'ACTIVE')) THEN
+       OR 'SIP_EXECUTED' = ANY (event_types)
+          AND NOT plans_are_active(of_user, of_run, event_types, event_subject) THEN
         RAISE EXCEPTION 'run % has moved since it was read', of_run
             USING ERRCODE = 'serialization_failure';
     END IF;
-    WITH trade AS MATERIALIZED (
-        SELECT * FROM unnest(
-            trade_place, trade_time, trade_order, trade_symbol, trade_side, trade_quantity,
-            trade_type, trade_in_force, trade_limit, trade_expire, trade_reference, trade_client,
-            trade_price, trade_commission, trade_event_at)
-            AS t (place, at, order_id, symbol, side, quantity, order_type, time_in_force,
-                  limit_price, expire_at, reference_price, client_order_id, price, commission,
-                  event_at)
-    ), tick AS MATERIALIZED (
-        SELECT * FROM unnest(tick_place, tick_time, tick_facts, tick_cash, tick_value)
-            AS t (place, at, facts, cash, market_value)
-    ), told AS (
-        SELECT place, at, 'ORDER_PLACED' AS event_type, order_id::text AS subject,
-               jsonb_strip_nulls(jsonb_build_object(
-                   'symbol', symbol, 'side', side, 'quantity', quantity, 'order_type', order_type,
-                   'time_in_force', time_in_force, 'limit_price', limit_price,
-                   'expire_at', event_moment(expire_at), 'reference_price', reference_price,
-                   'client_order_id', client_order_id)) AS payload
-        FROM trade
-        UNION ALL
-        SELECT place + 1, at, 'EXECUTION', order_id || '/' || order_id || '-1',
-               jsonb_build_object('symbol', symbol, 'side', side, 'quantity', quantity,
-                                  'price', price, 'commission', commission,
-                                  'commission_currency', run.currency,
-                                  'event_at', event_moment(event_at))
-        FROM trade
-        UNION ALL
-        SELECT * FROM unnest(event_place, event_time, event_types, event_subject, event_payload)
-        UNION ALL
-        SELECT place, at, 'TICK', '',
-               facts || jsonb_build_object('cash', cash, 'market_value', market_value,
-                                           'equity', cash + market_value)
-        FROM tick
-    ), placed AS (
+    WITH placed AS (
         INSERT INTO orders (user_id, run_id, order_id, client_order_id, broker, symbol, side,
                             quantity, order_type, time_in_force, limit_price, expire_at,
                             reference_price, status, status_at, filled_quantity, filled_notional,
                             logical_time, recorded_at)
-        SELECT of_user, of_run, order_id, client_order_id, run.broker, symbol, side, quantity,
-               order_type, time_in_force, limit_price, expire_at, reference_price, 'FILLED', at,
-               quantity, quantity * price, at, now()
-        FROM trade
+        SELECT of_user, of_run, trade_order[i], trade_client[i], run.broker, trade_symbol[i],
+               trade_side[i], trade_quantity[i], trade_type[i], trade_in_force[i], trade_limit[i],
+               trade_expire[i], trade_reference[i], 'FILLED', trade_time[i], trade_quantity[i],
+               trade_quantity[i] * trade_price[i], trade_time[i], now()
+        FROM generate_series(1, cardinality(trade_order)) i
     ), filled AS (
         INSERT INTO execution (user_id, run_id, execution_id, order_id, symbol, side, quantity,
                                price, commission, commission_currency, logical_time, event_at,
                                recorded_at)
-        SELECT of_user, of_run, order_id || '-1', order_id, symbol, side, quantity, price,
-               commission, run.currency, at, event_at, now()
-        FROM trade
+        SELECT of_user, of_run, trade_order[i] || '-1', trade_order[i], trade_symbol[i],
+               trade_side[i], trade_quantity[i], trade_price[i], trade_commission[i],
+               run.currency, trade_time[i], trade_event_at[i], now()
+        FROM generate_series(1, cardinality(trade_order)) i
     ), marked AS (
         INSERT INTO mtm_ledger (user_id, run_id, logical_time, cash, market_value, recorded_at)
-        SELECT of_user, of_run, at, cash, market_value, now() FROM tick
+        SELECT of_user, of_run, tick_time[i], tick_cash[i], tick_value[i], now()
+        FROM generate_series(1, cardinality(tick_time)) i
+    ), told AS (
+        SELECT trade_place[i] AS place, trade_time[i] AS at, 'ORDER_PLACED' AS event_type,
+               trade_order[i]::text AS subject,
+               jsonb_strip_nulls(jsonb_build_object(
+                   'symbol', trade_symbol[i], 'side', trade_side[i],
+                   'quantity', trade_quantity[i], 'order_type', trade_type[i],
+                   'time_in_force', trade_in_force[i], 'limit_price', trade_limit[i],
+                   'expire_at', event_moment(trade_expire[i]),
+                   'reference_price', trade_reference[i],
+                   'client_order_id', trade_client[i])) AS payload
+        FROM generate_series(1, cardinality(trade_order)) i
+        UNION ALL
+        SELECT trade_place[i] + 1, trade_time[i], 'EXECUTION',
+               trade_order[i] || '/' || trade_order[i] || '-1',
+               jsonb_build_object('symbol', trade_symbol[i], 'side', trade_side[i],
+                                  'quantity', trade_quantity[i], 'price', trade_price[i],
+                                  'commission', trade_commission[i],
+                                  'commission_currency', run.currency,
+                                  'event_at', event_moment(trade_event_at[i]))
+        FROM generate_series(1, cardinality(trade_order)) i
+        UNION ALL
+        SELECT event_place[i], event_time[i], event_types[i], event_subject[i], event_payload[i]
+        FROM generate_series(1, cardinality(event_place)) i
+        UNION ALL
+        SELECT tick_place[i], tick_time[i], 'TICK', '',
+               tick_facts[i] || jsonb_build_object('cash', tick_cash[i],
+                                                   'market_value', tick_value[i],
+                                                   'equity', tick_cash[i] + tick_value[i])
+        FROM generate_series(1, cardinality(tick_time)) i
     )
     INSERT INTO event_ledger (user_id, run_id, seq, logical_time, event_type, subject, payload,
                               recorded_at, hash)
@@ -889,12 +1087,57 @@ BEGIN
         PERFORM ledger_analyze();
     END IF;
     IF cardinality(tick_time) > 0 THEN
-        INSERT INTO engine_state (user_id, run_id, last_logical_time, state)
-        VALUES (of_user, of_run, tick_time[cardinality(tick_time)], new_state)
-        ON CONFLICT (user_id, run_id) DO UPDATE
-        SET last_logical_time = excluded.last_logical_time, state = excluded.state;
+        UPDATE engine_state
+        SET last_logical_time = tick_time[cardinality(tick_time)], state = new_state
+        WHERE user_id = of_user AND run_id = of_run;
+        IF NOT FOUND THEN
+            INSERT INTO engine_state (user_id, run_id, last_logical_time, state)
+            VALUES (of_user, of_run, tick_time[cardinality(tick_time)], new_state);
+        END IF;
     END IF;
 END $$;
+
+-- The rights of each role: all that it needs and no more. The engine inserts what happens and
+-- moves what moves; it has no right to a number that follows from something else. Those are
+-- written by ticks_write and, behind the tables' triggers, by execution_apply, books_follow and
+-- split_applied_apply, which have the owner's rights.
+CREATE OR REPLACE FUNCTION role_rights() RETURNS TABLE (role text, rights text)
+LANGUAGE sql IMMUTABLE SET search_path = public, pg_temp AS $$
+    VALUES
+        ('oms_engine', 'USAGE ON SCHEMA public'),
+        ('oms_engine', 'INSERT ON app_user, instrument, calendar_session, price_bar,
+            corporate_action, engine_state, engine_status, sip_plan'),
+        ('oms_engine', 'INSERT (user_id, run_id, name, status, strategy, parameters, broker, paper,
+            account_type, calendar, currency, tick_at, initial_cash),
+            UPDATE (status) ON strategy_run'),
+        ('oms_engine', 'UPDATE (last_logical_time, state, recorded_at) ON engine_state'),
+        ('oms_engine', 'UPDATE (heartbeat_at, lag_seconds, last_error, error_at)
+            ON engine_status'),
+        ('oms_engine', 'INSERT (user_id, run_id, order_id, client_order_id, symbol, side, quantity,
+            order_type, time_in_force, limit_price, stop_price, trail_amount, trail_percent,
+            expire_at, reference_price, logical_time), UPDATE (status, status_at, status_reason,
+            reject_source, reject_code, stop_price, triggered_at, expire_at)
+            ON orders, paper_order'),
+        ('oms_engine', 'INSERT (user_id, run_id, execution_id, order_id, symbol, side, quantity,
+            price, commission, commission_currency, logical_time, event_at)
+            ON execution, paper_trade'),
+        ('oms_engine', 'UPDATE (mark_price, marked_at) ON position, paper_position'),
+        ('oms_engine', 'INSERT (user_id, run_id, symbol, ex_date, kind, logical_time)
+            ON split_applied'),
+        ('oms_engine', 'INSERT (user_id, run_id, logical_time) ON mtm_ledger, paper_equity_curve'),
+        ('oms_engine', 'INSERT (user_id, run_id, logical_time, event_type, subject, payload)
+            ON event_ledger'),
+        ('oms_engine', 'UPDATE (status, start_on) ON sip_plan'),
+        ('oms_engine', 'EXECUTE ON FUNCTION ticks_write'),
+        ('oms_connector', 'USAGE ON SCHEMA public'),
+        ('oms_connector', 'SELECT ON instrument, calendar_session'),
+        ('oms_auditor', 'USAGE ON SCHEMA public')
+$$;
+
+ALTER TABLE instrument
+    DROP CONSTRAINT instrument_symbol_format,
+    ADD CONSTRAINT instrument_symbol_format
+        CHECK (symbol ~ '^[A-Z0-9][A-Z0-9._=^/ -]*$' AND length(symbol) <= 32);
 
 ALTER TABLE strategy_run
     DROP CONSTRAINT strategy_run_account_type_known,
@@ -915,6 +1158,9 @@ ALTER TABLE strategy_run
         CHECK ((stopped_at IS NOT NULL) = (status = ANY ('{STOPPED,ERROR}')));
 
 ALTER TABLE orders
+    DROP CONSTRAINT orders_symbol_format,
+    ADD CONSTRAINT orders_symbol_format
+        CHECK (symbol ~ '^[A-Z0-9][A-Z0-9._=^/ -]*$' AND length(symbol) <= 32),
     DROP CONSTRAINT orders_side_known,
     ADD CONSTRAINT orders_side_known CHECK (side = ANY ('{BUY,SELL}')),
     DROP CONSTRAINT orders_order_type_known,
@@ -946,6 +1192,10 @@ ALTER TABLE orders
     ALTER COLUMN recorded_at DROP DEFAULT;
 
 ALTER TABLE execution
+    DROP CONSTRAINT execution_execution_id_format,
+    ADD CONSTRAINT execution_execution_id_format
+        CHECK (execution_id ~ '^[[:graph:]]([[:print:]]*[[:graph:]])?$'
+               AND length(execution_id) <= 128),
     DROP CONSTRAINT execution_quantity_positive,
     ADD CONSTRAINT execution_quantity_positive
         CHECK (quantity > 0 AND amount_in_range(quantity)),
@@ -957,6 +1207,9 @@ ALTER TABLE execution
     ALTER COLUMN recorded_at DROP DEFAULT;
 
 ALTER TABLE position
+    DROP CONSTRAINT position_symbol_format,
+    ADD CONSTRAINT position_symbol_format
+        CHECK (symbol ~ '^[A-Z0-9][A-Z0-9._=^/ -]*$' AND length(symbol) <= 32),
     DROP CONSTRAINT position_quantity_in_range,
     ADD CONSTRAINT position_quantity_in_range
         CHECK (decimal_in_range(quantity, 1e18, 8)),
@@ -967,7 +1220,18 @@ ALTER TABLE mtm_ledger
     ALTER COLUMN recorded_at DROP DEFAULT;
 
 ALTER TABLE event_ledger
+    DROP CONSTRAINT event_ledger_event_type_format,
+    ADD CONSTRAINT event_ledger_event_type_format
+        CHECK (event_type ~ '^[A-Z][A-Z0-9_]*$' AND length(event_type) <= 63),
     ALTER COLUMN recorded_at DROP DEFAULT;
+
+ALTER TABLE risk_limit
+    DROP CONSTRAINT risk_limit_symbol_format,
+    ADD CONSTRAINT risk_limit_symbol_format
+        CHECK (symbol ~ '^[A-Z0-9][A-Z0-9._=^/ -]*$' AND length(symbol) <= 32);
+
+CREATE TRIGGER engine_state_a_check_write BEFORE INSERT OR UPDATE ON engine_state
+    FOR EACH ROW EXECUTE FUNCTION engine_state_check_write();
 
 -- An order born FILLED at the time of its transaction claims to be complete: its statement proves
 -- it with all others (orders_record_insert, books_follow) instead of one by one.
@@ -993,14 +1257,23 @@ CREATE TRIGGER event_ledger_a_append BEFORE INSERT ON event_ledger
     FOR EACH ROW WHEN (NEW.recorded_at IS DISTINCT FROM now())
     EXECUTE FUNCTION event_ledger_append();
 
+CREATE CONSTRAINT TRIGGER event_ledger_m_check_end AFTER INSERT ON event_ledger
+    DEFERRABLE INITIALLY DEFERRED
+    FOR EACH ROW WHEN (NEW.event_type = ANY ('{RUN_STOPPING,RUN_STOPPED,RUN_ERROR}'))
+    EXECUTE FUNCTION event_ledger_check_end();
+
 CREATE TRIGGER event_ledger_m_prove AFTER INSERT ON event_ledger
     REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION event_ledger_prove();
 
 CREATE TRIGGER orders_b_pass_gate BEFORE INSERT ON orders
-    FOR EACH ROW WHEN (NEW.status NOT IN ('REJECTED', 'FILLED'))
+    FOR EACH ROW WHEN (NEW.status <> ALL ('{REJECTED,FILLED}'))
     EXECUTE FUNCTION orders_pass_gate();
 
 DROP FUNCTION orders_exposure;
+
+DROP FUNCTION position_due;
+
+DROP FUNCTION strategy_run_books_due;
 
 DROP FUNCTION event_ledger_check_fact;
 
@@ -1013,6 +1286,9 @@ COMMENT ON FUNCTION amount_in_range IS
 COMMENT ON FUNCTION event_moment IS 'A time as the ledger''s payloads state it: ISO 8601, in UTC.';
 
 COMMENT ON FUNCTION strategy_run_words_are_short IS 'Whether a run''s words fit on a line.';
+
+COMMENT ON FUNCTION engine_state_check_write IS
+    'Trigger: no write unless the run is RUNNING; last_logical_time is the newest TICK event''s.';
 
 COMMENT ON FUNCTION orders_prices_are_in_range IS
     'Whether the prices that an order has are below 10^15 and have 8 decimals at most.';
@@ -1034,6 +1310,8 @@ COMMENT ON FUNCTION execution_apply IS
 COMMENT ON FUNCTION mtm_ledger_check_books IS
     'Refuses a mark that is not what the books say, or older than the newest event.';
 
+COMMENT ON FUNCTION mtm_ledger_refuse_time IS 'Raises that a mark is older than another.';
+
 COMMENT ON FUNCTION mtm_ledger_prove IS
     'Trigger: marks are those of the books, or belong to a tick that is proven to be.';
 
@@ -1042,6 +1320,8 @@ COMMENT ON FUNCTION event_chain_next IS 'One step of event_chain.';
 COMMENT ON AGGREGATE event_chain(bytea, uuid, uuid, bigint, timestamptz, text, text, jsonb,
                                  timestamptz) IS
     'The hash of the last of some consecutive events; head is the hash of the one before them.';
+
+COMMENT ON FUNCTION position_after_events IS 'What the ledger makes of a position.';
 
 COMMENT ON FUNCTION event_refuse IS
     'Raises what is wrong with an event: SEQ, HASH, TIME, words of the gate, or no row behind it.';
@@ -1055,11 +1335,14 @@ COMMENT ON FUNCTION orders_open_quantity IS
     'Units that open orders of an order''s symbol and side would add; negative for sells.';
 
 COMMENT ON FUNCTION orders_gate IS
-    'Why an order is refused, or NULLs: free_cash is what open orders leave, exposure the holding '
-    'and open orders of its side.';
+    'Why an order is refused, or NULLs: limited is whether its user has limits, free_cash what '
+    'open orders leave, exposure the holding and open orders of its side.';
 
 COMMENT ON FUNCTION ledger_analyze IS
     'Gives the planner its first statistics of the tables that grow with every tick.';
+
+COMMENT ON FUNCTION plans_are_active IS
+    'Whether the plans that events say were carried out are active.';
 
 COMMENT ON FUNCTION ticks_write IS
     'Writes what ticks told: trades, events, marks and the engine''s state, in one statement.';
@@ -1080,7 +1363,7 @@ BEGIN
     END LOOP;
 END $$;
 
-REVOKE EXECUTE ON FUNCTION grant_roles FROM PUBLIC;
+REVOKE EXECUTE ON FUNCTION grant_roles, ticks_write, books_follow, ledger_analyze FROM PUBLIC;
 
 DO $$
 BEGIN
