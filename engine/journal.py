@@ -23,7 +23,8 @@ _TICKS_WRITE = """SELECT ticks_write(
     %s::text[], %s::text[], %s::numeric[], %s::timestamptz[], %s::numeric[], %s::text[],
     %s::numeric[], %s::numeric[], %s::timestamptz[],
     %s::integer[], %s::timestamptz[], %s::text[], %s::text[], %s::jsonb[],
-    %s::integer[], %s::timestamptz[], %s::jsonb[], %s::numeric[], %s::numeric[])"""
+    %s::integer[], %s::timestamptz[], %s::jsonb[], %s::numeric[], %s::numeric[],
+    %s::timestamptz, %s::numeric)"""
 
 
 class Journal:
@@ -115,10 +116,19 @@ class Journal:
             (str(self._place), str(at), f'"{{{facts}}}"', str(cash), str(market_value))
         )
 
-    def take(self, user_id: UUID, run_id: UUID, state: Mapping[str, Any]) -> list[Any]:
+    def take(
+        self,
+        user_id: UUID,
+        run_id: UUID,
+        state: Mapping[str, Any],
+        *,
+        now: datetime | None = None,
+        lag_seconds: Decimal | None = None,
+    ) -> list[Any]:
         """The parameters that write all of it; the journal is empty afterwards.
 
-        ``state`` is the strategy's after the last tick.
+        ``state`` is the strategy's after the last tick; ``now`` the wall clock of a live tick, for
+        the run's heartbeat.
         """
         taken = [
             user_id,
@@ -128,6 +138,8 @@ class Journal:
             *_columns(self._trades, 15),
             *_columns(self._events, 5),
             *_columns(self._ticks, 5),
+            now,
+            lag_seconds,
         ]
         self.head += self._place
         self._clear()

@@ -181,8 +181,7 @@ class _Planned:
         return self._tick(Desk(conn, run, books, Reference(conn, run.calendar)))
 
     def _tick(self, desk: Desk) -> TickResult:
-        conn, run = desk.conn, desk.run
-        require_running(run)
+        require_running(desk.run)
         view = look(
             desk.reference,
             self.logical_time,
@@ -190,14 +189,9 @@ class _Planned:
             now=self.now,
             market_open=self.market_open,
         )
-        work = Work(desk, strategy_of(run), view)
+        work = Work(desk, strategy_of(desk.run), view)
         result = work.tick(self.intents)
-        if self.now is None:
-            desk.write_out()
-        else:
-            with conn.pipeline():
-                desk.write_out()
-                write.heartbeat(conn, run, view)
+        desk.write_out(None if self.now is None else view)
         return result
 
 

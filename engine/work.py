@@ -161,10 +161,15 @@ class Desk:
         self.at_once = at_once
         self.trusting = trusting or at_once
 
-    def write_out(self) -> None:
-        """Write what the journal holds."""
+    def write_out(self, beat: View | None = None) -> None:
+        """Write what the journal holds, with the heartbeat of a live tick."""
         if not self.journal.empty:
-            taken = self.journal.take(self.run.user_id, self.run.run_id, self.books.state)
+            key, state = (self.run.user_id, self.run.run_id), self.books.state
+            if beat is None:
+                taken = self.journal.take(*key, state)
+            else:
+                lag = Decimal(str((beat.now - beat.logical_time).total_seconds()))
+                taken = self.journal.take(*key, state, now=beat.now, lag_seconds=lag)
             journals.write(self.conn, taken)
             self.books.head = self.journal.head
 

@@ -35,7 +35,8 @@ COMMENT ON FUNCTION plans_are_active IS
 -- Trades are orders that their tick filled whole: each is placed at its place in the story and
 -- executed at the next one. Places count from 1 without a gap. after_seq is the number of the last
 -- event that the writer knows; if there is a newer one, or a plan was changed, the writer has
--- decided on what is no longer so.
+-- decided on what is no longer so. heartbeat is the wall clock of a live tick, lag how many seconds
+-- its logical time is behind.
 CREATE FUNCTION ticks_write(
     of_user uuid, of_run uuid, after_seq bigint, new_state jsonb,
     trade_place integer[], trade_time timestamptz[], trade_order uuid[], trade_symbol text[],
@@ -46,7 +47,7 @@ CREATE FUNCTION ticks_write(
     event_place integer[], event_time timestamptz[], event_types text[], event_subject text[],
     event_payload jsonb[],
     tick_place integer[], tick_time timestamptz[], tick_facts jsonb[], tick_cash numeric[],
-    tick_value numeric[])
+    tick_value numeric[], heartbeat timestamptz, lag numeric)
 RETURNS void LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp
 -- Arrays of every length would be planned anew each time, which costs more than it ever saves.
 SET plan_cache_mode = force_generic_plan
@@ -67,7 +68,8 @@ BEGIN
        OR 'SIP_EXECUTED' = ANY (event_types)
           AND NOT plans_are_active(of_user, of_run, event_types, event_subject) THEN
         RAISE EXCEPTION 'run % has moved since it was read', of_run
-            USING ERRCODE = 'serialization_failure';
+            USING ERRCODE = 'serialization_failure', CONSTRAINT = 'ticks_follow_last_event',
+                  TABLE = 'event_ledger', COLUMN = 'seq', HINT = 'Read it and decide again.';
     END IF;
     WITH placed AS (
         INSERT INTO orders (user_id, run_id, order_id, client_order_id, broker, symbol, side,
@@ -140,6 +142,14 @@ BEGIN
         IF NOT FOUND THEN
             INSERT INTO engine_state (user_id, run_id, last_logical_time, state)
             VALUES (of_user, of_run, tick_time[cardinality(tick_time)], new_state);
+        END IF;
+    END IF;
+    IF heartbeat IS NOT NULL THEN
+        UPDATE engine_status SET heartbeat_at = heartbeat, lag_seconds = lag
+        WHERE user_id = of_user AND run_id = of_run;
+        IF NOT FOUND THEN
+            INSERT INTO engine_status (user_id, run_id, heartbeat_at, lag_seconds)
+            VALUES (of_user, of_run, heartbeat, lag);
         END IF;
     END IF;
 END $$;

@@ -192,15 +192,3 @@ def mtm(conn: Connection, run: Run, logical_time: datetime) -> Any:
            RETURNING equity""",
         [run.user_id, run.run_id, logical_time],
     ).fetchone()
-
-
-def heartbeat(conn: Connection, run: Run, view: View) -> None:
-    """Note that the run lives, and how far its logical time is behind the wall clock."""
-    lag = Decimal(str((view.now - view.logical_time).total_seconds()))
-    conn.execute(
-        """INSERT INTO engine_status AS s (user_id, run_id, heartbeat_at, lag_seconds)
-           VALUES (%s, %s, %s, %s)
-           ON CONFLICT (user_id, run_id) DO UPDATE
-           SET heartbeat_at = excluded.heartbeat_at, lag_seconds = excluded.lag_seconds""",
-        [run.user_id, run.run_id, view.now, lag],
-    )

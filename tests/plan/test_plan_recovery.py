@@ -126,7 +126,6 @@ FAULTS = [
         "write.insert_executions",
         "write.move_orders",
         "journal.write",
-        "write.heartbeat",
         "ledger.append",
     )
     for after in (False, True)

@@ -135,9 +135,9 @@ def _append(
     """An event at the end of a chain."""
     return f"""
         INSERT INTO event_ledger (user_id, run_id, seq, logical_time, event_type, subject, payload,
-                                  hash)
+                                  recorded_at, hash)
         SELECT user_id, run_id, max(seq) + 1, :'{at}', '{event_type}', {subject or "''"},
-               '{payload}', sha256('') FROM event_ledger WHERE {where} GROUP BY user_id, run_id;"""
+               '{payload}', now(), sha256('') FROM event_ledger WHERE {where} GROUP BY user_id, run_id;"""
 
 
 def _drop(table: str, *constraints: str) -> str:
@@ -146,6 +146,8 @@ def _drop(table: str, *constraints: str) -> str:
 
 def _orphan(table: str, columns: str, values: str, subject: str, *also: str) -> Case:
     name = "execution_belongs_to_order" if table == "execution" else f"{table}_belongs_to_run"
+    if table in ("orders", "execution", "mtm_ledger", "event_ledger"):
+        columns, values = f"{columns}, recorded_at", f"{values}, now()"
     return _case(
         f"orphan in {table}",
         "audit_orphan",
@@ -164,7 +166,7 @@ _PAYLOAD = (
     '{"symbol": "AAPL", "side": "BUY", "quantity": 1, "price": 1, "commission": 0, '
     '"commission_currency": "USD", "event_at": "2024-01-04T21:00:00+00:00"}'
 )
-_MARK = "user_id, run_id, logical_time, cash, market_value"
+_MARK = "user_id, run_id, logical_time, cash, market_value, recorded_at"
 
 ORPHANS = (
     _orphan("engine_state", "", "", "engine_state"),
@@ -487,8 +489,8 @@ EXECUTIONS = (
         "execution without event",
         "audit_event",
         "INSERT INTO execution (user_id, run_id, order_id, execution_id, symbol, side, quantity, "
-        "price, commission_currency, logical_time, event_at) VALUES (:'ann', :'live', :'partly', "
-        "'X9', 'IBM', 'BUY', 1, 20, 'USD', :'t2', :'t2');",
+        "price, commission_currency, logical_time, event_at, recorded_at) "
+        "VALUES (:'ann', :'live', :'partly', 'X9', 'IBM', 'BUY', 1, 20, 'USD', :'t2', :'t2', now());",
         "execution X9",
         "has no event, or one that says otherwise",
         "audit_order",

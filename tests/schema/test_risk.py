@@ -427,7 +427,7 @@ def test_refusal_is_stored_told_and_final(book: Book, refusal: Refusal) -> None:
 
 
 def test_every_risk_code_is_reached(conn: Connection) -> None:
-    gate = re.findall(r"\bcode := '([A-Z_]+)'", _source(conn, "orders_pass_gate"))
+    gate = re.findall(r"\bcode := '([A-Z_]+)'", _source(conn, "orders_gate"))
     source = _source(conn, "orders_broken_limit")
     limits = re.findall(r"WHEN h\.kind = '([A-Z_]+)'", source)
     symbols = re.findall(r"SELECT '([A-Z_]+)'", source)

@@ -135,7 +135,14 @@ def test_trigger_functions_are_for_their_triggers_alone(conn: Connection) -> Non
              AND EXISTS (SELECT FROM aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) x
                          WHERE x.grantee <> p.proowner)"""
     ).fetchall()
-    assert open_to_all == []
+    assert open_to_all == [("ticks_write",)]
+
+
+@pytest.mark.parametrize("role", ["oms_auditor", "oms_connector"])
+def test_ticks_are_the_engines_to_write(world: Connection, role: str) -> None:
+    nothing = ", ".join(["'{}'"] * 25)
+    call = f"SELECT ticks_write(:'ann', :'live', 0, '{{}}', {nothing}, NULL, NULL)"
+    assert_refused(world, call, role, DENIED)
 
 
 def test_the_roles_are_nobodys_login_and_have_no_powers(conn: Connection) -> None:
@@ -198,6 +205,8 @@ def test_the_auditor_can_ask_every_question(world: Connection) -> None:
     [
         "position_follow_ledger(:'ann', :'live', 'AAPL')",
         "strategy_run_follow_ledger(:'ann', :'live')",
+        "books_follow(:'ann', :'live', 1)",
+        "ledger_analyze()",
     ],
 )
 def test_what_the_owner_writes_by_rights_nobody_writes_by_calling(

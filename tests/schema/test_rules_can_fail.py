@@ -30,6 +30,12 @@ class Case(NamedTuple):
 _EVENT = """INSERT INTO event_ledger (user_id, run_id, seq, logical_time, event_type, hash)
     VALUES (:'ann', :'live', {seq}, {at}, '{kind}', sha256('x'))"""
 
+_UNGUARDED = (
+    "DROP TRIGGER event_ledger_a_append ON event_ledger; "
+    "DROP TRIGGER event_ledger_m_prove ON event_ledger; "
+    "ALTER TABLE event_ledger ALTER recorded_at SET DEFAULT now()"
+)
+
 CASES = [
     Case(
         "a write into a stopped run",
@@ -85,6 +91,7 @@ CASES = [
         "VALUES (:'ann', :'live', :'canceled', 'AAPL', 'BUY', 1, 50, 'USD', :'t3', :'t3')",
         "execution_order_is_open",
         "DROP TRIGGER execution_a_prepare_insert ON execution; "
+        "ALTER TABLE execution ALTER recorded_at SET DEFAULT now(); "
         "DROP TRIGGER orders_b_check_move ON orders",
         "audit_event",
     ),
@@ -135,7 +142,7 @@ CASES = [
         "a skipped event",
         _EVENT.format(seq=99, at=":'t3'", kind="NOTE"),
         "event_ledger_seq_without_gap",
-        "DROP TRIGGER event_ledger_a_append ON event_ledger",
+        f"{_UNGUARDED}",
         "audit_chain",
     ),
     Case(
@@ -143,7 +150,7 @@ CASES = [
         "INSERT INTO event_ledger (user_id, run_id, event_type, subject) "
         "VALUES (:'ann', :'live', 'ORDER_CANCELED', :'resting')",
         "event_ledger_tells_what_happened",
-        "DROP TRIGGER event_ledger_b_check_fact ON event_ledger",
+        "DROP TRIGGER event_ledger_m_prove ON event_ledger",
         "audit_event",
     ),
     Case(
@@ -159,7 +166,7 @@ CASES = [
         "INSERT INTO event_ledger (user_id, run_id, logical_time, event_type) "
         "VALUES (:'ann', :'live', :'t0', 'NOTE')",
         "event_ledger_time_moves_forward",
-        "DROP TRIGGER event_ledger_a_append ON event_ledger; "
+        f"{_UNGUARDED}; "
         "ALTER TABLE event_ledger ALTER seq SET DEFAULT 22, ALTER hash SET DEFAULT sha256('x')",
         "audit_chain",
     ),
@@ -168,7 +175,7 @@ CASES = [
         "INSERT INTO event_ledger (user_id, run_id, logical_time, event_type) "
         "VALUES (:'ann', :'live', :'t2', 'TICK')",
         "event_ledger_once_per_logical_time",
-        "DROP TRIGGER event_ledger_a_append ON event_ledger; "
+        f"{_UNGUARDED}; "
         "ALTER TABLE event_ledger DROP CONSTRAINT event_ledger_once_per_logical_time; "
         "ALTER TABLE event_ledger ALTER seq SET DEFAULT 22, ALTER hash SET DEFAULT sha256('x')",
         "audit_duplicate",

@@ -20,6 +20,8 @@ DROP TRIGGER orders_b_pass_gate ON orders;
 
 DROP AGGREGATE event_chain (head bytea, of_user uuid, of_run uuid, seq bigint, logical_time timestamptz, event_type text, subject text, payload jsonb, recorded_at timestamptz);
 
+DROP FUNCTION execution_check_money;
+
 -- Who trades: people and services. Everything that belongs to somebody carries user_id first in
 -- its keys, which isolates users and lets the schema be sharded by user_id.
 
@@ -443,6 +445,46 @@ BEGIN
     END IF;
 END $$;
 
+-- What is due of a run's active plans up to and including a session: every month after the newest
+-- occasion in the ledger whose planned session has come. Bounded by the caller's LIMIT.
+CREATE OR REPLACE FUNCTION sip_due(of_user uuid, of_run uuid, upto_session date)
+RETURNS TABLE (plan text, symbol text, amount numeric, missed_policy text, occasion text,
+               planned_on date, next_open_at timestamptz,
+               session_date date, open_at timestamptz, close_at timestamptz)
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT p.plan, p.symbol, p.amount, p.missed_policy,
+           p.plan || '@' || to_char(m.month, 'YYYY-MM'), d.planned_on,
+           (SELECT c.open_at FROM calendar_session c
+            WHERE c.calendar = r.calendar AND c.session_date >= n.planned_on
+              AND (p.end_on IS NULL OR n.planned_on <= p.end_on)
+            ORDER BY c.session_date LIMIT 1),
+           s.session_date, s.open_at, s.close_at
+    FROM sip_plan p
+    JOIN strategy_run r ON r.user_id = p.user_id AND r.run_id = p.run_id
+    LEFT JOIN LATERAL (
+        SELECT to_date(right(e.subject, 7), 'YYYY-MM') AS month
+        FROM event_ledger e
+        WHERE e.user_id = of_user AND e.run_id = of_run
+          AND e.event_type IN ('SIP_EXECUTED', 'SIP_REJECTED', 'SIP_SKIPPED', 'REBALANCED')
+          AND e.subject >= p.plan || '@' AND e.subject < p.plan || 'A'
+        ORDER BY e.subject DESC LIMIT 1) last_done ON true
+    CROSS JOIN LATERAL generate_series(
+        greatest(date_trunc('month', p.start_on::timestamp),
+                 last_done.month::timestamp + interval '1 month'),
+        least(upto_session, p.end_on)::timestamp, interval '1 month') AS m (month)
+    CROSS JOIN LATERAL (SELECT sip_planned_day(m.month::date, p.day_of_month) AS planned_on) d
+    CROSS JOIN LATERAL (SELECT sip_planned_day((m.month + interval '1 month')::date,
+                                               p.day_of_month) AS planned_on) n
+    CROSS JOIN LATERAL (
+        SELECT c.session_date, c.open_at, c.close_at FROM calendar_session c
+        WHERE c.calendar = r.calendar AND c.session_date >= d.planned_on
+        ORDER BY c.session_date LIMIT 1) s
+    WHERE p.user_id = of_user AND p.run_id = of_run AND r.user_id = of_user
+      AND p.status = 'ACTIVE' AND d.planned_on >= p.start_on
+      AND (p.end_on IS NULL OR d.planned_on <= p.end_on) AND s.session_date <= upto_session
+    ORDER BY d.planned_on, p.plan
+$$;
+
 -- Holdings with what open orders of the same side would add to them.
 CREATE OR REPLACE FUNCTION orders_exposure(o orders) RETURNS numeric
 LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
@@ -730,6 +772,9 @@ DROP FUNCTION decimal_in_range;
 
 COMMENT ON FUNCTION engine_state_check_write IS
     'Trigger: last_logical_time is that of the newest TICK event.';
+
+COMMENT ON FUNCTION execution_check_money IS
+    'Refuses a price that can not be, and a commission in another currency than the run''s.';
 
 COMMENT ON FUNCTION execution_apply IS
     'Trigger: executions are told to the ledger and move orders, positions and cash.';

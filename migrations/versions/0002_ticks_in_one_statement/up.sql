@@ -18,6 +18,8 @@ DROP TRIGGER event_ledger_m_check_end ON event_ledger;
 
 DROP TRIGGER orders_b_pass_gate ON orders;
 
+DROP FUNCTION execution_check_money;
+
 -- Who trades: people and services. Everything that belongs to somebody carries user_id first in
 -- its keys, which isolates users and lets the schema be sharded by user_id.
 
@@ -869,6 +871,50 @@ BEGIN
     RETURN NULL;
 END $$;
 
+-- What is due of a run's active plans up to and including a session: every month after the newest
+-- occasion in the ledger whose planned session has come. Bounded by the caller's LIMIT.
+CREATE OR REPLACE FUNCTION sip_due(of_user uuid, of_run uuid, upto_session date)
+RETURNS TABLE (plan text, symbol text, amount numeric, missed_policy text, occasion text,
+               planned_on date, next_open_at timestamptz,
+               session_date date, open_at timestamptz, close_at timestamptz)
+-- PL/pgSQL, which keeps the plan: planning costs ten times as much as asking.
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+#variable_conflict use_column
+BEGIN
+    RETURN QUERY
+    SELECT p.plan, p.symbol, p.amount, p.missed_policy,
+           p.plan || '@' || to_char(m.month, 'YYYY-MM'), d.planned_on,
+           (SELECT c.open_at FROM calendar_session c
+            WHERE c.calendar = r.calendar AND c.session_date >= n.planned_on
+              AND (p.end_on IS NULL OR n.planned_on <= p.end_on)
+            ORDER BY c.session_date LIMIT 1),
+           s.session_date, s.open_at, s.close_at
+    FROM sip_plan p
+    JOIN strategy_run r ON r.user_id = p.user_id AND r.run_id = p.run_id
+    LEFT JOIN LATERAL (
+        SELECT to_date(right(e.subject, 7), 'YYYY-MM') AS month
+        FROM event_ledger e
+        WHERE e.user_id = of_user AND e.run_id = of_run
+          AND e.event_type IN ('SIP_EXECUTED', 'SIP_REJECTED', 'SIP_SKIPPED', 'REBALANCED')
+          AND e.subject >= p.plan || '@' AND e.subject < p.plan || 'A'
+        ORDER BY e.subject DESC LIMIT 1) last_done ON true
+    CROSS JOIN LATERAL generate_series(
+        greatest(date_trunc('month', p.start_on::timestamp),
+                 last_done.month::timestamp + interval '1 month'),
+        least(upto_session, p.end_on)::timestamp, interval '1 month') AS m (month)
+    CROSS JOIN LATERAL (SELECT sip_planned_day(m.month::date, p.day_of_month) AS planned_on) d
+    CROSS JOIN LATERAL (SELECT sip_planned_day((m.month + interval '1 month')::date,
+                                               p.day_of_month) AS planned_on) n
+    CROSS JOIN LATERAL (
+        SELECT c.session_date, c.open_at, c.close_at FROM calendar_session c
+        WHERE c.calendar = r.calendar AND c.session_date >= d.planned_on
+        ORDER BY c.session_date LIMIT 1) s
+    WHERE p.user_id = of_user AND p.run_id = of_run AND r.user_id = of_user
+      AND p.status = 'ACTIVE' AND d.planned_on >= p.start_on
+      AND (p.end_on IS NULL OR d.planned_on <= p.end_on) AND s.session_date <= upto_session
+    ORDER BY d.planned_on, p.plan;
+END $$;
+
 -- What open orders of an order's side would add to its run's holding.
 CREATE OR REPLACE FUNCTION orders_open_quantity(o orders) RETURNS numeric
 LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
@@ -988,7 +1034,8 @@ END $$;
 -- Trades are orders that their tick filled whole: each is placed at its place in the story and
 -- executed at the next one. Places count from 1 without a gap. after_seq is the number of the last
 -- event that the writer knows; if there is a newer one, or a plan was changed, the writer has
--- decided on what is no longer so.
+-- decided on what is no longer so. heartbeat is the wall clock of a live tick, lag how many seconds
+-- its logical time is behind.
 CREATE OR REPLACE FUNCTION ticks_write(
     of_user uuid, of_run uuid, after_seq bigint, new_state jsonb,
     trade_place integer[], trade_time timestamptz[], trade_order uuid[], trade_symbol text[],
@@ -999,7 +1046,7 @@ CREATE OR REPLACE FUNCTION ticks_write(
     event_place integer[], event_time timestamptz[], event_types text[], event_subject text[],
     event_payload jsonb[],
     tick_place integer[], tick_time timestamptz[], tick_facts jsonb[], tick_cash numeric[],
-    tick_value numeric[])
+    tick_value numeric[], heartbeat timestamptz, lag numeric)
 RETURNS void LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp
 -- Arrays of every length would be planned anew each time, which costs more than it ever saves.
 SET plan_cache_mode = force_generic_plan
@@ -1020,7 +1067,8 @@ BEGIN
        OR 'SIP_EXECUTED' = ANY (event_types)
           AND NOT plans_are_active(of_user, of_run, event_types, event_subject) THEN
         RAISE EXCEPTION 'run % has moved since it was read', of_run
-            USING ERRCODE = 'serialization_failure';
+            USING ERRCODE = 'serialization_failure', CONSTRAINT = 'ticks_follow_last_event',
+                  TABLE = 'event_ledger', COLUMN = 'seq', HINT = 'Read it and decide again.';
     END IF;
     WITH placed AS (
         INSERT INTO orders (user_id, run_id, order_id, client_order_id, broker, symbol, side,
@@ -1093,6 +1141,14 @@ BEGIN
         IF NOT FOUND THEN
             INSERT INTO engine_state (user_id, run_id, last_logical_time, state)
             VALUES (of_user, of_run, tick_time[cardinality(tick_time)], new_state);
+        END IF;
+    END IF;
+    IF heartbeat IS NOT NULL THEN
+        UPDATE engine_status SET heartbeat_at = heartbeat, lag_seconds = lag
+        WHERE user_id = of_user AND run_id = of_run;
+        IF NOT FOUND THEN
+            INSERT INTO engine_status (user_id, run_id, heartbeat_at, lag_seconds)
+            VALUES (of_user, of_run, heartbeat, lag);
         END IF;
     END IF;
 END $$;
@@ -1303,6 +1359,9 @@ COMMENT ON FUNCTION orders_rejection_agrees IS
 
 COMMENT ON FUNCTION orders_times_are_in_range IS
     'Whether the times that an order has are of the years 1 to 9999.';
+
+COMMENT ON FUNCTION execution_check_money IS
+    'Refuses a price that can not be, and a commission in another currency than the run''s.';
 
 COMMENT ON FUNCTION execution_apply IS
     'Trigger: executions are told to the ledger and move their orders.';
