@@ -59,13 +59,12 @@ def schedule(
 
 
 def _share(given: str) -> Share:
-    from engine.errors import BadInput
     from engine.schedule import Share
 
     part, slash, of = given.partition("/")
     if slash and part.isdecimal() and of.isdecimal() and 1 <= int(part) <= int(of) <= SHARES_MAX:
         return Share(int(part), int(of))
-    raise BadInput(f"--share {given} is no part of a whole; write for instance 1/2")
+    raise typer.BadParameter(f"{given!r} is no part of a whole; write for instance 1/2")
 
 
 def _one_round(dsn: str | None, share: Share, *, as_json: bool) -> None:

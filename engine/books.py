@@ -36,13 +36,11 @@ _READ = f"""
               AND o.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
             ORDER BY o.symbol LIMIT 1),
            -- What is due of its plans, for the strategy that carries them out.
-           CASE WHEN r.strategy = 'sip' AND %(at)s::timestamptz IS NOT NULL
-                THEN (SELECT jsonb_agg(jsonb_build_array(
-                                 d.plan, d.symbol, d.amount::text, d.missed_policy, d.occasion,
-                                 d.planned_on, d.next_open_at, d.session_date, d.open_at,
-                                 d.close_at))
-                      FROM sip_due(r.user_id, r.run_id,
-                                   (calendar_session_at(r.calendar, %(at)s)).session_date) d) END,
+           u.upto,
+           (SELECT jsonb_agg(jsonb_build_array(
+                       d.plan, d.symbol, d.amount::text, d.missed_policy, d.occasion, d.planned_on,
+                       d.next_open_at, d.session_date, d.open_at, d.close_at))
+            FROM sip_due(r.user_id, r.run_id, u.upto) d WHERE u.upto IS NOT NULL),
            t.*, {", ".join(f"r.{column}" for column in RUN_COLUMNS)}
     FROM strategy_run r
     LEFT JOIN engine_state s ON s.user_id = r.user_id AND s.run_id = r.run_id
@@ -53,6 +51,8 @@ _READ = f"""
                        WHERE l.user_id = r.user_id AND l.run_id = r.run_id
                          AND l.logical_time = %(at)s AND l.event_type = 'TICK' AND l.subject = ''
                       ) t ON true
+    LEFT JOIN LATERAL (SELECT (calendar_session_at(r.calendar, %(at)s)).session_date AS upto
+                       WHERE r.strategy = 'sip') u ON true
     WHERE r.user_id = %(user)s AND r.run_id = %(run)s"""
 
 _OPEN_ORDERS = """
@@ -160,13 +160,14 @@ def after_trade(quantity: Decimal, cost: Decimal, delta: Decimal, price: Decimal
 class Opened(NamedTuple):
     """A run and its books at one moment, and what its TICK at a logical time told, if any.
 
-    ``due`` are the occasions of its plans at that time, where its strategy carries them out.
+    ``due`` is a session and the occasions of its plans that are due at it, where its strategy
+    carries them out and the session is stored.
     """
 
     run: Run
     books: Books
     told: Told | None
-    due: tuple[SipDue, ...]
+    due: tuple[date, tuple[SipDue, ...]] | None
 
 
 def open_books(conn: Connection, user_id: UUID, run_id: UUID, at: datetime | None = None) -> Opened:
@@ -174,7 +175,7 @@ def open_books(conn: Connection, user_id: UUID, run_id: UUID, at: datetime | Non
     row = conn.execute(_READ, {"at": at, "user": user_id, "run": run_id}, prepare=True).fetchone()
     if row is None:
         raise BadInput(f"user {user_id} has no run {run_id}; `oms run list` shows the runs")
-    books, (told, run) = Books(), (row[8:13], run_of(row[13:]))
+    books, (told, run) = Books(), (row[9:14], run_of(row[14:]))
     books.last_tick, books.state = row[1], row[2] or {}
     _take_up(conn, run, books, row)
     if books.last_tick is None and books.head:
@@ -184,7 +185,9 @@ def open_books(conn: Connection, user_id: UUID, run_id: UUID, at: datetime | Non
             [user_id, run_id],
         ).fetchone()
         books.began = first[0] if first else None
-    due = tuple(_due(run.calendar, *occasion) for occasion in row[7] or ())
+    due = None
+    if row[7] is not None:
+        due = row[7], tuple(_due(run.calendar, *occasion) for occasion in row[8] or ())
     return Opened(run, books, None if told[0] is None else Told(*told), due)
 
 

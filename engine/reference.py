@@ -32,18 +32,18 @@ class Reference:
         self._opens: list[datetime] = []
         self._sessions: list[Session] = []
         self._loaded: tuple[datetime, datetime] | None = None
-        self._asked_in: Session | None = None
+        self._asked_on: date | None = None
 
     def ask_anew(self, at: datetime) -> None:
-        """Forget splits, which may have been announced, and instruments once a session.
+        """Forget splits, which may have been announced, and instruments once a day.
 
         ``at`` is the logical time from which on things are asked. Sessions never change.
         """
-        session = self.session_at(at)
-        if session != self._asked_in:
+        day = at.astimezone(UTC).date()
+        if day != self._asked_on:
             self._decimals.clear()
             self._negative.clear()
-        self._asked_in = session
+        self._asked_on = day
         self._splits.clear()
 
     def quantity_decimals(self, symbols: Iterable[str]) -> dict[str, int]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import date, datetime
 from decimal import Decimal
 from uuid import UUID
 from weakref import WeakKeyDictionary
@@ -34,7 +34,7 @@ from engine.errors import (
     StrategyFailed,
     translated,
 )
-from engine.market.view import Prices, look
+from engine.market.view import Prices, View, look
 from engine.orders import write
 from engine.reference import Reference
 from engine.runs import Run, fail_run, lock_run, require_aware, require_running
@@ -161,14 +161,15 @@ class _Planned:
         kept: _Kept,
         run: Run,
         books: Books,
-        due: tuple[SipDue, ...] | None = None,
+        due: tuple[date, tuple[SipDue, ...]] | None = None,
     ) -> TickResult:
         reference = kept.reference(conn, run)
-        session = reference.session_at(self.logical_time)
-        read = None if due is None or session is None else (session.day, due)
+        view = self._look(run, reference)
+        # What was read is of the session that was stored then, which may be an earlier one.
+        read = due if due and view.session and due[0] == view.session.day else None
         agenda = Agenda(conn, run, read=read)
         desk = Desk(conn, run, books, reference, at_once=True, agenda=agenda)
-        result = self._tick(desk)
+        result = self._tick(desk, view)
         kept.keep(run, books)
         return result
 
@@ -178,17 +179,18 @@ class _Planned:
         run, books, told, _ = open_books(conn, self.user_id, self.run_id, self.logical_time)
         if told is not None:
             return TickResult.told(self.logical_time, told, repeated=True)
-        return self._tick(Desk(conn, run, books, Reference(conn, run.calendar)))
+        reference = Reference(conn, run.calendar)
+        view = self._look(run, reference)
+        return self._tick(Desk(conn, run, books, reference), view)
 
-    def _tick(self, desk: Desk) -> TickResult:
-        require_running(desk.run)
-        view = look(
-            desk.reference,
-            self.logical_time,
-            self.prices,
-            now=self.now,
-            market_open=self.market_open,
+    def _look(self, run: Run, reference: Reference) -> View:
+        """What the tick sees. Raises RunNotRunning and BadInput before anything is looked up."""
+        require_running(run)
+        return look(
+            reference, self.logical_time, self.prices, now=self.now, market_open=self.market_open
         )
+
+    def _tick(self, desk: Desk, view: View) -> TickResult:
         work = Work(desk, strategy_of(desk.run), view)
         result = work.tick(self.intents)
         desk.write_out(None if self.now is None else view)

@@ -77,7 +77,7 @@ def test_the_test_plans_own_queries_find_what_they_ask_for(dsn: str) -> None:
         owner.execute("ALTER TABLE mtm_ledger DROP CONSTRAINT mtm_ledger_one_per_logical_time")
         owner.execute("DROP INDEX strategy_run_one_running_per_user")
     with _unguarded(dsn, "mtm_ledger") as owner:
-        columns = "user_id, run_id, logical_time, cash, market_value"
+        columns = "user_id, run_id, logical_time, cash, market_value, recorded_at"
         owner.execute(
             f"INSERT INTO mtm_ledger ({columns}) SELECT {columns} FROM mtm_ledger".encode()
         )

@@ -19,6 +19,7 @@ import pytest
 from market_days import (
     MON,
     TUE,
+    WED,
     a_bar,
     a_plan,
     a_run,
@@ -117,12 +118,12 @@ class Tick(NamedTuple):
 
 
 def written(conn: Connection) -> dict[str, list[str]]:
-    """Every row of every table, but for the moment of its writing and the chain made of it.
+    """Every row of every table, but for when it was written and the chain made of it.
 
     Numbers are compared by their value: 1.0 is 1. Of several orders, steps place all before they
     execute any, so that numbers of events differ; each order's own events are in one order.
     """
-    left_out = "{recorded_at, hash, seq, books_seq}"
+    left_out = "{recorded_at, created_at, hash, seq, books_seq}"
     return {
         table: sorted(
             json.dumps(json.loads(row, parse_float=plain, parse_int=plain))
@@ -461,11 +462,18 @@ def test_a_plan_that_somebody_adds_is_executed_at_the_next_tick(two: Two) -> Non
     assert Tick(on_monday("11:00"), BOTH).run(two.one, run).executions == 1
 
 
-def test_a_split_announced_between_two_ticks_is_applied_in_the_next_session(two: Two) -> None:
+@pytest.mark.parametrize("last", ["close", "open"])
+def test_a_split_announced_between_two_ticks_is_applied_in_the_next_session(
+    two: Two, last: str
+) -> None:
+    """Also when the tick before has looked for splits and found none."""
     run = a_run(two.owner)
     Tick(close_on(MON), BOTH, [buy("2")]).run(two.one, run)
-    import_splits(two.owner, [Split("AAPL", date.fromisoformat(TUE), Decimal(2), Decimal(1))])
-    result = Tick(close_on(TUE), at_price("55"), [buy("1")]).run(two.one, run)
+    Tick(open_on(TUE), BOTH).run(two.one, run)
+    if last == "close":
+        Tick(close_on(TUE), BOTH).run(two.one, run)
+    import_splits(two.owner, [Split("AAPL", date.fromisoformat(WED), Decimal(2), Decimal(1))])
+    result = Tick(close_on(WED), at_price("55"), [buy("1")]).run(two.one, run)
     assert result.equity == 9_800 + 4 * 55
     assert one(two.owner, "SELECT quantity FROM position") == 5
     assert events(two.owner, run).count("SPLIT_APPLIED") == 1
@@ -545,7 +553,7 @@ def test_an_order_that_the_gate_refuses_is_stored_once_and_the_rest_goes_on(
     run = a_run(two.owner, strategy=SCRIPTED)
     if refused.limit is not None:
         limits(*refused.limit)(two, run)  # type: ignore[arg-type]
-    rest = [Announce("NOTED", "after it"), buy("0.5"), Remember({"n": 1})]
+    rest: list[Intent] = [Announce("NOTED", "after it"), buy("0.5"), Remember({"n": 1})]
     hooks["on_tick"] = lambda context: [buy("1"), refused.order, *rest]
     tick = Tick(on_monday("10:00"), BOTH)
     with two.owner.transaction(force_rollback=True):

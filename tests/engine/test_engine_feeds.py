@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import date, datetime, timedelta
 from decimal import Decimal
 from typing import Any, NamedTuple
@@ -21,6 +21,7 @@ from market_days import (
     one,
     rows,
     run_tables,
+    sell,
     snapshot,
     statuses,
 )
@@ -110,6 +111,7 @@ def test_a_feed_of_everything_makes_the_same_rows_in_every_batch(
 
 @pytest.mark.parametrize("size", [1, 3, 500])
 def test_plans_make_the_same_rows_in_every_batch(owner_conn: Connection, size: int) -> None:
+    ensure_sessions(owner_conn, "XNYS", date(2001, 1, 1), date(2001, 12, 31))
     import_splits(owner_conn, [Split("AAPL", date(2001, 6, 12), Decimal(2), Decimal(1))])
     made = []
     for way in (live, in_batches(size)):
@@ -158,8 +160,9 @@ def buys(conn: Connection, run: Run, at: datetime) -> None:
 
 def forbids(conn: Connection, run: Run, at: datetime) -> None:
     conn.execute(
-        "INSERT INTO risk_limit (user_id, kind, symbol) VALUES (%s, 'FORBIDDEN_SYMBOL', 'AAPL')",
-        [run.user_id],
+        """INSERT INTO risk_limit (limit_id, user_id, kind, symbol)
+           VALUES (%s, %s, 'FORBIDDEN_SYMBOL', 'AAPL')""",
+        [RUN_ID, run.user_id],
     )
 
 
@@ -233,17 +236,40 @@ def test_a_batch_in_flight_that_is_refused_is_done_again(
 
 
 @pytest.mark.parametrize("size", [1, 3, 500])
-def test_a_strategy_that_fails_in_a_batch_leaves_the_ticks_before_it(
+def test_a_tick_that_trades_and_then_needs_steps_is_written_once(
     owner_conn: Connection, hooks: Hooks, size: int
+) -> None:
+    """What it told before it was found to need them is told again, not twice."""
+
+    def now_and_then(context: Context) -> list[Intent]:
+        number = context.state.get("n", 0)
+        more = [sell("999")] if number % 4 == 3 else []
+        return [buy("1"), Remember({"n": number + 1}), *more]
+
+    hooks["on_tick"] = now_and_then
+    made = []
+    for way in (live, in_batches(size)):
+        run = the_run(owner_conn, strategy=SCRIPTED)
+        way(owner_conn, run, moves(number=DAYS))
+        made.append(made_by(owner_conn))
+    assert_equal(made[1], made[0])
+    assert statuses(owner_conn, run).count("FILLED") == DAYS
+    assert statuses(owner_conn, run).count("REJECTED") == DAYS // 4
+
+
+@pytest.mark.parametrize("size", [1, 3, 500])
+@pytest.mark.parametrize("hook", ["on_tick", "on_fill"])
+def test_a_strategy_that_fails_in_a_batch_leaves_the_ticks_before_it(
+    owner_conn: Connection, hooks: Hooks, size: int, hook: str
 ) -> None:
     feed = moves(number=DAYS)
 
-    def fail_at_the_eighth(context: Context) -> list[Intent]:
+    def fail_at_the_eighth(context: Context, *_: Any) -> list[Intent]:
         if context.logical_time == feed[7][0]:
             raise ZeroDivisionError("no luck")
-        return grows(context)
+        return grows(context) if hook == "on_tick" else []
 
-    hooks["on_tick"] = fail_at_the_eighth
+    hooks.update({"on_tick": grows} | {hook: fail_at_the_eighth})
     made = []
     for way in (live, in_batches(size)):
         run = the_run(owner_conn, strategy=SCRIPTED)
@@ -288,7 +314,7 @@ def replay_long(dsn: str, user_id: str, run_id: str) -> None:
 
 
 @pytest.fixture
-def killed(dsn: str, owner_conn: Connection) -> Iterator[tuple[Run, int]]:
+def killed(dsn: str, owner_conn: Connection) -> tuple[Run, int]:
     """A run whose replaying process was killed while it wrote, and its ticks at that moment."""
     ensure_sessions(owner_conn, "XNYS", date(2001, 1, 1), date(2001, 12, 31))
     run = the_run(owner_conn)
@@ -321,7 +347,7 @@ def killed(dsn: str, owner_conn: Connection) -> Iterator[tuple[Run, int]]:
         lambda: not rows(owner_conn, f"SELECT FROM pg_stat_activity WHERE pid = {writing}"),
         "the server to be done with the dead child",
     )
-    yield run, before
+    return run, before
 
 
 def _arguments(dsn: str, run: Run) -> tuple[str, str, str]:

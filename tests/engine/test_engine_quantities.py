@@ -202,13 +202,14 @@ def test_books_that_take_up_fills_are_those_of_the_database(
         wanted = PlaceOrder(order.symbol, order.side, order.quantity, OrderType.MARKET)
         prices = {order.symbol: order.price}
         run_tick(conn, run.user_id, run.run_id, at, prices, intents=[wanted])
-        (fill,) = rows(
+        ((order_id, execution_id, quantity, price, commission, event_at),) = rows(
             conn,
-            f"""SELECT order_id, execution_id, symbol, side, quantity, price, commission, event_at
+            f"""SELECT order_id, execution_id, quantity, price, commission, event_at
                 FROM execution WHERE :run AND logical_time = '{at.isoformat()}'""",
             run,
         )
-        books.fill(Fill(*fill[:3], Side(fill[3]), *fill[4:]), at)
+        traded = order.symbol, order.side, quantity, price, commission
+        books.fill(Fill(order_id, execution_id, *traded, event_at), at)
     theirs = read_books(conn, run)
     assert books.cash == theirs.cash
     assert by_value(books.holdings) == by_value(theirs.holdings)

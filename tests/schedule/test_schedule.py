@@ -14,14 +14,16 @@ from uuid import UUID
 import psycopg
 import pytest
 
+from cli.main import main
 from engine import resources
 from engine.db.connect import Connection
+from engine.ids import user_id_of
 from engine.market.calendar import sessions
 from engine.market.imports import read_bars
 from engine.market.model import Bar
 from engine.market.store import import_bars
 from engine.runs import Terms, add_user, create_run, start_run
-from engine.schedule import CATCH_UP_TICKS_MAX, Round, drive, due
+from engine.schedule import CATCH_UP_TICKS_MAX, Round, Share, drive, due
 from engine.sips import Plan, add_plan, pause_plan, resume_plan
 
 WAIT_SECONDS_MAX = 60
@@ -308,3 +310,119 @@ def test_the_schedule_outlives_a_database_that_is_away(dsn: str) -> None:
     _, rest = serving.communicate(timeout=WAIT_SECONDS_MAX)
     assert b"Traceback" not in rest
     assert serving.returncode == 0
+
+
+# Shares of the work
+
+SHARES = (Share(1, 2), Share(2, 2))
+
+
+@pytest.fixture
+def shared(owner_conn: Connection, demo_bars: list[Bar]) -> dict[UUID, Share]:
+    """Runs of either share, due at the five sessions up to SHARED_NOW, by whose share they are."""
+    import_bars(owner_conn, demo_bars)
+    runs: dict[UUID, Share] = {}
+    for number in range(6):
+        key = _started(owner_conn, _at("2013-02-01T23:00"), user=f"user {number}")
+        _plan(owner_conn, key, "2013-02-01")
+        (runs[key[1]],) = (share for share in SHARES if share.takes(key[0]))
+    assert set(runs.values()) == set(SHARES)
+    return runs
+
+
+SHARED_NOW = _at("2013-02-08T21:30")
+SHARED_SESSIONS = 5
+
+
+def _assert_all_ticked_once(conn: Connection, shared: dict[UUID, Share]) -> None:
+    planned = _sessions_of("2013-02-04", "2013-02-08")
+    assert len(planned) == SHARED_SESSIONS
+    told = conn.execute(
+        """SELECT run_id, array_agg(logical_time ORDER BY seq) FROM event_ledger
+           WHERE event_type = 'TICK' GROUP BY run_id"""
+    ).fetchall()
+    assert dict(told) == dict.fromkeys(shared, planned)
+    assert len(_events(conn, "SIP_EXECUTED")) == len(shared)
+
+
+def _ticked_in_turn(conn: Connection) -> list[UUID]:
+    rows = conn.execute(
+        "SELECT run_id FROM event_ledger WHERE event_type = 'TICK' ORDER BY recorded_at"
+    ).fetchall()
+    return [run_id for (run_id,) in rows]
+
+
+@pytest.mark.parametrize("share", SHARES)
+def test_a_share_alone_ticks_its_own_first_and_then_everything(
+    owner_conn: Connection, shared: dict[UUID, Share], share: Share
+) -> None:
+    done = drive(owner_conn, lambda: SHARED_NOW, share)
+    assert done == Round(ticks=len(shared) * SHARED_SESSIONS)
+    _assert_all_ticked_once(owner_conn, shared)
+    own = [shared[run_id] == share for run_id in _ticked_in_turn(owner_conn)]
+    assert own == sorted(own, reverse=True)
+
+
+def test_shares_one_after_the_other_tick_everything_once(
+    owner_conn: Connection, shared: dict[UUID, Share]
+) -> None:
+    rounds = [drive(owner_conn, lambda: SHARED_NOW, share) for share in SHARES]
+    assert rounds == [Round(ticks=len(shared) * SHARED_SESSIONS), Round()]
+    _assert_all_ticked_once(owner_conn, shared)
+
+
+def test_shares_at_once_tick_everything_once(
+    dsn: str, owner_conn: Connection, shared: dict[UUID, Share]
+) -> None:
+    rounds: list[Round] = []
+    ready = threading.Barrier(len(SHARES))
+
+    def work(share: Share) -> None:
+        with psycopg.connect(dsn, autocommit=True) as conn:
+            ready.wait(WAIT_SECONDS_MAX)
+            rounds.append(drive(conn, lambda: SHARED_NOW, share))
+
+    workers = [threading.Thread(target=work, args=[share]) for share in SHARES]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(WAIT_SECONDS_MAX)
+    assert len(rounds) == len(SHARES)
+    assert [done.stuck for done in rounds] == [{}, {}]
+    assert sum(done.ticks for done in rounds) == len(shared) * SHARED_SESSIONS
+    _assert_all_ticked_once(owner_conn, shared)
+
+
+def test_a_share_goes_past_a_run_of_its_own_that_is_stuck(
+    owner_conn: Connection, shared: dict[UUID, Share]
+) -> None:
+    stuck = next(run_id for run_id, share in shared.items() if share == SHARES[0])
+    owner_conn.execute(
+        "UPDATE strategy_run SET strategy = 'no.such:Strategy' WHERE run_id = %s", [stuck]
+    )
+    done = drive(owner_conn, lambda: SHARED_NOW, SHARES[0])
+    assert list(done.stuck) == [stuck]
+    assert done.ticks == (len(shared) - 1) * SHARED_SESSIONS
+
+
+@pytest.mark.parametrize("of", [1, 2, 3, 7])
+def test_every_user_is_of_one_share(of: int) -> None:
+    shares = [Share(part, of) for part in range(1, of + 1)]
+    for number in range(50):
+        user_id = user_id_of(f"user {number}")
+        assert sum(share.takes(user_id) for share in shares) == 1
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["0/2", "3/2", "1/0", "1", "1/", "/2", "a/b", "-1/2", "1/2/3", "1.5/2", "1/1001", "", "٣/"],
+)
+def test_a_share_that_is_none_is_refused_in_one_sentence(
+    given: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["schedule", "--once", f"--share={given}", "--dsn", "host=/nowhere"]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("Error: ")
+    assert said.err.count("\n") == 1
+    assert "write for instance 1/2" in said.err
