@@ -98,7 +98,10 @@ class Books:
 
     @property
     def available_cash(self) -> Decimal:
-        return self.cash - sum(self.reserved.values()) if self.reserved else self.cash
+        free = self.cash
+        for reserved in self.reserved.values():
+            free = EXACT.subtract(free, reserved)
+        return free
 
     @property
     def market_value(self) -> Decimal:
@@ -118,7 +121,7 @@ class Books:
         """Take up an execution at a tick: cash, holding, cost and mark."""
         units = EXACT.multiply(fill.quantity, fill.price)
         bought = fill.side is Side.BUY
-        flow = -units if bought else units
+        flow = EXACT.minus(units) if bought else units
         self.cash = EXACT.subtract(EXACT.add(self.cash, flow), fill.commission)
         delta = fill.quantity if bought else -fill.quantity
         held = self.holdings.get(fill.symbol)

@@ -41,7 +41,7 @@ def quotient(dividend: Decimal, divisor: Decimal, decimals: int) -> Decimal:
 def _leading_group(number: Decimal) -> tuple[int, int]:
     """The power of 10,000 of a number's first group of four digits, and that group's value."""
     weight = number.adjusted() // _GROUP_DIGITS
-    return weight, int(abs(number).scaleb(-weight * _GROUP_DIGITS, _WIDE))
+    return weight, int(number.copy_abs().scaleb(-weight * _GROUP_DIGITS, _WIDE))
 
 
 def _decimals(number: Decimal) -> int:

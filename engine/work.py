@@ -453,9 +453,11 @@ class Work:
             for number, place in enumerate(wanted)
         ]
         self.placed += len(orders)
-        if self.desk.trusting:
-            outcomes = self._match(orders, self.view.bars)
-            if self._trades(outcomes):
+        if self.desk.trusting and all(self._is_plain(order) for order in orders):
+            outcomes = sorted(
+                self._match(orders, self.view.bars), key=lambda outcome: outcome.order.order_id
+            )
+            if self._are_trades(outcomes):
                 fills = self._journal_trades(outcomes, wanted)
                 self._record_occasions(wanted, orders, {})
                 return fills
@@ -468,38 +470,41 @@ class Work:
         self._record_occasions(wanted, orders, rejected | self._unpaid)
         return fills
 
-    def _trades(self, outcomes: Sequence[Outcome]) -> bool:
-        """Whether these orders are trades that the gate will hardly refuse; it decides itself."""
+    def _is_plain(self, order: Order) -> bool:
+        """Whether an order is one that may be a trade: what it needs is there, and nothing else."""
+        needs_limit = order.order_type is OrderType.LIMIT
+        return (
+            order.order_type in _PLAIN
+            and order.quantity > 0
+            and (order.limit_price is not None) == needs_limit
+            and order.stop_price is None
+            and order.trail_amount is None
+            and order.trail_percent is None
+            and order.symbol in self.view.prices
+        )
+
+    def _are_trades(self, outcomes: Sequence[Outcome]) -> bool:
+        """Whether all are filled whole, and the gate will hardly refuse one; it decides itself."""
+        if any(outcome.status != "FILLED" for outcome in outcomes):
+            return False
+        if self.run.account_type != "CASH":
+            return True
         cash, held = self.books.available_cash, {}
         for outcome in outcomes:
             order = outcome.order
-            reference = self.view.prices.get(order.symbol)
-            if (
-                outcome.status != "FILLED"
-                or order.order_type not in _PLAIN
-                or reference is None
-                or order.trail_amount is not None
-                or order.trail_percent is not None
-                or order.stop_price is not None
-            ):
+            if order.symbol not in held:
+                holding = self.books.holdings.get(order.symbol)
+                held[order.symbol] = holding.quantity if holding else _ZERO
+            if order.side is Side.BUY:
+                price = order.limit_price or self.view.prices[order.symbol]
+                if EXACT.multiply(order.quantity, price) > cash:
+                    return False
+                held[order.symbol] += order.quantity
+            else:
+                held[order.symbol] -= order.quantity
+            cash = EXACT.subtract(cash, _cost(outcome))
+            if cash < 0 or held[order.symbol] < 0:
                 return False
-            if self.run.account_type == "CASH":
-                if order.symbol not in held:
-                    holding = self.books.holdings.get(order.symbol)
-                    held[order.symbol] = holding.quantity if holding else _ZERO
-                cost = _cost(outcome)
-                weighed = EXACT.multiply(order.quantity, order.limit_price or reference)
-                if order.side is Side.BUY:
-                    if weighed > cash:
-                        return False
-                    held[order.symbol] += order.quantity
-                elif order.quantity > held[order.symbol]:
-                    return False
-                else:
-                    held[order.symbol] -= order.quantity
-                cash = EXACT.subtract(cash, cost)
-                if cash < 0:
-                    return False
         return True
 
     def _journal_trades(

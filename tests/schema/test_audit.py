@@ -137,7 +137,8 @@ def _append(
         INSERT INTO event_ledger (user_id, run_id, seq, logical_time, event_type, subject, payload,
                                   recorded_at, hash)
         SELECT user_id, run_id, max(seq) + 1, :'{at}', '{event_type}', {subject or "''"},
-               '{payload}', now(), sha256('') FROM event_ledger WHERE {where} GROUP BY user_id, run_id;"""
+               '{payload}', now(), sha256('')
+        FROM event_ledger WHERE {where} GROUP BY user_id, run_id;"""
 
 
 def _drop(table: str, *constraints: str) -> str:
@@ -490,7 +491,8 @@ EXECUTIONS = (
         "audit_event",
         "INSERT INTO execution (user_id, run_id, order_id, execution_id, symbol, side, quantity, "
         "price, commission_currency, logical_time, event_at, recorded_at) "
-        "VALUES (:'ann', :'live', :'partly', 'X9', 'IBM', 'BUY', 1, 20, 'USD', :'t2', :'t2', now());",
+        "VALUES (:'ann', :'live', :'partly', 'X9', 'IBM', 'BUY', 1, 20, 'USD', :'t2', :'t2', "
+        "now());",
         "execution X9",
         "has no event, or one that says otherwise",
         "audit_order",

@@ -355,7 +355,7 @@ def test_few_functions_have_the_owners_rights(conn: Connection) -> None:
     ]
 
 
-# One loop over the ledger that every proof is a part of, and one statement with every row of a tick.
+# One loop over the ledger that every proof is a part of; one statement with every row of a tick.
 LONG = {"books_follow", "ticks_write"}
 
 
