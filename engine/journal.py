@@ -8,22 +8,23 @@ and times that go in are known to need no quoting. Whatever people may have writ
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from datetime import datetime
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
 from decimal import Decimal
 from typing import Any
 from uuid import UUID
 
 from engine.db.connect import Connection
+from engine.ledger import Told
 from engine.orders.model import Fill, Order
 
 _TICKS_WRITE = """SELECT ticks_write(
     %s::uuid, %s::uuid, %s::bigint, %s::jsonb,
-    %s::integer[], %s::timestamptz[], %s::uuid[], %s::text[], %s::text[], %s::numeric[],
-    %s::text[], %s::text[], %s::numeric[], %s::timestamptz[], %s::numeric[], %s::text[],
-    %s::numeric[], %s::numeric[], %s::timestamptz[],
-    %s::integer[], %s::timestamptz[], %s::text[], %s::text[], %s::jsonb[],
-    %s::integer[], %s::timestamptz[], %s::jsonb[], %s::numeric[], %s::numeric[],
+    %s::timestamptz[], %s::text[], %s::text[], %s::jsonb[],
+    %s::timestamptz[], %s::uuid[], %s::text[], %s::text[], %s::numeric[], %s::text[], %s::text[],
+    %s::numeric[], %s::timestamptz[], %s::numeric[], %s::text[], %s::numeric[], %s::numeric[],
+    %s::timestamptz[],
+    %s::timestamptz[], %s::numeric[], %s::numeric[],
     %s::timestamptz, %s::numeric)"""
 
 
@@ -39,82 +40,112 @@ class Journal:
         self._clear()
 
     def _clear(self) -> None:
-        self._place = 0
+        self._told: list[tuple[str, str, str, str]] = []
         self._trades: list[tuple[str, ...]] = []
-        self._events: list[tuple[str, ...]] = []
-        self._ticks: list[tuple[str, ...]] = []
+        self._ticks: list[tuple[str, str, str]] = []
 
     @property
     def empty(self) -> bool:
-        return self._place == 0
+        return not self._told
 
-    def place(self) -> tuple[int, int, int, int]:
+    def place(self) -> tuple[int, int, int]:
         """Where the story stands, for ``back_to``."""
-        return self._place, len(self._trades), len(self._events), len(self._ticks)
+        return len(self._told), len(self._trades), len(self._ticks)
 
-    def back_to(self, place: tuple[int, int, int, int]) -> None:
+    def back_to(self, place: tuple[int, int, int]) -> None:
         """Forget what was told since."""
-        self._place, trades, events, ticks = place
-        del self._trades[trades:], self._events[events:], self._ticks[ticks:]
+        told, trades, ticks = place
+        del self._told[told:], self._trades[trades:], self._ticks[ticks:]
 
     def trade(
-        self, order: Order, reference: Decimal, client_order_id: str | None, fill: Fill
+        self,
+        order: Order,
+        reference: Decimal,
+        client_order_id: str | None,
+        fill: Fill,
+        currency: str,
     ) -> None:
-        """An order placed, and filled whole by ``fill``, its first execution."""
-        at = str(order.logical_time)
+        """An order placed, and filled whole by ``fill``, its first execution.
+
+        The payloads are those of orders_event_payload and execution_event_payload, which the
+        database compares them with.
+        """
+        at, order_id = str(order.logical_time), str(order.order_id)
+        side, quantity, price = order.side.value, str(order.quantity), str(fill.price)
+        commission = str(fill.commission)
+        kind, in_force = order.order_type.value, order.time_in_force.value
+        common = f'\\"symbol\\":\\"{order.symbol}\\",\\"side\\":\\"{side}\\"'
+        terms = (
+            f'{common},\\"quantity\\":{quantity},\\"order_type\\":\\"{kind}\\",'
+            f'\\"time_in_force\\":\\"{in_force}\\",\\"reference_price\\":{reference}'
+        )
+        limit = expire = client = "NULL"
+        if order.limit_price is not None:
+            limit = str(order.limit_price)
+            terms += f',\\"limit_price\\":{limit}'
+        if order.expire_at is not None:
+            expire = str(order.expire_at)
+            terms += f',\\"expire_at\\":\\"{_moment(order.expire_at)}\\"'
+        if client_order_id is not None:
+            client = _quoted(client_order_id)
+            terms += f',\\"client_order_id\\":{_escaped(json.dumps(client_order_id))}'
+        facts = (
+            f'{common},\\"quantity\\":{quantity},\\"price\\":{price},'
+            f'\\"commission\\":{commission},\\"commission_currency\\":\\"{currency}\\",'
+            f'\\"event_at\\":\\"{_moment(fill.event_at)}\\"'
+        )
+        self._told.append((at, "ORDER_PLACED", order_id, f'"{{{terms}}}"'))
+        self._told.append((at, "EXECUTION", f"{order_id}/{fill.execution_id}", f'"{{{facts}}}"'))
         self._trades.append(
             (
-                str(self._place + 1),
                 at,
-                str(order.order_id),
+                order_id,
                 f'"{order.symbol}"',
-                order.side.value,
-                str(order.quantity),
-                order.order_type.value,
-                order.time_in_force.value,
-                "NULL" if order.limit_price is None else str(order.limit_price),
-                "NULL" if order.expire_at is None else str(order.expire_at),
+                side,
+                quantity,
+                kind,
+                in_force,
+                limit,
+                expire,
                 str(reference),
-                "NULL" if client_order_id is None else _quoted(client_order_id),
-                str(fill.price),
-                str(fill.commission),
-                at if fill.event_at is order.logical_time else str(fill.event_at),
+                client,
+                price,
+                commission,
+                str(fill.event_at),
             )
         )
-        self._place += 2
 
     def event(
         self, at: datetime, event_type: str, subject: str, payload: Mapping[str, Any]
     ) -> None:
         """Something else that happened, about ``subject``."""
-        self._place += 1
-        words = _quoted(event_type), _quoted(subject), _quoted(json.dumps(dict(payload)))
-        self._events.append((str(self._place), str(at), *words))
+        facts = _quoted(json.dumps(dict(payload)))
+        self._told.append((str(at), _quoted(event_type), _quoted(subject), facts))
 
     def tick(
         self,
         at: datetime,
-        orders: int,
-        executions: int,
+        told: Told,
         marks: Mapping[str, Decimal],
         marked: Mapping[str, datetime],
-        cash: Decimal,
-        market_value: Decimal,
     ) -> None:
-        """A tick closed: how many orders and executions it had, and what the run is worth.
+        """A tick closed, and what it tells: what it did, and what the run is worth.
 
         ``marks`` are the prices that holdings were marked with, ``marked`` the times of those
         that are older than the tick.
         """
-        self._place += 1
+        time, cash, value = str(at), str(told.cash), str(told.market_value)
         prices = ",".join([f'\\"{symbol}\\":\\"{price}\\"' for symbol, price in marks.items()])
-        facts = f'\\"orders\\":{orders},\\"executions\\":{executions},\\"prices\\":{{{prices}}}'
-        if marked:
-            times = ",".join([f'\\"{symbol}\\":\\"{time}\\"' for symbol, time in marked.items()])
-            facts += f',\\"priced_at\\":{{{times}}}'
-        self._ticks.append(
-            (str(self._place), str(at), f'"{{{facts}}}"', str(cash), str(market_value))
+        facts = (
+            f'\\"orders\\":{told.orders},\\"executions\\":{told.executions},'
+            f'\\"prices\\":{{{prices}}},\\"cash\\":{cash},\\"market_value\\":{value},'
+            f'\\"equity\\":{told.equity}'
         )
+        if marked:
+            times = ",".join([f'\\"{symbol}\\":\\"{when}\\"' for symbol, when in marked.items()])
+            facts += f',\\"priced_at\\":{{{times}}}'
+        self._told.append((time, "TICK", '""', f'"{{{facts}}}"'))
+        self._ticks.append((time, cash, value))
 
     def take(
         self,
@@ -135,13 +166,13 @@ class Journal:
             run_id,
             self.head,
             json.dumps(dict(state)),
-            *_columns(self._trades, 15),
-            *_columns(self._events, 5),
-            *_columns(self._ticks, 5),
+            *_columns(self._told, 4),
+            *_columns(self._trades, 14),
+            *_columns(self._ticks, 3),
             now,
             lag_seconds,
         ]
-        self.head += self._place
+        self.head += len(self._told)
         self._clear()
         return taken
 
@@ -155,12 +186,23 @@ def write(conn: Connection, taken: list[Any]) -> None:
     conn.execute(_TICKS_WRITE, taken, prepare=True)
 
 
-def _columns(rows: list[tuple[str, ...]], width: int) -> list[str]:
+def _columns(rows: Sequence[tuple[str, ...]], width: int) -> list[str]:
     if not rows:
         return ["{}"] * width
     return ["{" + ",".join(column) + "}" for column in zip(*rows, strict=True)]
 
 
+def _moment(moment: datetime) -> str:
+    """A time as the ledger's payloads state it: event_moment of the schema."""
+    text = moment.astimezone(UTC).isoformat()
+    if moment.microsecond:
+        text = text[:-6].rstrip("0") + text[-6:]
+    return text
+
+
+def _escaped(text: str) -> str:
+    return text.replace("\\", "\\\\").replace('"', '\\"')
+
+
 def _quoted(text: str) -> str:
-    escaped = text.replace("\\", "\\\\").replace('"', '\\"')
-    return f'"{escaped}"'
+    return f'"{_escaped(text)}"'

@@ -8,6 +8,7 @@ the ledger ends.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -31,7 +32,12 @@ from engine.runs import find_run, lock_run, require_aware, require_running
 from engine.tick import run_tick
 from engine.work import Desk, NeedsSteps, Work, strategies_of
 
-BATCH_TICKS = 500
+BATCH_TICKS = 1_000
+FIRST_BATCH_TICKS = 125
+
+# How soon the thread that writes gets its turn. It needs a few short ones for each batch, and by
+# default each waits 5 ms for the thread that works out the next one: as long as the batch itself.
+SWITCH_SECONDS = 0.0002
 
 Ticks = list[tuple[datetime, list[Bar]]]
 Feed = Iterable[tuple[datetime, list[Bar]]]
@@ -89,10 +95,13 @@ class _Lane:
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="oms-replay")
 
     def __enter__(self) -> _Lane:
+        self._interval = sys.getswitchinterval()
+        sys.setswitchinterval(SWITCH_SECONDS)
         return self
 
     def __exit__(self, *_: object) -> None:
         self._writer.shutdown(wait=True)
+        sys.setswitchinterval(self._interval)
 
     def run(self, ticks: Ticks) -> int:
         """Take up a batch; returns how many new ticks are now written or were before it."""
@@ -202,6 +211,8 @@ def _tick_batch(conn: Connection, user_id: UUID, run_id: UUID, ticks: Ticks) -> 
 
 
 def _batches(feed: Feed, size: int) -> Iterator[Ticks]:
-    source = iter(feed)
-    while batch := list(islice(source, size)):
+    """Batches of ``size``; the first ones are smaller, so that the writing begins soon."""
+    source, now = iter(feed), min(size, FIRST_BATCH_TICKS)
+    while batch := list(islice(source, now)):
         yield batch
+        now = min(size, 2 * now)

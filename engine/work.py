@@ -516,7 +516,7 @@ class Work:
         for outcome, key in zip(outcomes, keys, strict=True):
             (fill,) = outcome.fills
             reference = self.view.prices[outcome.order.symbol]
-            self.desk.journal.trade(outcome.order, reference, key, fill)
+            self.desk.journal.trade(outcome.order, reference, key, fill, self.run.currency)
             self.books.fill(fill, self.view.logical_time)
             fills.append(fill)
         self.executed += len(fills)
@@ -638,9 +638,9 @@ class Work:
             elif books.orders and symbol in books.symbols():
                 marks[symbol] = price
         value = books.market_value
-        self.desk.journal.tick(at, self.placed, self.executed, marks, marked, books.cash, value)
-        books.last_tick = books.stands_at = at
         told = Told(self.placed, self.executed, books.cash, value, EXACT.add(books.cash, value))
+        self.desk.journal.tick(at, told, marks, marked)
+        books.last_tick = books.stands_at = at
         return TickResult.told(at, told, repeated=False)
 
 

@@ -140,7 +140,7 @@ def test_trigger_functions_are_for_their_triggers_alone(conn: Connection) -> Non
 
 @pytest.mark.parametrize("role", ["oms_auditor", "oms_connector"])
 def test_ticks_are_the_engines_to_write(world: Connection, role: str) -> None:
-    nothing = ", ".join(["'{}'"] * 25)
+    nothing = ", ".join(["'{}'"] * 21)
     call = f"SELECT ticks_write(:'ann', :'live', 0, '{{}}', {nothing}, NULL, NULL)"
     assert_refused(world, call, role, DENIED)
 

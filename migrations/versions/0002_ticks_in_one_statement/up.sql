@@ -1031,22 +1031,20 @@ BEGIN
                             AND p.status = 'ACTIVE'));
 END $$;
 
--- Trades are orders that their tick filled whole: each is placed at its place in the story and
--- executed at the next one. Places count from 1 without a gap. after_seq is the number of the last
--- event that the writer knows; if there is a newer one, or a plan was changed, the writer has
--- decided on what is no longer so. heartbeat is the wall clock of a live tick, lag how many seconds
--- its logical time is behind.
+-- What is told are the events, in order. Trades are orders that their tick filled whole, with one
+-- execution; the events tell of each that it was placed and that it was executed. after_seq is the
+-- number of the last event that the writer knows; if there is a newer one, or a plan was changed,
+-- the writer has decided on what is no longer so. heartbeat is the wall clock of a live tick, lag
+-- how many seconds its logical time is behind.
 CREATE OR REPLACE FUNCTION ticks_write(
     of_user uuid, of_run uuid, after_seq bigint, new_state jsonb,
-    trade_place integer[], trade_time timestamptz[], trade_order uuid[], trade_symbol text[],
-    trade_side text[], trade_quantity numeric[], trade_type text[], trade_in_force text[],
-    trade_limit numeric[], trade_expire timestamptz[], trade_reference numeric[],
-    trade_client text[], trade_price numeric[], trade_commission numeric[],
-    trade_event_at timestamptz[],
-    event_place integer[], event_time timestamptz[], event_types text[], event_subject text[],
-    event_payload jsonb[],
-    tick_place integer[], tick_time timestamptz[], tick_facts jsonb[], tick_cash numeric[],
-    tick_value numeric[], heartbeat timestamptz, lag numeric)
+    told_time timestamptz[], told_type text[], told_subject text[], told_payload jsonb[],
+    trade_time timestamptz[], trade_order uuid[], trade_symbol text[], trade_side text[],
+    trade_quantity numeric[], trade_type text[], trade_in_force text[], trade_limit numeric[],
+    trade_expire timestamptz[], trade_reference numeric[], trade_client text[],
+    trade_price numeric[], trade_commission numeric[], trade_event_at timestamptz[],
+    tick_time timestamptz[], tick_cash numeric[], tick_value numeric[],
+    heartbeat timestamptz, lag numeric)
 RETURNS void LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp
 -- Arrays of every length would be planned anew each time, which costs more than it ever saves.
 SET plan_cache_mode = force_generic_plan
@@ -1064,8 +1062,8 @@ BEGIN
     SELECT l.seq, l.hash INTO head FROM event_ledger l
     WHERE l.user_id = of_user AND l.run_id = of_run ORDER BY l.seq DESC LIMIT 1;
     IF coalesce(head.seq, 0) <> after_seq
-       OR 'SIP_EXECUTED' = ANY (event_types)
-          AND NOT plans_are_active(of_user, of_run, event_types, event_subject) THEN
+       OR 'SIP_EXECUTED' = ANY (told_type)
+          AND NOT plans_are_active(of_user, of_run, told_type, told_subject) THEN
         RAISE EXCEPTION 'run % has moved since it was read', of_run
             USING ERRCODE = 'serialization_failure', CONSTRAINT = 'ticks_follow_last_event',
                   TABLE = 'event_ledger', COLUMN = 'seq', HINT = 'Read it and decide again.';
@@ -1092,46 +1090,17 @@ BEGIN
         INSERT INTO mtm_ledger (user_id, run_id, logical_time, cash, market_value, recorded_at)
         SELECT of_user, of_run, tick_time[i], tick_cash[i], tick_value[i], now()
         FROM generate_series(1, cardinality(tick_time)) i
-    ), told AS (
-        SELECT trade_place[i] AS place, trade_time[i] AS at, 'ORDER_PLACED' AS event_type,
-               trade_order[i]::text AS subject,
-               jsonb_strip_nulls(jsonb_build_object(
-                   'symbol', trade_symbol[i], 'side', trade_side[i],
-                   'quantity', trade_quantity[i], 'order_type', trade_type[i],
-                   'time_in_force', trade_in_force[i], 'limit_price', trade_limit[i],
-                   'expire_at', event_moment(trade_expire[i]),
-                   'reference_price', trade_reference[i],
-                   'client_order_id', trade_client[i])) AS payload
-        FROM generate_series(1, cardinality(trade_order)) i
-        UNION ALL
-        SELECT trade_place[i] + 1, trade_time[i], 'EXECUTION',
-               trade_order[i] || '/' || trade_order[i] || '-1',
-               jsonb_build_object('symbol', trade_symbol[i], 'side', trade_side[i],
-                                  'quantity', trade_quantity[i], 'price', trade_price[i],
-                                  'commission', trade_commission[i],
-                                  'commission_currency', run.currency,
-                                  'event_at', event_moment(trade_event_at[i]))
-        FROM generate_series(1, cardinality(trade_order)) i
-        UNION ALL
-        SELECT event_place[i], event_time[i], event_types[i], event_subject[i], event_payload[i]
-        FROM generate_series(1, cardinality(event_place)) i
-        UNION ALL
-        SELECT tick_place[i], tick_time[i], 'TICK', '',
-               tick_facts[i] || jsonb_build_object('cash', tick_cash[i],
-                                                   'market_value', tick_value[i],
-                                                   'equity', tick_cash[i] + tick_value[i])
-        FROM generate_series(1, cardinality(tick_time)) i
     )
     INSERT INTO event_ledger (user_id, run_id, seq, logical_time, event_type, subject, payload,
                               recorded_at, hash)
-    SELECT of_user, of_run, after_seq + place, at, event_type, subject, payload, now(),
-           event_chain(coalesce(head.hash, ''), of_user, of_run, after_seq + place, at, event_type,
-                       subject, payload, now())
-               OVER (ORDER BY place ROWS UNBOUNDED PRECEDING)
-    FROM told;
+    SELECT of_user, of_run, after_seq + i, told_time[i], told_type[i], told_subject[i],
+           told_payload[i], now(),
+           event_chain(coalesce(head.hash, ''), of_user, of_run, after_seq + i, told_time[i],
+                       told_type[i], told_subject[i], told_payload[i], now())
+               OVER (ROWS UNBOUNDED PRECEDING)
+    FROM generate_series(1, cardinality(told_type)) i;
 
-    IF after_seq < 1000 AND after_seq + cardinality(tick_time) + 2 * cardinality(trade_time) >= 1000
-    THEN
+    IF after_seq < 1000 AND after_seq + cardinality(told_type) >= 1000 THEN
         PERFORM ledger_analyze();
     END IF;
     IF cardinality(tick_time) > 0 THEN
