@@ -32,7 +32,7 @@ from engine.runs import find_run, lock_run, require_aware, require_running
 from engine.tick import run_tick
 from engine.work import Desk, NeedsSteps, Work, strategies_of
 
-BATCH_TICKS = 1_000
+BATCH_TICKS = 2_000
 FIRST_BATCH_TICKS = 125
 
 # How soon the thread that writes gets its turn. It needs a few short ones for each batch, and by
