@@ -1,0 +1,71 @@
+"""Ticks at once at the edges: runs that aren't there, times between seconds, empty positions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from datetime import datetime, timedelta
+from decimal import Decimal
+from uuid import uuid4
+
+import pytest
+from market_days import MON, a_bar, a_run, at_price, audited, buy, close_on, one, rows, statuses
+
+from engine.db.connect import ENGINE_ROLE, Connection, open_connection
+from engine.errors import BadInput, RunNotRunning
+from engine.quantities import quotient
+from engine.replay import replay
+from engine.tick import run_tick
+
+__all__ = ["audited"]
+
+
+@pytest.fixture
+def engine(dsn: str) -> Iterator[Connection]:
+    with open_connection(dsn, role=ENGINE_ROLE) as conn:
+        yield conn
+
+
+def test_a_run_that_is_not_there_is_bad_input(engine: Connection) -> None:
+    with pytest.raises(BadInput, match="has no run"):
+        run_tick(engine, uuid4(), uuid4(), close_on(MON), {})
+    with pytest.raises(BadInput, match="has no run"):
+        replay(engine, uuid4(), uuid4(), [(close_on(MON), [])])
+
+
+def test_a_run_that_was_not_started_is_not_replayed(engine: Connection) -> None:
+    run = a_run(engine, start=False)
+    with pytest.raises(RunNotRunning):
+        replay(engine, run.user_id, run.run_id, [(close_on(MON), [a_bar(MON)])])
+
+
+@pytest.mark.parametrize("micros", [1, 500_000, 123_450])
+def test_a_moment_between_seconds_is_told_as_the_database_tells_it(
+    engine: Connection, owner_conn: Connection, micros: int
+) -> None:
+    """At once: the database compares the payloads, and anything else would be done in steps."""
+    run = a_run(engine)
+    at: datetime = close_on(MON) - timedelta(hours=1) + timedelta(microseconds=micros)
+    run_tick(engine, run.user_id, run.run_id, at, at_price("100"), intents=[buy("1")])
+    assert statuses(owner_conn, run) == ["FILLED"]
+    told = rows(
+        owner_conn,
+        """SELECT l.payload = execution_event_payload(e) FROM event_ledger l
+           JOIN execution e ON e.run_id = l.run_id WHERE l.event_type = 'EXECUTION'""",
+    )
+    assert told == [True]
+
+
+def test_a_position_that_never_was_has_no_mark(engine: Connection, owner_conn: Connection) -> None:
+    run = a_run(engine)
+    owner_conn.execute(
+        "INSERT INTO position (user_id, run_id, symbol) VALUES (%s, %s, 'AAPL')",
+        [run.user_id, run.run_id],
+    )
+    result = run_tick(
+        engine, run.user_id, run.run_id, close_on(MON), at_price("100"), intents=[buy("1")]
+    )
+    assert (result.executions, result.market_value) == (1, Decimal(100))
+
+
+def test_nothing_divided_is_nothing() -> None:
+    assert quotient(Decimal(0), Decimal(7), 10) == 0
