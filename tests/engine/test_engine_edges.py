@@ -8,7 +8,7 @@ from decimal import Decimal
 from uuid import uuid4
 
 import pytest
-from market_days import MON, a_bar, a_run, at_price, audited, buy, close_on, one, rows, statuses
+from market_days import MON, a_bar, a_run, at_price, audited, buy, close_on, rows, statuses
 
 from engine.db.connect import ENGINE_ROLE, Connection, open_connection
 from engine.errors import BadInput, RunNotRunning
