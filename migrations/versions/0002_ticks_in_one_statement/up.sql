@@ -1,4 +1,10 @@
--- Ticks are written in one statement, which the triggers prove as a whole; CHECKs are cheaper to start.
+-- Ticks are written in one statement, which the triggers prove as a whole; CHECKs are cheaper to
+-- start. Guards are replaced in one transaction by others that refuse the same, so that nothing
+-- gets past them meanwhile.
+-- squawk-ignore-file ban-drop-constraint, ban-drop-function, ban-drop-default, constraint-missing-not-valid
+
+SET LOCAL lock_timeout = '30s';
+SET LOCAL statement_timeout = '1h';
 
 DROP TRIGGER engine_state_a_guard_write ON engine_state;
 
