@@ -77,6 +77,8 @@ class Books:
     time. ``costs`` and ``marks`` are by symbol: what is held cost so much, in currency, and was
     last seen at such a price at such a time, of everything that was ever held.
 
+    ``remembered``: the strategy has asked for this ``state``, which isn't written yet.
+
     ``statuses``, ``reserved`` and ``executions`` are those of the open orders: their status as
     stored, the cash that each holds back, and how many executions each has had. ``began`` is the
     logical time of the first event of a run that hasn't ticked yet.
@@ -91,6 +93,7 @@ class Books:
     reserved: dict[UUID, Decimal] = field(default_factory=dict)
     executions: dict[UUID, int] = field(default_factory=dict)
     state: dict[str, Any] = field(default_factory=dict)
+    remembered: bool = False
     last_tick: datetime | None = None
     began: datetime | None = None
     head: int = 0

@@ -48,6 +48,10 @@ class Journal:
     def empty(self) -> bool:
         return not self._told
 
+    @property
+    def has_ticks(self) -> bool:
+        return bool(self._ticks)
+
     def place(self) -> tuple[int, int, int]:
         """Where the story stands, for ``back_to``."""
         return len(self._told), len(self._trades), len(self._ticks)
@@ -151,21 +155,21 @@ class Journal:
         self,
         user_id: UUID,
         run_id: UUID,
-        state: Mapping[str, Any],
+        state: Mapping[str, Any] | None,
         *,
-        now: datetime | None = None,
-        lag_seconds: Decimal | None = None,
+        now: datetime | None,
+        lag_seconds: Decimal | None,
     ) -> list[Any]:
         """The parameters that write all of it; the journal is empty afterwards.
 
-        ``state`` is the strategy's after the last tick; ``now`` the wall clock of a live tick, for
-        the run's heartbeat.
+        ``state`` is the strategy's after the last tick, ``None`` where it stays what it is; ``now``
+        the wall clock of a live tick, for the run's heartbeat.
         """
         taken = [
             user_id,
             run_id,
             self.head,
-            json.dumps(dict(state)),
+            None if state is None else json.dumps(dict(state)),
             *_columns(self._told, 4),
             *_columns(self._trades, 14),
             *_columns(self._ticks, 3),

@@ -89,7 +89,7 @@ class _Lane:
         self._conn = conn
         self._key = user_id, run_id
         # Within a caller's transaction there is nothing to overlap with.
-        self._alone = conn.info.transaction_status == TransactionStatus.IDLE
+        self._alone = conn.autocommit and conn.info.transaction_status == TransactionStatus.IDLE
         self._at_once: _AtOnce | None = None
         self._flying: tuple[Ticks, Future[None]] | None = None
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="oms-replay")
@@ -175,18 +175,18 @@ class _AtOnce:
         desk, at = self._desk, require_aware(at, "logical_time")
         if desk.books.last_tick is not None and at <= desk.books.last_tick:
             raise NeedsSteps
-        before = desk.journal.place()
+        before, state = desk.journal.place(), (desk.books.state, desk.books.remembered)
         try:
             # A strategy of its own for every tick, as live: what it wants to keep it remembers.
             Work(desk, self._strategy(), look(desk.reference, at, bars)).tick()
         except BaseException:
             desk.journal.back_to(before)
+            desk.books.state, desk.books.remembered = state
             raise
-        self._state = desk.books.state
 
     def take(self) -> list[Any]:
         """What writes the ticks that were worked out."""
-        return self._desk.journal.take(self._desk.run.user_id, self._desk.run.run_id, self._state)
+        return self._desk.take()
 
 
 def _tick_batch(conn: Connection, user_id: UUID, run_id: UUID, ticks: Ticks) -> int:

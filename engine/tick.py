@@ -84,7 +84,7 @@ def run_tick(
     """
     logical_time = require_aware(logical_time, "logical_time")
     planned = _Planned(user_id, run_id, logical_time, prices, now, market_open, intents)
-    if conn.info.transaction_status == TransactionStatus.IDLE:
+    if conn.autocommit and conn.info.transaction_status == TransactionStatus.IDLE:
         # Whatever goes wrong goes wrong again, in steps, where it is told apart.
         with suppress(NeedsSteps, Retryable, RuleViolation, BadInput, StrategyFailed), translated():
             return planned.at_once(conn)
@@ -170,7 +170,9 @@ class _Planned:
         agenda = Agenda(conn, run, read=read)
         desk = Desk(conn, run, books, reference, at_once=True, agenda=agenda)
         result = self._tick(desk, view)
-        kept.keep(run, books)
+        if not books.state:
+            # A state may be put right by hand, which no event tells.
+            kept.keep(run, books)
         return result
 
     def in_steps(self, conn: Connection) -> TickResult:

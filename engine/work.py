@@ -164,14 +164,21 @@ class Desk:
     def write_out(self, beat: View | None = None) -> None:
         """Write what the journal holds, with the heartbeat of a live tick."""
         if not self.journal.empty:
-            key, state = (self.run.user_id, self.run.run_id), self.books.state
-            if beat is None:
-                taken = self.journal.take(*key, state)
-            else:
-                lag = Decimal(str((beat.now - beat.logical_time).total_seconds()))
-                taken = self.journal.take(*key, state, now=beat.now, lag_seconds=lag)
-            journals.write(self.conn, taken)
+            journals.write(self.conn, self.take(beat))
             self.books.head = self.journal.head
+
+    def take(self, beat: View | None = None) -> list[Any]:
+        """What writes all that the journal holds; it is empty afterwards."""
+        now = lag = None
+        if beat is not None:
+            now = beat.now
+            lag = Decimal(str((beat.now - beat.logical_time).total_seconds()))
+        # Only what the strategy has asked for: somebody else may have put it right meanwhile.
+        state = None
+        if self.books.remembered and self.journal.has_ticks:
+            state, self.books.remembered = self.books.state, False
+        run = self.run
+        return self.journal.take(run.user_id, run.run_id, state, now=now, lag_seconds=lag)
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -354,6 +361,7 @@ class Work:
                     write.move_orders(self.conn, self.run, self.view.logical_time, moved)
             case Remember(state):
                 self.books.state = dict(state)
+                self.books.remembered = True
                 self._context = None
             case Announce(event_type, subject, payload):
                 if event_type.startswith(_OURS):

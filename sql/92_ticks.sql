@@ -36,7 +36,7 @@ COMMENT ON FUNCTION plans_are_active IS
 -- execution; the events tell of each that it was placed and that it was executed. after_seq is the
 -- number of the last event that the writer knows; if there is a newer one, or a plan was changed,
 -- the writer has decided on what is no longer so. heartbeat is the wall clock of a live tick, lag
--- how many seconds its logical time is behind.
+-- how many seconds its logical time is behind. new_state is NULL where it stays what it is.
 CREATE FUNCTION ticks_write(
     of_user uuid, of_run uuid, after_seq bigint, new_state jsonb,
     told_time timestamptz[], told_type text[], told_subject text[], told_payload jsonb[],
@@ -106,11 +106,13 @@ BEGIN
     END IF;
     IF cardinality(tick_time) > 0 THEN
         UPDATE engine_state
-        SET last_logical_time = tick_time[cardinality(tick_time)], state = new_state
+        SET last_logical_time = tick_time[cardinality(tick_time)],
+            state = coalesce(new_state, state)
         WHERE user_id = of_user AND run_id = of_run;
         IF NOT FOUND THEN
             INSERT INTO engine_state (user_id, run_id, last_logical_time, state)
-            VALUES (of_user, of_run, tick_time[cardinality(tick_time)], new_state);
+            VALUES (of_user, of_run, tick_time[cardinality(tick_time)],
+                    coalesce(new_state, '{}'));
         END IF;
     END IF;
     IF heartbeat IS NOT NULL THEN

@@ -7,8 +7,11 @@ from datetime import datetime, timedelta
 from decimal import Decimal
 from uuid import uuid4
 
+import psycopg
 import pytest
-from market_days import MON, a_bar, a_run, at_price, audited, buy, close_on, rows, statuses
+from market_days import MON, TUE, a_bar, a_run, at_price, audited, buy, close_on, rows, statuses
+from psycopg.types.json import Jsonb
+from scripted import SCRIPTED, Hooks, hooks
 
 from engine.db.connect import ENGINE_ROLE, Connection, open_connection
 from engine.errors import BadInput, RunNotRunning
@@ -16,7 +19,7 @@ from engine.quantities import quotient
 from engine.replay import replay
 from engine.tick import run_tick
 
-__all__ = ["audited"]
+__all__ = ["audited", "hooks"]
 
 
 @pytest.fixture
@@ -69,3 +72,34 @@ def test_a_position_that_never_was_has_no_mark(engine: Connection, owner_conn: C
 
 def test_nothing_divided_is_nothing() -> None:
     assert quotient(Decimal(0), Decimal(7), 10) == 0
+
+
+def test_a_connection_that_does_not_commit_by_itself_still_commits_its_ticks(
+    dsn: str, owner_conn: Connection
+) -> None:
+    """As psycopg connects unless it is told otherwise."""
+    run = a_run(owner_conn)
+    with psycopg.connect(dsn) as conn:
+        run_tick(conn, run.user_id, run.run_id, close_on(MON), at_price("100"))
+        replay(conn, run.user_id, run.run_id, [(close_on(TUE), [a_bar(TUE)])])
+        ticks = "SELECT count(*) FROM event_ledger WHERE event_type = 'TICK'"
+        assert rows(owner_conn, ticks) == [2]
+
+
+def test_a_state_that_was_put_right_by_hand_is_seen_and_stays(
+    engine: Connection, owner_conn: Connection, hooks: Hooks
+) -> None:
+    run = a_run(engine, strategy=SCRIPTED)
+    seen = []
+    hooks["on_tick"] = lambda context: seen.append(dict(context.state))
+    for minute, note in enumerate([None, "by hand", None]):
+        if note:
+            owner_conn.execute("UPDATE engine_state SET state = %s", [Jsonb({"note": note})])
+        at = close_on(MON) - timedelta(minutes=10 - minute)
+        run_tick(engine, run.user_id, run.run_id, at, at_price("100"))
+        engine.execute("SELECT 1")
+    assert rows(owner_conn, "SELECT state FROM engine_state") == [{"note": "by hand"}]
+    later = [(close_on(TUE), [a_bar(TUE)])]
+    replay(engine, run.user_id, run.run_id, later)
+    assert seen[-1] == {"note": "by hand"}
+    assert rows(owner_conn, "SELECT state FROM engine_state") == [{"note": "by hand"}]
