@@ -12,7 +12,7 @@ Locks are taken in one order: run, orders by id, ledger.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import date, datetime
@@ -83,7 +83,9 @@ def run_tick(
     ERROR; nothing of the tick is written then.
     """
     logical_time = require_aware(logical_time, "logical_time")
-    planned = _Planned(user_id, run_id, logical_time, prices, now, market_open, intents)
+    if not isinstance(prices, Mapping):
+        prices = list(prices)  # they may be looked at twice
+    planned = _Planned(user_id, run_id, logical_time, prices, now, market_open, tuple(intents))
     if conn.autocommit and conn.info.transaction_status == TransactionStatus.IDLE:
         # Whatever goes wrong goes wrong again, in steps, where it is told apart.
         with suppress(NeedsSteps, Retryable, RuleViolation, BadInput, StrategyFailed), translated():

@@ -103,3 +103,13 @@ def test_a_state_that_was_put_right_by_hand_is_seen_and_stays(
     replay(engine, run.user_id, run.run_id, later)
     assert seen[-1] == {"note": "by hand"}
     assert rows(owner_conn, "SELECT state FROM engine_state") == [{"note": "by hand"}]
+
+
+def test_bars_that_can_be_read_but_once_are_enough_for_a_tick_in_steps(
+    engine: Connection, owner_conn: Connection
+) -> None:
+    run = a_run(engine)
+    resting = buy("1", order_type="LIMIT", limit_price="1")
+    bars = (bar for bar in [a_bar(MON)])
+    run_tick(engine, run.user_id, run.run_id, close_on(MON), bars, intents=[resting, buy("1")])
+    assert statuses(owner_conn, run) == ["PENDING", "FILLED"]
