@@ -98,7 +98,8 @@ def story(conn: Connection) -> Story:
     filled = {"status": "FILLED", "status_at": AT, "filled_quantity": 1, "filled_notional": 100}
     return Story(
         (user, run),
-        *row,
+        row[0],
+        row[1],
         orders=[{"order_id": order, **terms, **filled, "logical_time": AT}],
         executions=[
             {
