@@ -1,4 +1,4 @@
-"""What a tick writes, each in one statement for any number of rows. The database checks it all."""
+"""What a tick in steps writes, each step one statement for any number of rows, which is checked."""
 
 from __future__ import annotations
 

@@ -22,6 +22,8 @@ from schema_cases import findings
 from engine.db.connect import Connection
 from engine.errors import RuleViolation, typed
 
+EMPTY = "'{}'"
+_NO_TICK = f"SELECT ticks_write(%s, %s, %s, NULL, {', '.join([EMPTY] * 21)}, NULL, NULL)"
 AT = datetime(2024, 1, 10, 21, 0, tzinfo=UTC)
 DAY = timedelta(days=1)
 
@@ -301,6 +303,28 @@ def test_a_filled_order_takes_no_second_execution(conn: Connection, story: Story
     with pytest.raises(psycopg.IntegrityError) as caught, conn.transaction():
         again.tell(conn)
     assert caught.value.sqlstate in ("23T05", "23T09")
+
+
+def test_a_cancelled_order_takes_no_execution(conn: Connection, story: Story) -> None:
+    order = story.orders[0]["order_id"]
+    conn.execute(
+        """INSERT INTO orders (user_id, run_id, order_id, symbol, side, quantity, reference_price)
+           VALUES (%s, %s, %s, 'AAPL', 'BUY', 1, 100)""",
+        [*story.key, order],
+    )
+    conn.execute("UPDATE orders SET status = 'CANCELED' WHERE order_id = %s", [order])
+    late = Story(story.key, story.seq, story.hash, executions=story.executions)
+    with pytest.raises(psycopg.IntegrityError) as caught, conn.transaction():
+        late.tell(conn)
+    assert caught.value.sqlstate == "23T01"
+
+
+def test_who_has_not_read_the_last_event_writes_no_tick(conn: Connection, story: Story) -> None:
+    """As a run that has moved, to be read again, and not as a number that is taken."""
+    for read in (0, 2):
+        with pytest.raises(psycopg.errors.SerializationFailure, match="moved"), conn.transaction():
+            conn.execute(_NO_TICK.encode(), [*story.key, read])
+    conn.execute(_NO_TICK.encode(), [*story.key, story.seq])
 
 
 @pytest.mark.parametrize("status", ["STOPPED", "ERROR"])
