@@ -1,0 +1,1 @@
+-- What a connector may do: hold its account, take commands, say what became of them.

@@ -1,0 +1,1 @@
+-- Safety: what stops trading, and what is left when it has stopped.

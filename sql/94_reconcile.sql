@@ -1,0 +1,1 @@
+-- Reconciliation: what we hold against what the broker and the ledger say, and what was done.
