@@ -218,9 +218,11 @@ class LogFile:
         # Another process may have been faster between our look and our lock.
         if not os.path.samestat(os.fstat(self._fd), os.stat(self.path)):
             return
-        for number in range(self._backups - 1, 0, -1):
-            with suppress(FileNotFoundError):
-                os.replace(self._backup(number), self._backup(number + 1))
+        free = 1
+        while free < self._backups and self._backup(free).exists():
+            free += 1
+        for number in range(free - 1, 0, -1):
+            os.replace(self._backup(number), self._backup(number + 1))
         if self._backups:
             os.replace(self.path, self._backup(1))
         else:

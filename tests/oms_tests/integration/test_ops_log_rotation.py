@@ -18,10 +18,10 @@ from typing import Any
 from uuid import UUID
 
 import pytest
+from waits import wait_until
 
 from engine import config, log
 from engine.log import JsonLines, LogFile, open_log, tell
-from waits import wait_until
 
 CHILD = Path(__file__).with_name("log_child.py")
 ROOT = Path(__file__).parents[3]
