@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from engine.db.connect import Connection
-from tests.oms_tests.broker_cases import Wire, a_broker_run
+from broker_cases import Wire, a_broker_run
 
 
 @pytest.fixture
