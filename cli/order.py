@@ -218,7 +218,7 @@ def place(
 def cancel(
     order: OrderArgument, run_id: RunFilter = None, dsn: Dsn = None, as_json: Json = False
 ) -> None:
-    """Cancel an order: at once where it hasn't gone, else by asking its broker.
+    """Cancel an order, at once or by asking its broker.
 
     Example:
       oms order cancel 00035d01-3ae8
