@@ -103,7 +103,8 @@ CREATE VIEW audit_cash AS
                   coalesce(l.seq, 0))
     FROM strategy_run r
     LEFT JOIN (SELECT user_id, run_id, max(seq) AS seq FROM event_ledger
-               WHERE event_type IN ('EXECUTION', 'COMMISSION', 'SPLIT_APPLIED') GROUP BY user_id, run_id) l
+               WHERE event_type IN ('EXECUTION', 'COMMISSION', 'SPLIT_APPLIED')
+               GROUP BY user_id, run_id) l
         ON l.user_id = r.user_id AND l.run_id = r.run_id
     WHERE r.books_seq <> coalesce(l.seq, 0);
 
