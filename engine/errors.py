@@ -178,7 +178,7 @@ RULES: dict[str, Rule] = {
         NotOurNumber, "Leave rate and cost out; the database computes them."
     ),
     "orders_account_unless_paper": Rule(
-        InvalidValue, "Leave broker out; an order goes to an account of its run's broker."
+        InvalidValue, "Leave broker out; only an order of a run at a broker is at one."
     ),
     **dict.fromkeys(
         (
@@ -285,6 +285,7 @@ RULES: dict[str, Rule] = {
             "sip_plan_missed_policy_known",
             "sip_plan_status_known",
             "strategy_run_account_type_known",
+            "strategy_run_pnl_method_known",
             "strategy_run_status_known",
             "strategy_run_tick_at_known",
         ),

@@ -207,7 +207,10 @@ CREATE TABLE orders (
         REFERENCES strategy_run (user_id, run_id) ON DELETE CASCADE,
     CONSTRAINT orders_to_account FOREIGN KEY (user_id, account)
         REFERENCES broker_account (user_id, account),
-    CONSTRAINT orders_account_unless_paper CHECK ((account IS NULL) = (broker = 'paper')),
+    CONSTRAINT orders_account_unless_paper CHECK (
+        CASE WHEN broker <> 'paper' THEN account IS NOT NULL
+             ELSE num_nonnulls(account, broker_order_id, perm_id) = 0
+                  AND NOT recovered AND NOT pending_reconcile END),
     CONSTRAINT orders_purpose_known CHECK (purpose = 'FLATTEN'),
     CONSTRAINT orders_symbol_format
         CHECK (symbol ~ '^[A-Z0-9][A-Z0-9._=^/ -]*$' AND length(symbol) <= 32),

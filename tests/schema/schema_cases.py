@@ -32,6 +32,9 @@ RUN_TABLES = (
     "sip_plan",
     "risk_limit",
 )
+# What belongs to a run at a broker, and what to a user's account there.
+BROKER_TABLES = ("run_route", "execution_commission", "order_broker_id")
+ACCOUNT_TABLES = ("broker_account", "broker_lease", "broker_command", "broker_event", "alert")
 HISTORY = ("execution", "event_ledger", "mtm_ledger", "split_applied")
 LOOKUPS = (
     "instrument",
@@ -42,6 +45,7 @@ LOOKUPS = (
     "run_transition",
     "order_status",
     "order_transition",
+    "command_kind",
 )
 
 # The people of the world and their runs. Times are in January 2024.
@@ -218,7 +222,7 @@ _CONTENTS = sql.SQL(" UNION ALL ").join(
         "SELECT {}, count(*), md5(coalesce(string_agg(t::text, '|' ORDER BY t::text), '')) "
         "FROM public.{} t"
     ).format(sql.Literal(table), sql.Identifier(table))
-    for table in (*RUN_TABLES, *LOOKUPS, "app_user")
+    for table in (*RUN_TABLES, *BROKER_TABLES, *ACCOUNT_TABLES, *LOOKUPS, "app_user")
 )
 
 
