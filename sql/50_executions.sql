@@ -59,6 +59,9 @@ DECLARE
     o   orders;
 BEGIN
     run := run_lock(NEW.user_id, NEW.run_id, 'execution', 'RUNNING', 'STOPPING');
+    IF run.status <> 'RUNNING' AND run.broker = 'paper' THEN
+        PERFORM run_lock(NEW.user_id, NEW.run_id, 'execution', 'RUNNING');
+    END IF;
     SELECT * INTO o FROM orders
     WHERE user_id = NEW.user_id AND run_id = NEW.run_id AND order_id = NEW.order_id;
     IF NOT FOUND THEN
@@ -70,9 +73,6 @@ BEGIN
         RAISE EXCEPTION 'paper order % is %, so it can not trade', o.order_id, o.status
             USING ERRCODE = '23T05', CONSTRAINT = 'execution_order_is_open', TABLE = 'execution',
                   HINT = 'Only an open order trades; place another.';
-    END IF;
-    IF o.broker = 'paper' AND run.status <> 'RUNNING' THEN
-        PERFORM run_lock(NEW.user_id, NEW.run_id, 'execution', 'RUNNING');
     END IF;
     NEW.symbol := o.symbol;
     NEW.side := o.side;

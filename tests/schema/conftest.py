@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import psycopg
 import pytest
 from psycopg import sql
-from broker_cases import build_broker_world
+from market_cases import build_broker_world
 from schema_cases import build_world
 
 from engine.db.connect import Connection, open_connection

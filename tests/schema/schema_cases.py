@@ -73,7 +73,7 @@ NAMES: Mapping[str, str] = {
     "theirs": "bb000000-0000-0000-0000-000000000001",  # Ben's, resting
     "new_order": "ff000000-0000-0000-0000-000000000001",
     "limit": "cc000000-0000-0000-0000-000000000001",
-    # Who trades at a broker, their runs, and orders of Dan's (broker_cases.py).
+    # Who trades at a broker, their runs, and orders of Dan's (market_cases.py).
     "dan": "0d000000-0000-0000-0000-000000000000",
     "deals": "0d000000-0000-0000-0000-000000000001",  # RUNNING at A1, then A2
     "idle": "0d000000-0000-0000-0000-000000000002",  # CREATED, at A1

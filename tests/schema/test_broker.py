@@ -11,7 +11,7 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 import pytest
-from broker_cases import BOOK, CHARGE, COMMAND, PLACE, book, filled, heard, take_back
+from market_cases import BOOK, CHARGE, COMMAND, PLACE, book, filled, heard, take_back
 from schema_cases import (
     DENIED,
     ROLES,
