@@ -58,8 +58,8 @@ LANGUAGE sql IMMUTABLE SET search_path = public, pg_temp AS $$
             closes_at, out_of_session, orders_per_second, messages_per_second, heartbeat_seconds,
             stale_seconds, settings) ON broker_account'),
         ('oms_engine', 'INSERT ON run_route'),
-        ('oms_engine', 'INSERT (user_id, account, command_id, priority, kind, payload),
-            UPDATE (done_at, outcome) ON broker_command'),
+        ('oms_engine', 'INSERT (user_id, account, command_id, priority, kind, run_id, order_id,
+            order_version, payload), UPDATE (done_at, outcome) ON broker_command'),
         ('oms_engine', 'UPDATE (applied_at, finding, code, note) ON broker_event'),
         ('oms_engine', 'INSERT ON order_broker_id'),
         ('oms_engine', 'INSERT (user_id, run_id, execution_id, amount, currency, event_at)
