@@ -52,7 +52,13 @@ LANGUAGE sql IMMUTABLE SET search_path = public, pg_temp AS $$
         ('oms_engine', 'UPDATE (status, start_on) ON sip_plan'),
         ('oms_engine', 'EXECUTE ON FUNCTION ticks_write'),
         ('oms_connector', 'USAGE ON SCHEMA public'),
-        ('oms_connector', 'SELECT ON instrument, calendar_session'),
+        ('oms_connector', 'SELECT ON instrument, calendar_session, broker_account, broker_lease,
+            broker_command'),
+        ('oms_connector', 'SELECT (user_id, account, number, holder), INSERT (user_id, account,
+            number, holder, kind, priority, order_ref, broker_order_id, perm_id, execution_id,
+            payload, event_at, received_at) ON broker_event'),
+        ('oms_connector', 'EXECUTE ON FUNCTION lease_take, lease_renew, lease_release,
+            commands_claim, commands_throttled, commands_done, connector_alert'),
         ('oms_auditor', 'USAGE ON SCHEMA public')
 $$;
 
@@ -114,6 +120,8 @@ BEGIN
 END $$;
 
 REVOKE EXECUTE ON FUNCTION grant_roles, ticks_write, books_follow, ledger_analyze FROM PUBLIC;
+REVOKE EXECUTE ON FUNCTION lease_take, lease_renew, lease_release, commands_claim,
+    commands_throttled, commands_done, connector_alert FROM PUBLIC;
 
 DO $$
 DECLARE
