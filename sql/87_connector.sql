@@ -147,25 +147,29 @@ COMMENT ON FUNCTION commands_claim IS
     'Gives the holder of an account its next commands: by priority, cancels first, then by age; '
     'each once; at most so many, and so many new orders among them.';
 
--- What waits though its turn has come: the throttle's queue, of which nobody has been told yet.
+-- What waits though its turn has come: the throttle's queue.
 CREATE FUNCTION commands_throttled(of_user uuid, of_account text, at_most integer)
-RETURNS SETOF broker_command
+RETURNS TABLE (command_id uuid, kind text, order_id uuid, place bigint)
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = public, pg_temp AS $$
-    SELECT c.* FROM broker_command c
-    WHERE c.user_id = of_user AND c.account = of_account
-      AND c.done_at IS NULL AND c.claimed_by IS NULL AND c.order_id IS NOT NULL
-      AND command_is_due(c)
+    SELECT q.command_id, q.kind, q.order_id, q.place
+    FROM (SELECT c.command_id, c.kind, c.order_id,
+                 row_number() OVER (ORDER BY c.priority, c.kind <> 'CANCEL', c.created_at,
+                                             c.command_id) - 1 AS place
+          FROM broker_command c
+          WHERE c.user_id = of_user AND c.account = of_account AND c.done_at IS NULL
+            AND c.claimed_by IS NULL AND command_is_due(c)) q
+    WHERE q.order_id IS NOT NULL
       AND NOT EXISTS (
           SELECT FROM broker_event e
           WHERE e.user_id = of_user AND e.account = of_account AND e.kind = 'THROTTLED'
-            AND e.order_ref = c.order_id::text
-            AND e.payload ->> 'command_id' = c.command_id::text)
-    ORDER BY c.priority, c.kind <> 'CANCEL', c.created_at, c.command_id
-    LIMIT at_most
+            AND e.order_ref = q.order_id::text
+            AND e.payload ->> 'command_id' = q.command_id::text)
+    ORDER BY q.place LIMIT at_most
 $$;
 
 COMMENT ON FUNCTION commands_throttled IS
-    'Commands about orders that wait for the throttle and have no THROTTLED event yet, in order.';
+    'Commands about orders that wait for the throttle and have no THROTTLED event yet, each with '
+    'its place in the queue, from 0.';
 
 -- It needs no lease: what was sent was sent, whoever holds the account now. A repeat, after a
 -- commit of which nobody heard, changes nothing.
