@@ -97,7 +97,7 @@ class Conversation:
         self._queue: PriorityQueue[Command] = PriorityQueue()
         self._unwritten = 0
         self._orders_unwritten = 0
-        self._answers: set[asyncio.Task[None]] = set()
+        self._answers: dict[asyncio.Task[None], Command] = {}
         self._look_at = 0.0
         self._said_goodbye = False
 
@@ -110,15 +110,18 @@ class Conversation:
         sending = asyncio.create_task(self._send_all())
         claiming = asyncio.create_task(self._claim_all())
         pinging = asyncio.create_task(self._ping())
-        mine = (hearing, sending, claiming, pinging)
+        mine: tuple[asyncio.Future[Any], ...] = (hearing, sending, claiming, pinging)
         try:
             done, _ = await asyncio.wait({*mine, over}, return_when=asyncio.FIRST_COMPLETED)
             await end(claiming)
             if not done.intersection(mine):
                 await self._finish(hearing, sending)
         finally:
-            await end(claiming, sending, pinging, *self._answers)
-            for command in self._queue.drain():
+            await end(claiming, sending, pinging)
+            asked = dict(self._answers)
+            await end(*asked)
+            # A task that is cancelled before it begins says nothing itself.
+            for command in (*self._queue.drain(), *self._answers.values()):
                 await self._never_sent(command)
         await self._close(hearing)
         _raise_errors_of_ours(claiming)
@@ -260,10 +263,9 @@ class Conversation:
             code = "THROTTLED" if is_order and by_orders else "RATE_LIMIT"
             wait = self._throttle.wait_seconds(began, each.place, is_order=is_order)
             said = {"command_id": str(each.command_id), "wait_seconds": f"{wait:.3f}"}
-            tell(code, account=self._account.account, order_id=str(each.order_id), **said)
-            await self._journal.say(
-                "THROTTLED", {**said, "code": code}, order_ref=str(each.order_id)
-            )
+            ref = str(each.order_id)
+            tell(code, account=self._account.account, order_id=ref, wait=said["wait_seconds"])
+            await self._journal.say("THROTTLED", {**said, "code": code}, order_ref=ref)
         if waiting:
             await self._journal.settled()  # or the next look would find them again
         now = self._seconds()
@@ -331,8 +333,7 @@ class Conversation:
     def _ask(self, command: Command) -> None:
         """Ask, and go on sending while the broker thinks about it."""
         task = asyncio.create_task(self._answer(command))
-        self._answers.add(task)
-        task.add_done_callback(self._answers.discard)
+        self._answers[task] = command
 
     async def _answer(self, command: Command) -> None:
         failed = partial(self._journal.failed, command)
@@ -354,6 +355,7 @@ class Conversation:
             await self._journal.put(*rows, Done(command.command_id, "SENT", at))
         finally:
             self._written(command)
+            self._answers = {t: c for t, c in self._answers.items() if c is not command}
 
     async def _answer_rows(self, command: Command) -> list[Heard]:
         if command.kind == "SNAPSHOT":

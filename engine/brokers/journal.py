@@ -72,9 +72,10 @@ class Journal:
 
     async def failed(self, command: Command, outcome: str, why: str) -> None:
         """Say of a command that it was certainly not sent."""
-        ids = {"command_id": str(command.command_id), "error": why}
-        tell("SEND_FAILED", kind=command.kind, order_id=command.order_ref, **ids)
-        await self.say("SEND_FAILED", ids, order_ref=command.order_ref)
+        command_id = str(command.command_id)
+        tell("SEND_FAILED", command_id=command_id, order_id=command.order_ref, error=why)
+        said = {"command_id": command_id, "error": why}
+        await self.say("SEND_FAILED", said, order_ref=command.order_ref)
         await self.put(Done(command.command_id, outcome))
 
     # --- The inbox --------------------------------------------------------------------------
