@@ -15,6 +15,7 @@ import typer
 from cli import (
     audit,
     bench,
+    connect,
     data,
     db,
     demo,
@@ -70,6 +71,7 @@ app.command("demo", rich_help_panel=_START)(demo.demo)
 app.command("tick", rich_help_panel=_RUNS)(tick.tick)
 app.command("replay", rich_help_panel=_RUNS)(replay.replay)
 app.command("schedule", rich_help_panel=_RUNS)(schedule.schedule)
+app.command("connect", rich_help_panel=_RUNS)(connect.connect)
 app.command("equity", rich_help_panel=_LOOK)(equity.equity)
 app.command("report", rich_help_panel=_LOOK)(report.report)
 app.command("audit", rich_help_panel=_LOOK)(audit.audit)

@@ -279,6 +279,7 @@ class Running:
         self.ended: Ended | None = None
         self.error: BaseException | None = None
         self._ready = threading.Event()
+        options = {"jitter": lambda: 0.0, "pace": QUICK} | options
         self._thread = threading.Thread(target=self._run, args=(dsn, desk, wire, options))
         self._thread.start()
         assert self._ready.wait(SECONDS_MAX)
@@ -299,7 +300,7 @@ class Running:
                 store,
                 await store.account(),
                 lambda: ScriptedBroker(wire),
-                **({"jitter": lambda: 0.0, "pace": QUICK} | options),
+                **options,
             )
             self._ready.set()
             self.ended = await self._connector.run("a test")

@@ -130,10 +130,9 @@ class Conversation:
     async def _finish(self, hearing: asyncio.Task[str], sending: asyncio.Task[None]) -> None:
         """What is claimed is yet written, and answered, while the connection holds."""
         rest = asyncio.gather(self._queue.dealt_with(), *self._answers)
+        any_of: set[asyncio.Future[Any]] = {rest, hearing, sending}
         await asyncio.wait(
-            {rest, hearing, sending},
-            timeout=self._pace.leave_max,
-            return_when=asyncio.FIRST_COMPLETED,
+            any_of, timeout=self._pace.leave_max, return_when=asyncio.FIRST_COMPLETED
         )
         await end(rest)
 
