@@ -258,11 +258,12 @@ class Desk:
         return [kind for (kind,) in rows]
 
     def lease(self) -> tuple[Any, ...]:
-        (row,) = self.rows(
+        """Whether it is held, connected, when the broker was heard, and the clocks' difference."""
+        rows = self.rows(
             """SELECT expires_at > clock_timestamp(), connected, last_heard_at, clock_skew
                FROM broker_lease WHERE user_id = %s"""
         )
-        return row
+        return rows[0] if rows else (False, False, None, None)
 
     def wait_for(self, kind: str, count: int = 1) -> list[Any]:
         wait_until(lambda: len(self.events(kind)) >= count, f"{count} x {kind}")

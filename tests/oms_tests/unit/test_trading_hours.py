@@ -55,21 +55,25 @@ def test_a_session_ends_before_its_close_and_begins_with_its_open() -> None:
     assert next_span([span], span.close_at) is None
 
 
-def test_retries_come_later_and_later_up_to_a_limit_and_never_together() -> None:
-    pace = Pace(retry_first=1, retry_max=10)
-    early, late = (
-        Connector(
-            cast(Any, None), cast(Any, _Account()), cast(Any, Wire), jitter=lambda: j, pace=pace
-        )
-        for j in (0.0, 1.0)
-    )
-    assert [early._backoff(attempt) for attempt in (0, 1, 2, 3, 4, 99)] == [0.5, 1, 2, 4, 5, 5]
-    assert [late._backoff(attempt) for attempt in (0, 1, 2, 3, 4, 99)] == [1, 2, 4, 8, 10, 10]
-
-
 class _Account:
     account = "DU1"
     orders_per_second = messages_per_second = 1
+
+
+def _retrying(jitter: float) -> Connector:
+    return Connector(
+        cast(Any, None),
+        cast(Any, _Account()),
+        cast(Any, Wire),
+        jitter=lambda: jitter,
+        pace=Pace(retry_first=1, retry_max=10),
+    )
+
+
+def test_retries_come_later_and_later_up_to_a_limit_and_never_together() -> None:
+    early, late = _retrying(0.0), _retrying(1.0)
+    assert [early._backoff(attempt) for attempt in (0, 1, 2, 3, 4, 99)] == [0.5, 1, 2, 4, 5, 5]
+    assert [late._backoff(attempt) for attempt in (0, 1, 2, 3, 4, 99)] == [1, 2, 4, 8, 10, 10]
 
 
 def test_a_span_of_a_second_is_one() -> None:
