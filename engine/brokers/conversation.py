@@ -65,7 +65,7 @@ class Tools:
     pace: Pace
 
 
-class TakenOver(EngineError):
+class TakenOver(Exception):
     """Somebody else has this session, or it is another account's: leave it to them."""
 
     def __init__(self, code: str, message: str) -> None:
