@@ -59,6 +59,7 @@ CREATE TABLE strategy_run (
     calendar     text        NOT NULL DEFAULT 'XNYS',
     currency     text        NOT NULL DEFAULT 'USD',
     tick_at      text        NOT NULL DEFAULT 'CLOSE',
+    pnl_method   text        NOT NULL DEFAULT 'AVERAGE',
     initial_cash numeric     NOT NULL DEFAULT 0,
     cash         numeric     NOT NULL,
     books_seq    bigint      NOT NULL DEFAULT 0,
@@ -70,6 +71,7 @@ CREATE TABLE strategy_run (
     CONSTRAINT strategy_run_status_known FOREIGN KEY (status) REFERENCES run_status (status),
     CONSTRAINT strategy_run_account_type_known CHECK (account_type = ANY ('{CASH,MARGIN}')),
     CONSTRAINT strategy_run_tick_at_known CHECK (tick_at = ANY ('{OPEN,CLOSE}')),
+    CONSTRAINT strategy_run_pnl_method_known CHECK (pnl_method = ANY ('{AVERAGE,FIFO}')),
     CONSTRAINT strategy_run_currency_format CHECK (currency ~ '^[A-Z]{3}$'),
     CONSTRAINT strategy_run_broker_format CHECK (broker ~ '^[a-z][a-z0-9_]{0,31}$'),
     CONSTRAINT strategy_run_words_short
@@ -81,7 +83,9 @@ CREATE TABLE strategy_run (
     CONSTRAINT strategy_run_cash_in_range
         CHECK (decimal_in_range(cash, 1e20, 16)),
     CONSTRAINT strategy_run_cash_not_negative_in_cash_account
-        CHECK (cash >= 0 OR account_type <> 'CASH' OR initial_cash < 0),  -- refused above
+        -- What a real broker did is so, whatever the account was; negative initial cash is refused
+        -- above.
+        CHECK (cash >= 0 OR account_type <> 'CASH' OR broker <> 'paper' OR initial_cash < 0),
     CONSTRAINT strategy_run_stopped_at_iff_over
         CHECK ((stopped_at IS NOT NULL) = (status = ANY ('{STOPPED,ERROR}')))
 ) WITH (fillfactor = 50);  -- cash changes in place with every trade: leave room for HOT updates
@@ -101,10 +105,12 @@ COMMENT ON COLUMN strategy_run.account_type IS
 COMMENT ON COLUMN strategy_run.calendar IS
     'The exchange calendar (a code of exchange_calendars) that the run follows.';
 COMMENT ON COLUMN strategy_run.tick_at IS 'Which moment of a session the schedule ticks at.';
+COMMENT ON COLUMN strategy_run.pnl_method IS
+    'How profits are told: at AVERAGE cost, or first in first out (FIFO).';
 COMMENT ON COLUMN strategy_run.cash IS
     'Initial cash and what the executions did to it; computed by the database, in currency.';
 COMMENT ON COLUMN strategy_run.books_seq IS
-    'Number of the last EXECUTION or SPLIT_APPLIED event that cash and positions follow.';
+    'Number of the last EXECUTION, COMMISSION or SPLIT_APPLIED event that the books follow.';
 
 -- The one gate of every write into a run: lock its row, so that a concurrent stop waits for us or
 -- is seen by us, and refuse unless its status is one of those allowed. The lock order is run, then
@@ -185,10 +191,11 @@ DECLARE
     due record;
 BEGIN
     IF (NEW.user_id, NEW.run_id, NEW.initial_cash, NEW.broker, NEW.account_type, NEW.currency,
-        NEW.calendar, NEW.strategy, NEW.parameters, NEW.paper, NEW.created_at)
+        NEW.calendar, NEW.pnl_method, NEW.strategy, NEW.parameters, NEW.paper, NEW.created_at)
        IS DISTINCT FROM
        (OLD.user_id, OLD.run_id, OLD.initial_cash, OLD.broker, OLD.account_type, OLD.currency,
-        OLD.calendar, OLD.strategy, OLD.parameters, OLD.paper, OLD.created_at) THEN
+        OLD.calendar, OLD.pnl_method, OLD.strategy, OLD.parameters, OLD.paper, OLD.created_at)
+    THEN
         PERFORM strategy_run_check_terms(OLD, NEW);
     END IF;
     NEW.stopped_at := OLD.stopped_at;
@@ -198,7 +205,7 @@ BEGIN
                coalesce(max(l.seq), OLD.books_seq) AS books_seq
         INTO due FROM event_ledger l
         WHERE l.user_id = OLD.user_id AND l.run_id = OLD.run_id AND l.seq > OLD.books_seq
-          AND l.event_type IN ('EXECUTION', 'SPLIT_APPLIED');
+          AND l.event_type IN ('EXECUTION', 'COMMISSION', 'SPLIT_APPLIED');
         IF NEW.cash IS NULL THEN
             NEW.cash := due.cash;
             NEW.books_seq := due.books_seq;
@@ -228,10 +235,10 @@ CREATE FUNCTION strategy_run_check_terms(was strategy_run, now_is strategy_run) 
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 BEGIN
     IF (now_is.user_id, now_is.run_id, now_is.initial_cash, now_is.broker, now_is.account_type,
-        now_is.currency, now_is.calendar)
+        now_is.currency, now_is.calendar, now_is.pnl_method)
        IS DISTINCT FROM
        (was.user_id, was.run_id, was.initial_cash, was.broker, was.account_type,
-        was.currency, was.calendar)
+        was.currency, was.calendar, was.pnl_method)
        OR (now_is.strategy, now_is.parameters, now_is.paper, now_is.created_at)
           IS DISTINCT FROM (was.strategy, was.parameters, was.paper, was.created_at)
           AND EXISTS (SELECT FROM event_ledger
@@ -245,8 +252,9 @@ END $$;
 
 COMMENT ON FUNCTION strategy_run_check_terms IS 'Refuses a change of what a run was made of.';
 
--- A run that leaves RUNNING takes its open paper orders with it, whoever ends it: the orders are
--- cancelled and the events written while the run still counts as RUNNING, in the same statement.
+-- A run that leaves RUNNING takes its open orders with it, whoever ends it: those in our own book
+-- are cancelled, those at a broker are asked back, and the events written while the run still
+-- counts as RUNNING, in the same statement. A run ends well only when its broker is done with it.
 CREATE FUNCTION strategy_run_check_move() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 BEGIN
@@ -262,6 +270,9 @@ BEGIN
         UPDATE orders SET status = 'CANCELED', status_reason = 'RUN_' || NEW.status
         WHERE user_id = OLD.user_id AND run_id = OLD.run_id AND broker = 'paper'
           AND status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED');
+    END IF;
+    IF OLD.broker <> 'paper' THEN
+        PERFORM orders_ask_back(OLD.user_id, OLD.run_id, NEW.status);
     END IF;
     IF OLD.status IN ('RUNNING', 'STOPPING') THEN
         INSERT INTO event_ledger (user_id, run_id, event_type, payload)
@@ -284,6 +295,25 @@ CREATE TRIGGER strategy_run_a_check_update BEFORE UPDATE ON strategy_run
 CREATE TRIGGER strategy_run_b_check_move BEFORE UPDATE ON strategy_run
     FOR EACH ROW WHEN (OLD.status IS DISTINCT FROM NEW.status)
     EXECUTE FUNCTION strategy_run_check_move();
+
+-- Where a run's orders go: accounts in order of preference. Not needed on paper.
+CREATE TABLE run_route (
+    user_id    uuid     NOT NULL,
+    run_id     uuid     NOT NULL,
+    preference smallint NOT NULL DEFAULT 1,
+    account    text     NOT NULL,
+    CONSTRAINT run_route_pkey PRIMARY KEY (user_id, run_id, preference),
+    CONSTRAINT run_route_account_once UNIQUE (user_id, run_id, account),
+    CONSTRAINT run_route_belongs_to_run FOREIGN KEY (user_id, run_id)
+        REFERENCES strategy_run (user_id, run_id) ON DELETE CASCADE,
+    CONSTRAINT run_route_to_account FOREIGN KEY (user_id, account)
+        REFERENCES broker_account (user_id, account),
+    CONSTRAINT run_route_preference_positive CHECK (preference BETWEEN 1 AND 100)
+);
+
+COMMENT ON TABLE run_route IS 'The accounts that a run''s orders go to, in order of preference.';
+COMMENT ON COLUMN run_route.preference IS
+    '1 is asked first; the next one takes over what certainly never reached it.';
 
 -- For tables whose rows are one per run and change: no write unless the run is RUNNING, and no
 -- row wanders to another run, which would take it out of one that has ended.

@@ -15,7 +15,7 @@ INSERT INTO order_status (status, is_open, why) VALUES
     ('NEW', true, 'Committed, nothing sent.'),
     ('PENDING', true,
      'Held in our own book: resting at the paper broker, throttled, or out of session.'),
-    ('PENDING_SUBMIT', true, 'Sent, outcome unknown.'),
+    ('PENDING_SUBMIT', true, 'The broker has it and has not confirmed it.'),
     ('ROUTED', true, 'The broker works it.'),
     ('PARTIALLY_FILLED', true, 'Something is filled, something still works.'),
     ('PENDING_CANCEL', true, 'A cancel is on its way.'),
@@ -47,6 +47,7 @@ INSERT INTO order_transition (from_status, to_status, why) VALUES
     ('NEW', 'CANCELED', 'Cancelled before it was sent, or IOC and FOK that found no fill.'),
     ('NEW', 'REJECTED', 'Refused after it was stored.'),
     ('NEW', 'EXPIRED', 'Its time ran out before it was sent.'),
+    ('NEW', 'PENDING_CANCEL', 'A cancel follows a submit that has no answer yet.'),
     ('PENDING', 'PENDING_SUBMIT', 'Released and sent.'),
     ('PENDING', 'ROUTED', 'Released, and the broker took it at once.'),
     ('PENDING', 'PARTIALLY_FILLED', 'First fill of a resting order.'),
@@ -54,6 +55,8 @@ INSERT INTO order_transition (from_status, to_status, why) VALUES
     ('PENDING', 'CANCELED', 'Cancelled while it rested.'),
     ('PENDING', 'REJECTED', 'The cash or a limit no longer allows it when it would fill.'),
     ('PENDING', 'EXPIRED', 'Its time in force ended.'),
+    ('PENDING', 'PENDING_CANCEL', 'A cancel follows a submit that has no answer yet.'),
+    ('PENDING', 'NEW', 'Released to be sent.'),
     ('PENDING_SUBMIT', 'ROUTED', 'The broker acknowledged it.'),
     ('PENDING_SUBMIT', 'PARTIALLY_FILLED', 'A fill came before the acknowledgement.'),
     ('PENDING_SUBMIT', 'FILLED', 'The fill came before the acknowledgement.'),
@@ -70,6 +73,7 @@ INSERT INTO order_transition (from_status, to_status, why) VALUES
     ('ROUTED', 'PENDING_CANCEL', 'A cancel was sent.'),
     ('ROUTED', 'PENDING_MODIFY', 'A modification was sent.'),
     ('PARTIALLY_FILLED', 'FILLED', 'The last fill.'),
+    ('PARTIALLY_FILLED', 'ROUTED', 'A bust took all fills back.'),
     ('PARTIALLY_FILLED', 'CANCELED', 'The rest was cancelled, or the cash no longer allows it.'),
     ('PARTIALLY_FILLED', 'EXPIRED', 'The rest expired.'),
     ('PARTIALLY_FILLED', 'PENDING_CANCEL', 'A cancel of the rest was sent.'),
@@ -88,6 +92,9 @@ INSERT INTO order_transition (from_status, to_status, why) VALUES
     ('PENDING_MODIFY', 'REJECTED', 'The broker refused the order itself.'),
     ('PENDING_MODIFY', 'EXPIRED', 'It expired meanwhile.'),
     ('PENDING_MODIFY', 'PENDING_CANCEL', 'A cancel follows the modification.'),
+    ('FILLED', 'PARTIALLY_FILLED', 'A bust took a fill back.'),
+    ('FILLED', 'ROUTED', 'A bust took all fills back.'),
+    ('CANCELED', 'ROUTED', 'The cancel was a guess; the broker works it.'),
     ('CANCELED', 'FILLED', 'The broker had filled it before the cancel reached it.'),
     ('CANCELED', 'PARTIALLY_FILLED', 'A fill from before the cancel arrived late.'),
     ('EXPIRED', 'FILLED', 'The broker had filled it before it expired.'),
@@ -180,6 +187,13 @@ CREATE TABLE orders (
     filled_notional  numeric     NOT NULL DEFAULT 0,
     logical_time     timestamptz NOT NULL,
     recorded_at      timestamptz NOT NULL,
+    account          text,
+    version          integer     NOT NULL DEFAULT 1,
+    purpose          text,
+    recovered        boolean     NOT NULL DEFAULT false,
+    pending_reconcile boolean    NOT NULL DEFAULT false,
+    broker_order_id  bigint,
+    perm_id          bigint,
     avg_fill_price   numeric     GENERATED ALWAYS AS (
         CASE WHEN filled_quantity > 0 THEN round(filled_notional / filled_quantity, 10) END) STORED,
     reserved_cash    numeric     GENERATED ALWAYS AS (
@@ -191,6 +205,10 @@ CREATE TABLE orders (
     CONSTRAINT orders_pkey PRIMARY KEY (user_id, run_id, order_id),
     CONSTRAINT orders_belongs_to_run FOREIGN KEY (user_id, run_id)
         REFERENCES strategy_run (user_id, run_id) ON DELETE CASCADE,
+    CONSTRAINT orders_to_account FOREIGN KEY (user_id, account)
+        REFERENCES broker_account (user_id, account),
+    CONSTRAINT orders_account_unless_paper CHECK ((account IS NULL) = (broker = 'paper')),
+    CONSTRAINT orders_purpose_known CHECK (purpose = 'FLATTEN'),
     CONSTRAINT orders_symbol_format
         CHECK (symbol ~ '^[A-Z0-9][A-Z0-9._=^/ -]*$' AND length(symbol) <= 32),
     CONSTRAINT orders_client_order_id_short CHECK (length(client_order_id) <= 128),
@@ -228,6 +246,9 @@ CREATE UNIQUE INDEX orders_client_order_id_once
 CREATE INDEX orders_open_idx ON orders (user_id, run_id, symbol)
     WHERE status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED');
 
+-- What a broker returns is our order's id alone: the inbox looks up whose it is.
+CREATE INDEX orders_at_broker_idx ON orders (user_id, order_id) WHERE broker <> 'paper';
+
 COMMENT ON TABLE orders IS 'Orders of every run and broker.';
 COMMENT ON COLUMN orders.quantity IS
     'Units ordered; positive unless the order was rejected for it.';
@@ -246,7 +267,47 @@ COMMENT ON COLUMN orders.filled_quantity IS 'Sum of its executions; computed by 
 COMMENT ON COLUMN orders.filled_notional IS 'Sum of quantity x price of its executions, exact.';
 COMMENT ON COLUMN orders.avg_fill_price IS 'Volume-weighted average price, 10 decimals.';
 COMMENT ON COLUMN orders.reserved_cash IS 'Cash that an open buy order holds back.';
+COMMENT ON COLUMN orders.account IS 'Where it goes; NULL on paper.';
+COMMENT ON COLUMN orders.version IS 'Counts the changes of an order at a broker; who changes it names the one he saw.';
+COMMENT ON COLUMN orders.purpose IS
+    'FLATTEN: it closes a position for safety''s sake and never leads to another.';
+COMMENT ON COLUMN orders.recovered IS 'Made up from what a broker said of an order unknown to us.';
+COMMENT ON COLUMN orders.pending_reconcile IS
+    'The broker is being asked what became of it; no news is trusted less.';
+COMMENT ON COLUMN orders.broker_order_id IS 'The broker''s newest id of it; may restart.';
+COMMENT ON COLUMN orders.perm_id IS 'The broker''s lasting id of it; may come late and change.';
 COMMENT ON COLUMN orders.logical_time IS 'Logical time of the tick that placed it.';
+
+-- Whoever places an order may choose among its run's accounts; the first is the preferred one.
+CREATE FUNCTION orders_account(o orders) RETURNS text
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+DECLARE
+    route text;
+BEGIN
+    SELECT r.account INTO route FROM run_route r
+    WHERE r.user_id = o.user_id AND r.run_id = o.run_id AND coalesce(r.account = o.account, true)
+    ORDER BY r.preference LIMIT 1;
+    IF route IS NULL THEN
+        RAISE EXCEPTION 'run % has no route to account %', o.run_id, coalesce(o.account, 'at all')
+            USING ERRCODE = 'foreign_key_violation', CONSTRAINT = 'orders_account_is_routed',
+                  TABLE = 'orders', COLUMN = 'account',
+                  HINT = 'Give the run an account: insert into run_route.';
+    ELSIF o.recovered AND NOT EXISTS (
+        SELECT FROM broker_event e
+        WHERE e.user_id = o.user_id AND e.account = route AND e.order_ref = o.order_id::text
+           OR e.user_id = o.user_id AND e.account = route AND e.kind = 'SNAPSHOT'
+              AND e.payload @> jsonb_build_object('open_orders', jsonb_build_array(
+                  jsonb_build_object('order_ref', o.order_id)))) THEN
+        RAISE EXCEPTION 'no broker has said anything of order %', o.order_id
+            USING ERRCODE = '23T08', CONSTRAINT = 'orders_recovered_from_broker',
+                  TABLE = 'orders', COLUMN = 'recovered',
+                  HINT = 'Only what a broker reports is recovered; place an order of your own.';
+    END IF;
+    RETURN route;
+END $$;
+
+COMMENT ON FUNCTION orders_account IS
+    'The account that a new order goes to; refuses one that its run has no route to.';
 
 -- Words as people type them become the stored words; 90_risk.sql decides afterwards.
 CREATE FUNCTION orders_prepare_insert() RETURNS trigger
@@ -254,8 +315,14 @@ LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 DECLARE
     run strategy_run;
 BEGIN
-    run := run_lock(NEW.user_id, NEW.run_id, 'orders', 'RUNNING');
+    -- What a broker turns out to work is taken up while its run is still ending, too.
+    run := run_lock(NEW.user_id, NEW.run_id, 'orders', 'RUNNING',
+                    CASE WHEN NEW.recovered THEN 'STOPPING' ELSE 'RUNNING' END);
     NEW.broker := run.broker;
+    NEW.version := 1;
+    IF run.broker <> 'paper' THEN
+        NEW.account := orders_account(NEW);
+    END IF;
     NEW.symbol := upper(btrim(NEW.symbol));
     NEW.side := upper(btrim(NEW.side));
     NEW.order_type := upper(btrim(NEW.order_type));
@@ -291,16 +358,23 @@ COMMENT ON FUNCTION orders_prepare_insert IS
 
 -- What was asked for is fixed, what was filled is proven by the executions, whoever writes it.
 -- A day's end and a trigger are noted once, a trailing stop only tightens, a reason belongs to
--- its move.
+-- its move. What a broker works gets other terms by a command alone (86_broker.sql).
 CREATE FUNCTION orders_check_update() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 DECLARE
     filled record;
 BEGIN
-    PERFORM run_lock(OLD.user_id, OLD.run_id, 'orders', 'RUNNING');
+    PERFORM run_lock(OLD.user_id, OLD.run_id, 'orders', 'RUNNING',
+                     CASE WHEN OLD.broker = 'paper' THEN 'RUNNING' ELSE 'STOPPING' END);
+    NEW.version := OLD.version + CASE WHEN OLD.broker = 'paper' THEN 0 ELSE 1 END;
     -- At a real broker even a filled order may trade on: an overfill is real exposure.
     IF OLD.status IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED') AND NEW.status = OLD.status
-       AND (OLD.broker = 'paper' OR NEW.filled_quantity = OLD.filled_quantity) THEN
+       AND (OLD.broker = 'paper'
+            OR (NEW.filled_quantity, NEW.filled_notional, NEW.broker_order_id, NEW.perm_id,
+                NEW.pending_reconcile)
+               IS NOT DISTINCT FROM
+               (OLD.filled_quantity, OLD.filled_notional, OLD.broker_order_id, OLD.perm_id,
+                OLD.pending_reconcile)) THEN
         RAISE EXCEPTION 'order % is %, so it can not be changed', OLD.order_id, OLD.status
             USING ERRCODE = '23T09', CONSTRAINT = 'orders_closed_fixed', TABLE = 'orders',
                   HINT = 'A closed order is history; place another.';
@@ -333,11 +407,12 @@ LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
 BEGIN
     IF (now_is.user_id, now_is.run_id, now_is.order_id, now_is.client_order_id, now_is.broker,
         now_is.symbol, now_is.side, now_is.order_type, now_is.time_in_force, now_is.trail_percent,
-        now_is.logical_time, now_is.recorded_at)
+        now_is.logical_time, now_is.recorded_at, now_is.purpose, now_is.recovered)
        IS DISTINCT FROM
        (was.user_id, was.run_id, was.order_id, was.client_order_id, was.broker,
         was.symbol, was.side, was.order_type, was.time_in_force, was.trail_percent,
-        was.logical_time, was.recorded_at)
+        was.logical_time, was.recorded_at, was.purpose, was.recovered)
+       OR now_is.account IS DISTINCT FROM was.account AND NOT orders_may_reroute(was)
        OR now_is.expire_at IS DISTINCT FROM was.expire_at AND was.expire_at IS NOT NULL
        OR now_is.triggered_at IS DISTINCT FROM was.triggered_at AND was.triggered_at IS NOT NULL
        OR now_is.status = was.status
@@ -351,11 +426,12 @@ BEGIN
            (was.quantity, was.limit_price, was.trail_amount, was.reference_price)
            AND (now_is.stop_price IS NOT DISTINCT FROM was.stop_price
                 OR orders_stop_tightens(was, now_is.stop_price))
-        OR orders_follows_split(was, now_is);
+        OR orders_follows_split(was, now_is)
+        OR was.broker <> 'paper' AND orders_follows_command(was, now_is);
 END $$;
 
 COMMENT ON FUNCTION orders_keeps_terms IS
-    'Whether an update leaves alone what was asked for, or restates it for a split.';
+    'Whether an update leaves alone what was asked for, or restates it for a split or a command.';
 
 CREATE FUNCTION orders_stop_tightens(was orders, stop_price numeric) RETURNS boolean
 LANGUAGE sql IMMUTABLE
@@ -374,7 +450,7 @@ LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 BEGIN
     IF NOT EXISTS (SELECT FROM order_transition
                    WHERE from_status = OLD.status AND to_status = NEW.status)
-       OR (NEW.broker = 'paper' AND OLD.status IN ('CANCELED', 'EXPIRED', 'REJECTED')) THEN
+       OR (NEW.broker = 'paper' AND OLD.status IN ('FILLED', 'CANCELED', 'EXPIRED', 'REJECTED')) THEN
         RAISE EXCEPTION 'order % cannot go from % to %', OLD.order_id, OLD.status, NEW.status
             USING ERRCODE = '23T01', CONSTRAINT = 'orders_status_transition', TABLE = 'orders',
                   COLUMN = 'status', HINT = 'order_transition lists the allowed moves.';

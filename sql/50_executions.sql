@@ -15,6 +15,7 @@ CREATE TABLE execution (
     logical_time        timestamptz NOT NULL,
     event_at            timestamptz NOT NULL,
     recorded_at         timestamptz NOT NULL,
+    reverses            text,
     CONSTRAINT execution_pkey PRIMARY KEY (user_id, run_id, execution_id),
     CONSTRAINT execution_belongs_to_order FOREIGN KEY (user_id, run_id, order_id)
         REFERENCES orders (user_id, run_id, order_id) ON DELETE CASCADE,
@@ -22,7 +23,9 @@ CREATE TABLE execution (
         CHECK (execution_id ~ '^[[:graph:]]([[:print:]]*[[:graph:]])?$'
                AND length(execution_id) <= 128),
     CONSTRAINT execution_quantity_positive
-        CHECK (quantity > 0 AND amount_in_range(quantity)),
+        -- A reversal takes back what it names (a bust, or the wrong half of a correction).
+        CHECK ((quantity > 0 OR reverses IS NOT NULL AND quantity < 0)
+               AND amount_in_range(abs(quantity))),
     CONSTRAINT execution_price_in_range CHECK (amount_in_range(price)),
     CONSTRAINT execution_commission_in_range
         CHECK (decimal_in_range(commission, 1e15, 16)),
@@ -33,6 +36,10 @@ CREATE TABLE execution (
 -- The executions of an order: its history, its cascade, its audit.
 CREATE INDEX execution_order_idx ON execution (user_id, run_id, order_id);
 
+-- This prevents an execution from being taken back twice.
+CREATE UNIQUE INDEX execution_reversed_once ON execution (user_id, run_id, reverses)
+    WHERE reverses IS NOT NULL;
+
 COMMENT ON TABLE execution IS 'Executions (fills) of every run and broker; append-only.';
 COMMENT ON COLUMN execution.execution_id IS
     'The broker''s id; at the paper broker order id and number.';
@@ -41,6 +48,8 @@ COMMENT ON COLUMN execution.side IS 'Taken from the order.';
 COMMENT ON COLUMN execution.price IS 'In currency per unit.';
 COMMENT ON COLUMN execution.commission IS 'Positive costs money; negative is a rebate.';
 COMMENT ON COLUMN execution.commission_currency IS 'The run''s, unless it is given.';
+COMMENT ON COLUMN execution.reverses IS
+    'The execution that this one takes back, with its negative quantity at its price.';
 COMMENT ON COLUMN execution.event_at IS 'When the broker says that it happened.';
 
 CREATE FUNCTION execution_prepare_insert() RETURNS trigger
@@ -49,7 +58,10 @@ DECLARE
     run strategy_run;
     o   orders;
 BEGIN
-    run := run_lock(NEW.user_id, NEW.run_id, 'execution', 'RUNNING');
+    run := run_lock(NEW.user_id, NEW.run_id, 'execution', 'RUNNING', 'STOPPING');
+    IF run.status <> 'RUNNING' AND run.broker = 'paper' THEN
+        PERFORM run_lock(NEW.user_id, NEW.run_id, 'execution', 'RUNNING');
+    END IF;
     SELECT * INTO o FROM orders
     WHERE user_id = NEW.user_id AND run_id = NEW.run_id AND order_id = NEW.order_id;
     IF NOT FOUND THEN
@@ -61,6 +73,9 @@ BEGIN
         RAISE EXCEPTION 'paper order % is %, so it can not trade', o.order_id, o.status
             USING ERRCODE = '23T05', CONSTRAINT = 'execution_order_is_open', TABLE = 'execution',
                   HINT = 'Only an open order trades; place another.';
+    END IF;
+    IF o.broker <> 'paper' THEN
+        PERFORM execution_check_broker(NEW, o);
     END IF;
     NEW.symbol := o.symbol;
     NEW.side := o.side;
@@ -74,6 +89,48 @@ END $$;
 
 COMMENT ON FUNCTION execution_prepare_insert IS
     'Trigger: only an open order trades; symbol and side are the order''s.';
+
+-- The proof of an execution at a broker: the broker said so, in the inbox, where only connectors
+-- write. What it takes back it must have said too, by a bust or by a newer revision of the same id.
+CREATE FUNCTION execution_check_broker(e execution, o orders) RETURNS void
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    IF e.reverses IS NULL THEN
+        IF EXISTS (SELECT FROM broker_event b
+                   WHERE b.user_id = o.user_id AND b.account = o.account
+                     AND b.execution_id = e.execution_id AND b.kind = 'EXECUTION'
+                     AND (b.payload ->> 'quantity')::numeric = e.quantity
+                     AND (b.payload ->> 'price')::numeric = e.price) THEN
+            RETURN;
+        END IF;
+    ELSIF EXISTS (SELECT FROM execution t
+                  WHERE t.user_id = e.user_id AND t.run_id = e.run_id
+                    AND t.execution_id = e.reverses AND t.order_id = e.order_id
+                    AND t.quantity = -e.quantity AND t.price = e.price AND t.reverses IS NULL)
+          AND EXISTS (SELECT FROM broker_event b
+                      WHERE b.user_id = o.user_id AND b.account = o.account
+                        AND (b.kind = 'BUST' AND b.execution_id = e.reverses
+                             OR b.kind = 'EXECUTION' AND b.execution_id <> e.reverses
+                                AND b.order_ref = o.order_id::text
+                                AND execution_family(b.execution_id)
+                                    = execution_family(e.reverses))) THEN
+        RETURN;
+    END IF;
+    RAISE EXCEPTION 'no broker has said that execution % of order % happened', e.execution_id,
+        e.order_id
+        USING ERRCODE = '23T08', CONSTRAINT = 'execution_said_by_broker', TABLE = 'execution',
+              HINT = 'Executions at a broker come from its connector''s broker_event rows.';
+END $$;
+
+COMMENT ON FUNCTION execution_check_broker IS
+    'Refuses an execution, or a reversal, that the order''s broker has not reported.';
+
+-- Source: IB's execution ids; those that differ only after the last dot are revisions of one.
+CREATE FUNCTION execution_family(execution_id text) RETURNS text
+LANGUAGE sql IMMUTABLE
+RETURN regexp_replace(execution_id, '\.[^.]*$', '');
+
+COMMENT ON FUNCTION execution_family IS 'What the revisions of one execution id have in common.';
 
 CREATE FUNCTION execution_check_money(e execution, currency text) RETURNS void
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
@@ -134,7 +191,9 @@ BEGIN
         SET filled_quantity = f.quantity, filled_notional = f.notional,
             status = CASE WHEN f.quantity >= o.quantity THEN 'FILLED'
                           WHEN o.status IN ('PENDING_CANCEL', 'PENDING_MODIFY') THEN o.status
-                          ELSE 'PARTIALLY_FILLED' END
+                          WHEN f.quantity > 0 THEN 'PARTIALLY_FILLED'
+                          -- Only a reversal gets here.
+                          ELSE 'ROUTED' END
         FROM (SELECT DISTINCT user_id, run_id, order_id FROM new_rows) n
         CROSS JOIN LATERAL (SELECT sum(e.quantity) AS quantity,
                                    sum(e.quantity * e.price) AS notional
@@ -155,7 +214,9 @@ LANGUAGE sql STABLE
 RETURN jsonb_build_object('symbol', e.symbol, 'side', e.side, 'quantity', e.quantity,
                           'price', e.price, 'commission', e.commission,
                           'commission_currency', e.commission_currency,
-                          'event_at', event_moment(e.event_at));
+                          'event_at', event_moment(e.event_at))
+       || CASE WHEN e.reverses IS NULL THEN '{}'
+               ELSE jsonb_build_object('reverses', e.reverses) END;
 
 COMMENT ON FUNCTION execution_event_payload IS 'What the event of an execution says.';
 
@@ -177,6 +238,106 @@ CREATE TRIGGER execution_z_refuse_change BEFORE UPDATE OR DELETE ON execution
     FOR EACH ROW EXECUTE FUNCTION history_refuse_change('execution', 'append_only');
 CREATE TRIGGER execution_z_refuse_truncate BEFORE TRUNCATE ON execution
     FOR EACH STATEMENT EXECUTE FUNCTION history_refuse_change('execution', 'append_only');
+
+-- Brokers report commissions apart from executions, before or after them, in any currency.
+CREATE TABLE execution_commission (
+    user_id      uuid        NOT NULL,
+    run_id       uuid        NOT NULL,
+    execution_id text        NOT NULL,
+    amount       numeric     NOT NULL,
+    currency     text        NOT NULL,
+    rate         numeric     NOT NULL,
+    cost         numeric     NOT NULL,
+    logical_time timestamptz NOT NULL,
+    event_at     timestamptz NOT NULL,
+    recorded_at  timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT execution_commission_pkey PRIMARY KEY (user_id, run_id, execution_id),
+    CONSTRAINT execution_commission_of_execution FOREIGN KEY (user_id, run_id, execution_id)
+        REFERENCES execution (user_id, run_id, execution_id) ON DELETE CASCADE,
+    CONSTRAINT execution_commission_amount_in_range CHECK (decimal_in_range(amount, 1e15, 10)),
+    CONSTRAINT execution_commission_known_currency CHECK (currency ~ '^[A-Z]{3}$'),
+    CONSTRAINT execution_commission_rate_positive
+        CHECK (rate > 0 AND decimal_in_range(rate, 1e9, 10)),
+    CONSTRAINT execution_commission_cost_follows CHECK (cost = round(amount * rate, 10)),
+    CONSTRAINT execution_commission_event_at_in_range_too CHECK (time_in_range(event_at))
+);
+
+COMMENT ON TABLE execution_commission IS 'Commissions that brokers reported; append-only.';
+COMMENT ON COLUMN execution_commission.amount IS
+    'In currency; positive costs money, negative is a rebate.';
+COMMENT ON COLUMN execution_commission.rate IS
+    'What one unit of currency cost in the run''s at event_at; 1 if it is the run''s.';
+COMMENT ON COLUMN execution_commission.cost IS 'In the run''s currency: amount x rate, 10 decimals.';
+COMMENT ON COLUMN execution_commission.event_at IS 'When the broker says that it happened.';
+
+CREATE FUNCTION execution_commission_prepare_insert() RETURNS trigger
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+DECLARE
+    run strategy_run;
+BEGIN
+    run := run_lock(NEW.user_id, NEW.run_id, 'execution_commission', 'RUNNING', 'STOPPING');
+    IF NOT EXISTS (
+        SELECT FROM execution e
+        JOIN orders o ON o.user_id = e.user_id AND o.run_id = e.run_id AND o.order_id = e.order_id
+        JOIN broker_event b ON b.user_id = o.user_id AND b.account = o.account
+                           AND b.execution_id = e.execution_id AND b.kind = 'COMMISSION'
+        WHERE e.user_id = NEW.user_id AND e.run_id = NEW.run_id
+          AND e.execution_id = NEW.execution_id
+          AND (b.payload ->> 'amount')::numeric = NEW.amount
+          AND b.payload ->> 'currency' = NEW.currency AND b.event_at = NEW.event_at) THEN
+        RAISE EXCEPTION 'no broker has reported a commission of % % on execution %', NEW.amount,
+            NEW.currency, NEW.execution_id
+            USING ERRCODE = '23T08', CONSTRAINT = 'execution_commission_said_by_broker',
+                  TABLE = 'execution_commission',
+                  HINT = 'Commissions come from the connector''s broker_event rows.';
+    END IF;
+    NEW.rate := CASE WHEN NEW.currency = run.currency THEN 1
+                     ELSE fx_rate_at(NEW.currency, run.currency, NEW.event_at) END;
+    IF NEW.rate IS NULL THEN
+        RAISE EXCEPTION 'there is no rate from % to % at %', NEW.currency, run.currency, NEW.event_at
+            USING ERRCODE = 'foreign_key_violation', CONSTRAINT = 'execution_commission_has_rate',
+                  TABLE = 'execution_commission', COLUMN = 'rate',
+                  HINT = 'Import the rate: oms data fx FILE.';
+    END IF;
+    NEW.cost := round(NEW.amount * NEW.rate, 10);
+    NEW.logical_time := run_last_time(NEW.user_id, NEW.run_id);
+    NEW.recorded_at := now();
+    RETURN NEW;
+END $$;
+
+COMMENT ON FUNCTION execution_commission_prepare_insert IS
+    'Trigger: a commission is what the broker reported, at the rate of its time.';
+
+CREATE FUNCTION execution_commission_payload(c execution_commission) RETURNS jsonb
+LANGUAGE sql STABLE
+RETURN jsonb_build_object('amount', c.amount, 'currency', c.currency, 'rate', c.rate,
+                          'cost', c.cost, 'event_at', event_moment(c.event_at));
+
+COMMENT ON FUNCTION execution_commission_payload IS 'What the event of a commission says.';
+
+-- As with executions: told to the ledger, which cash follows.
+CREATE FUNCTION execution_commission_apply() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+BEGIN
+    INSERT INTO event_ledger (user_id, run_id, logical_time, event_type, subject, payload)
+    SELECT c.user_id, c.run_id, c.logical_time, 'COMMISSION', c.execution_id,
+           execution_commission_payload(c)
+    FROM new_rows c;
+    RETURN NULL;
+END $$;
+
+COMMENT ON FUNCTION execution_commission_apply IS 'Trigger: commissions are told to the ledger.';
+
+CREATE TRIGGER execution_commission_a_prepare_insert BEFORE INSERT ON execution_commission
+    FOR EACH ROW EXECUTE FUNCTION execution_commission_prepare_insert();
+CREATE TRIGGER execution_commission_m_apply AFTER INSERT ON execution_commission
+    REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT
+    EXECUTE FUNCTION execution_commission_apply();
+CREATE TRIGGER execution_commission_z_refuse_change BEFORE UPDATE OR DELETE ON execution_commission
+    FOR EACH ROW EXECUTE FUNCTION history_refuse_change('execution_commission', 'append_only');
+CREATE TRIGGER execution_commission_z_refuse_truncate BEFORE TRUNCATE ON execution_commission
+    FOR EACH STATEMENT
+    EXECUTE FUNCTION history_refuse_change('execution_commission', 'append_only');
 
 CREATE VIEW paper_trade AS
     SELECT user_id, run_id, execution_id, order_id, symbol, side, quantity, price, commission,

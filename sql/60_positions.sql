@@ -68,10 +68,14 @@ DECLARE
     run record;
     due public.position;
 BEGIN
-    SELECT r.status, r.account_type, r.books_seq INTO run FROM strategy_run r
+    -- What a real broker did is so, even if a cash account is short by it.
+    SELECT r.status, CASE WHEN r.broker = 'paper' THEN r.account_type ELSE 'MARGIN' END
+               AS account_type, r.books_seq, r.broker
+    INTO run FROM strategy_run r
     WHERE r.user_id = NEW.user_id AND r.run_id = NEW.run_id FOR NO KEY UPDATE;
     IF run.status IS DISTINCT FROM 'RUNNING' THEN
-        PERFORM run_lock(NEW.user_id, NEW.run_id, 'position', 'RUNNING');
+        PERFORM run_lock(NEW.user_id, NEW.run_id, 'position', 'RUNNING',
+                         CASE WHEN run.broker <> 'paper' THEN 'STOPPING' ELSE 'RUNNING' END);
     END IF;
     IF TG_OP = 'UPDATE' THEN
         IF NEW.user_id <> OLD.user_id OR NEW.run_id <> OLD.run_id THEN

@@ -38,7 +38,7 @@ CREATE UNIQUE INDEX event_ledger_run_ends_once ON event_ledger (user_id, run_id)
 
 -- What positions and cash follow: the few events after books_seq, or all of a run in an audit.
 CREATE INDEX event_ledger_books_idx ON event_ledger (user_id, run_id, seq)
-    WHERE event_type IN ('EXECUTION', 'SPLIT_APPLIED');
+    WHERE event_type IN ('EXECUTION', 'COMMISSION', 'SPLIT_APPLIED');
 
 COMMENT ON TABLE event_ledger IS 'Everything that happened to a run; append-only, hash-chained.';
 COMMENT ON COLUMN event_ledger.seq IS 'Position in the run''s chain: 1, 2, 3, ... without a gap.';
@@ -104,10 +104,8 @@ DECLARE
     next_seq bigint;
     expected bytea;
 BEGIN
-    PERFORM run_lock(NEW.user_id, NEW.run_id, 'event_ledger', 'RUNNING',
-                     -- How a run that was asked to stop ended is all that it still tells.
-                     CASE WHEN NEW.event_type IN ('RUN_STOPPED', 'RUN_ERROR') THEN 'STOPPING'
-                          ELSE 'RUNNING' END);
+    -- A run that was asked to stop still tells what its brokers say, and how it ended.
+    PERFORM run_lock(NEW.user_id, NEW.run_id, 'event_ledger', 'RUNNING', 'STOPPING');
     SELECT seq, logical_time, hash INTO head FROM event_ledger
     WHERE user_id = NEW.user_id AND run_id = NEW.run_id ORDER BY seq DESC LIMIT 1;
     next_seq := coalesce(head.seq, 0) + 1;
@@ -159,7 +157,8 @@ LANGUAGE sql STABLE
 RETURN jsonb_strip_nulls(jsonb_build_object(
     'symbol', o.symbol, 'side', o.side, 'quantity', o.quantity, 'order_type', o.order_type,
     'time_in_force', o.time_in_force, 'limit_price', o.limit_price,
-    'stop_price', o.stop_price, 'trail_amount', o.trail_amount,
+    'stop_price', o.stop_price, 'account', o.account, 'purpose', o.purpose,
+    'recovered', nullif(o.recovered, false), 'trail_amount', o.trail_amount,
     'trail_percent', o.trail_percent, 'expire_at', event_moment(o.expire_at),
     'reference_price', o.reference_price, 'client_order_id', o.client_order_id,
     'reject_source', o.reject_source, 'reject_code', o.reject_code,
@@ -176,6 +175,14 @@ RETURN CASE WHEN left(subject, 36) LIKE '________-____-____-____-____________'
             THEN left(subject, 36)::uuid END;
 
 COMMENT ON FUNCTION event_order_id IS 'The order that an event''s subject names, or NULL.';
+
+-- A broker may move an order more than once at one logical time: its version tells the moves apart.
+CREATE FUNCTION orders_event_subject(o orders) RETURNS text
+LANGUAGE sql IMMUTABLE
+RETURN CASE WHEN o.broker = 'paper' THEN o.order_id::text
+            ELSE o.order_id || '@' || o.version END;
+
+COMMENT ON FUNCTION orders_event_subject IS 'What the event of an order''s move is about.';
 
 -- An order's event is written with the move that it tells, so that it is never told again. A
 -- restatement is true while its split is told to the ledger and not yet taken up by the books.
@@ -198,8 +205,14 @@ BEGIN
             WHERE r.user_id = event.user_id AND r.run_id = event.run_id
               AND l.event_type = 'SPLIT_APPLIED' AND l.payload ->> 'symbol' = o.symbol);
     END IF;
-    -- Told once, since its key is the order and the time that the order has.
-    RETURN event.subject = o.order_id::text
+    IF event.event_type = 'ORDER_MODIFIED' THEN
+        RETURN event.subject = orders_event_subject(o)
+           AND orders_event_payload(o) = event.payload;
+    END IF;
+    -- Told once, since its key is the order and the time, or the version, that the order has.
+    RETURN event.subject = CASE WHEN event.event_type IN ('ORDER_PLACED', 'ORDER_REJECTED')
+                                     AND o.version = 1 THEN o.order_id::text
+                                ELSE orders_event_subject(o) END
        AND CASE WHEN event.event_type = 'ORDER_PLACED' THEN o.logical_time = event.logical_time
                 ELSE 'ORDER_' || o.status = event.event_type
                      AND o.status_at = event.logical_time END;
@@ -289,7 +302,7 @@ CREATE FUNCTION orders_record_move() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 BEGIN
     INSERT INTO event_ledger (user_id, run_id, logical_time, event_type, subject, payload)
-    SELECT n.user_id, n.run_id, n.status_at, 'ORDER_' || n.status, n.order_id,
+    SELECT n.user_id, n.run_id, n.status_at, 'ORDER_' || n.status, orders_event_subject(n),
            jsonb_strip_nulls(jsonb_build_object(
                'from', o.status, 'reject_source', n.reject_source, 'reject_code', n.reject_code,
                'status_reason', n.status_reason))

@@ -8,6 +8,7 @@ RETURN CASE WHEN event_type = 'EXECUTION'
             THEN execution_cash_flow(payload ->> 'side', (payload ->> 'quantity')::numeric,
                                      (payload ->> 'price')::numeric,
                                      (payload ->> 'commission')::numeric)
+            WHEN event_type = 'COMMISSION' THEN -(payload ->> 'cost')::numeric
             ELSE 0 END;
 
 COMMENT ON FUNCTION event_cash_flow IS 'What a ledger event does to cash, in currency.';
@@ -238,7 +239,9 @@ BEGIN
             PERFORM event_refuse(e, 'HASH');
         ELSIF e.logical_time < newest THEN
             PERFORM event_refuse(e, 'TIME');
-        ELSIF run.status = 'STOPPING' AND e.event_type NOT IN ('RUN_STOPPED', 'RUN_ERROR') THEN
+        ELSIF run.status = 'STOPPING'
+              AND (run.broker = 'paper' AND e.event_type NOT IN ('RUN_STOPPED', 'RUN_ERROR')
+                   OR e.event_type IN ('TICK', 'SIP_EXECUTED', 'REBALANCED')) THEN
             PERFORM run_lock(of_user, of_run, 'event_ledger', 'RUNNING');
         END IF;
         next_seq := next_seq + 1;
@@ -298,6 +301,17 @@ BEGIN
                 PERFORM event_refuse(e, NULL);
             END IF;
 
+        ELSIF e.event_type = 'COMMISSION' THEN
+            IF NOT EXISTS (SELECT FROM execution_commission c
+                           WHERE c.user_id = of_user AND c.run_id = of_run
+                             AND c.execution_id = e.subject COLLATE "default"
+                             AND c.logical_time = e.logical_time
+                             AND execution_commission_payload(c) = e.payload) THEN
+                PERFORM event_refuse(e, NULL);
+            END IF;
+            cash := cash + event_cash_flow(e.event_type, e.payload);
+            moved := true;
+
         ELSIF e.event_type = 'SPLIT_APPLIED' THEN
             IF NOT EXISTS (SELECT FROM split_applied s
                            WHERE s.user_id = of_user AND s.run_id = of_run
@@ -308,6 +322,8 @@ BEGIN
             END IF;
 
         ELSIF starts_with(e.event_type, 'ORDER_')
+              -- Findings about ids: no moves.
+              AND e.event_type <> ALL ('{ORDER_ID_REUSE,ORDER_ID_WRAP}')
               AND NOT order_event_is_true(ROW (of_user, of_run, e.seq, e.logical_time,
                                                e.event_type, e.subject, e.payload, e.recorded_at,
                                                e.hash)::event_ledger) THEN

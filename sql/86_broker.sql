@@ -220,3 +220,392 @@ CREATE UNIQUE INDEX alert_once_until_acknowledged ON alert (user_id, code, subje
 
 COMMENT ON TABLE alert IS 'What a person must know of; open until acknowledged.';
 COMMENT ON COLUMN alert.code IS 'The stable code, which the runbook explains.';
+
+-- What a connector needs to place an order, in the broker's neutral words.
+CREATE FUNCTION orders_command_payload(o orders) RETURNS jsonb
+LANGUAGE sql STABLE
+RETURN jsonb_strip_nulls(jsonb_build_object(
+    'order_ref', o.order_id, 'symbol', o.symbol, 'side', o.side,
+    'quantity', trim_scale(o.quantity)::text, 'order_type', o.order_type,
+    'time_in_force', o.time_in_force, 'limit_price', trim_scale(o.limit_price)::text,
+    'stop_price', trim_scale(o.stop_price)::text, 'trail_amount', trim_scale(o.trail_amount)::text,
+    'trail_percent', trim_scale(o.trail_percent)::text, 'expire_at', event_moment(o.expire_at),
+    'broker_order_id', o.broker_order_id, 'perm_id', o.perm_id));
+
+COMMENT ON FUNCTION orders_command_payload IS 'What a command says of its order.';
+
+-- Whose order a broker's words mean: our own reference first; then the lasting id; an id that may
+-- restart counts for its trading day only. reused: that id has meant another order before.
+CREATE FUNCTION order_of_broker(of_user uuid, of_account text, ref text, of_perm bigint,
+                                of_number bigint, at timestamptz,
+                                OUT run_id uuid, OUT order_id uuid, OUT reused boolean)
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    IF ref ~ '^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$' THEN
+        SELECT o.run_id, o.order_id INTO run_id, order_id FROM orders o
+        WHERE o.user_id = of_user AND o.order_id = ref::uuid AND o.broker <> 'paper';
+    END IF;
+    IF order_id IS NULL AND of_perm <> 0 THEN
+        SELECT m.run_id, m.order_id INTO run_id, order_id FROM order_broker_id m
+        WHERE m.user_id = of_user AND m.account = of_account AND m.perm_id = of_perm
+        ORDER BY m.since DESC, m.order_id LIMIT 1;
+    END IF;
+    IF order_id IS NULL AND of_number <> 0 THEN
+        SELECT m.run_id, m.order_id INTO run_id, order_id
+        FROM order_broker_id m
+        JOIN broker_account a ON a.user_id = m.user_id AND a.account = m.account
+        WHERE m.user_id = of_user AND m.account = of_account AND m.broker_order_id = of_number
+          AND (m.since AT TIME ZONE a.time_zone)::date = (at AT TIME ZONE a.time_zone)::date
+          AND coalesce(m.perm_id = of_perm OR m.perm_id = 0, true)
+        ORDER BY m.since DESC, m.order_id LIMIT 1;
+    END IF;
+    reused := of_number <> 0 AND EXISTS (
+        SELECT FROM order_broker_id m
+        WHERE m.user_id = of_user AND m.account = of_account AND m.broker_order_id = of_number
+          AND m.order_id <> order_of_broker.order_id)
+        AND NOT EXISTS (
+        SELECT FROM order_broker_id m
+        WHERE m.user_id = of_user AND m.account = of_account AND m.broker_order_id = of_number
+          AND m.order_id = order_of_broker.order_id);
+END $$;
+
+COMMENT ON FUNCTION order_of_broker IS
+    'The order that a broker''s reference and ids mean, and whether its id has been reused.';
+
+-- Whether an account trades now, and when next. Hours of its own win over its calendar; a calendar
+-- of which no sessions are known closes nothing.
+CREATE FUNCTION account_hours(of_user uuid, of_account text, at timestamptz,
+                              OUT is_open boolean, OUT opens_at timestamptz)
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+DECLARE
+    a     broker_account;
+    today date;
+BEGIN
+    SELECT * INTO a FROM broker_account WHERE user_id = of_user AND account = of_account;
+    IF a.opens_at IS NOT NULL THEN
+        today := (at AT TIME ZONE a.time_zone)::date;
+        SELECT bool_or(at >= h.from_at AND at < h.until_at),
+               min(h.from_at) FILTER (WHERE h.from_at > at)
+        INTO is_open, opens_at
+        FROM generate_series(-1, 1) d
+        CROSS JOIN LATERAL (SELECT
+            (today + d + a.opens_at) AT TIME ZONE a.time_zone AS from_at,
+            (today + d + CASE WHEN a.closes_at < a.opens_at THEN 1 ELSE 0 END + a.closes_at)
+                AT TIME ZONE a.time_zone AS until_at) h;
+        RETURN;
+    END IF;
+    SELECT bool_or(at >= s.open_at AND at < s.close_at),
+           min(s.open_at) FILTER (WHERE s.open_at > at)
+    INTO is_open, opens_at FROM calendar_session s
+    WHERE s.calendar = a.calendar
+      AND s.session_date BETWEEN (at AT TIME ZONE 'UTC')::date - 10
+                             AND (at AT TIME ZONE 'UTC')::date + 10;
+    is_open := coalesce(is_open, true);
+END $$;
+
+COMMENT ON FUNCTION account_hours IS
+    'Whether an account''s hours or calendar are open at a moment, and when they open next.';
+
+-- Outside the hours an order waits in our own book, or is refused, as the account says. The gate
+-- comes first: what it refuses needs no hours.
+CREATE FUNCTION orders_meet_hours() RETURNS trigger
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+DECLARE
+    hours  record;
+    policy text;
+BEGIN
+    hours := account_hours(NEW.user_id, NEW.account, clock_timestamp());
+    IF hours.is_open THEN
+        RETURN NEW;
+    END IF;
+    SELECT out_of_session INTO policy FROM broker_account
+    WHERE user_id = NEW.user_id AND account = NEW.account;
+    IF policy = 'QUEUE' THEN
+        NEW.status := 'PENDING';
+        NEW.status_reason := 'OUT_OF_SESSION';
+    ELSE
+        NEW.status := 'REJECTED';
+        NEW.reject_source := 'COMPLIANCE';
+        NEW.reject_code := 'MARKET_CLOSED';
+        NEW.status_reason := format('MARKET_CLOSED: %s opens at %s', NEW.account,
+                                    coalesce(event_moment(hours.opens_at)::text, 'no known time'));
+    END IF;
+    RETURN NEW;
+END $$;
+
+COMMENT ON FUNCTION orders_meet_hours IS
+    'Trigger: what comes outside its account''s hours waits or is refused.';
+
+CREATE TRIGGER orders_c_meet_hours BEFORE INSERT ON orders
+    FOR EACH ROW WHEN (NEW.status = 'NEW' AND NEW.broker <> 'paper' AND NOT NEW.recovered)
+    EXECUTE FUNCTION orders_meet_hours();
+
+-- An order that lives at a broker is on its way with the row itself: whoever inserts it has sent it.
+CREATE FUNCTION orders_send() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+BEGIN
+    INSERT INTO broker_command (user_id, account, priority, kind, run_id, order_id, order_version,
+                                payload, not_before)
+    VALUES (NEW.user_id, NEW.account, CASE WHEN NEW.purpose = 'FLATTEN' THEN 0 ELSE 2 END,
+            'SUBMIT', NEW.run_id, NEW.order_id, NEW.version, orders_command_payload(NEW),
+            CASE WHEN NEW.status_reason = 'OUT_OF_SESSION'
+                 THEN (account_hours(NEW.user_id, NEW.account, clock_timestamp())).opens_at END);
+    RETURN NULL;
+END $$;
+
+COMMENT ON FUNCTION orders_send IS 'Trigger: an order for a broker goes into the outbox.';
+
+CREATE TRIGGER orders_m_send AFTER INSERT ON orders
+    FOR EACH ROW WHEN (NEW.broker <> 'paper' AND NOT NEW.recovered
+                       AND NEW.status = ANY ('{NEW,PENDING}'))
+    EXECUTE FUNCTION orders_send();
+
+-- A cancel goes with the move that announces it. What was not yet taken by a connector never goes.
+CREATE FUNCTION orders_send_move() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+BEGIN
+    IF NEW.status = 'PENDING_CANCEL' THEN
+        INSERT INTO broker_command (user_id, account, priority, kind, run_id, order_id,
+                                    order_version, payload)
+        VALUES (NEW.user_id, NEW.account,
+                CASE WHEN NEW.status_reason ~ '^(HALT|KILL_SWITCH|FLATTEN|RUN_)' THEN 0 ELSE 2 END,
+                'CANCEL', NEW.run_id, NEW.order_id, NEW.version, orders_command_payload(NEW));
+    ELSIF NEW.status IN ('CANCELED', 'EXPIRED', 'REJECTED') THEN
+        UPDATE broker_command SET done_at = clock_timestamp(), outcome = 'WITHDRAWN'
+        WHERE user_id = NEW.user_id AND run_id = NEW.run_id AND order_id = NEW.order_id
+          AND claimed_by IS NULL AND done_at IS NULL;
+    ELSIF NEW.status = 'PENDING_MODIFY' AND NOT EXISTS (
+        SELECT FROM broker_command c
+        WHERE c.user_id = NEW.user_id AND c.run_id = NEW.run_id AND c.order_id = NEW.order_id
+          AND c.kind = 'MODIFY' AND c.order_version = NEW.version) THEN
+        RAISE EXCEPTION 'order % is modified by nothing', NEW.order_id
+            USING ERRCODE = '23T08', CONSTRAINT = 'orders_modified_by_command', TABLE = 'orders',
+                  COLUMN = 'status', HINT = 'Call order_modify(); it sends what to modify.';
+    END IF;
+    RETURN NULL;
+END $$;
+
+COMMENT ON FUNCTION orders_send_move IS
+    'Trigger: a cancel goes into the outbox; what is over there is withdrawn, if it has not gone.';
+
+CREATE TRIGGER orders_m_send_move AFTER UPDATE ON orders
+    FOR EACH ROW WHEN (NEW.broker <> 'paper' AND NEW.status IS DISTINCT FROM OLD.status
+        AND NEW.status = ANY ('{PENDING_CANCEL,PENDING_MODIFY,CANCELED,EXPIRED,REJECTED}'))
+    EXECUTE FUNCTION orders_send_move();
+
+-- The proof of new terms: a command that was given in due form asks for just these.
+CREATE FUNCTION orders_follows_command(was orders, now_is orders) RETURNS boolean
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT now_is.reference_price IS NOT DISTINCT FROM was.reference_price AND EXISTS (
+        SELECT FROM broker_command c
+        WHERE c.user_id = was.user_id AND c.run_id = was.run_id AND c.order_id = was.order_id
+          AND (c.kind = 'MODIFY' AND c.sent_at IS NOT NULL
+               OR c.kind = 'SUBMIT' AND c.claimed_by IS NULL)
+          AND (c.payload ->> 'quantity')::numeric = now_is.quantity
+          AND (c.payload ->> 'limit_price')::numeric IS NOT DISTINCT FROM now_is.limit_price
+          AND (c.payload ->> 'stop_price')::numeric IS NOT DISTINCT FROM now_is.stop_price
+          AND (c.payload ->> 'trail_amount')::numeric IS NOT DISTINCT FROM now_is.trail_amount)
+$$;
+
+COMMENT ON FUNCTION orders_follows_command IS
+    'Whether an order''s new terms are those of a command, sent to modify it or not yet gone.';
+
+-- Another account takes over only what certainly never reached the first.
+CREATE FUNCTION orders_may_reroute(was orders) RETURNS boolean
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT was.status IN ('NEW', 'PENDING') AND was.filled_quantity = 0 AND EXISTS (
+        SELECT FROM broker_command c
+        WHERE c.user_id = was.user_id AND c.account = was.account AND c.order_id = was.order_id
+          AND c.kind = 'SUBMIT' AND c.outcome IN ('WITHDRAWN', 'NEVER_ARRIVED'))
+$$;
+
+COMMENT ON FUNCTION orders_may_reroute IS
+    'Whether an order certainly never reached the account that it was for.';
+
+-- Cancels an order of any broker. Returns what it came to: CANCELED at once, PENDING_CANCEL where
+-- the broker has it, CANCEL_IGNORED where there is nothing left to cancel.
+CREATE FUNCTION order_cancel(of_user uuid, of_run uuid, of_order uuid, why text DEFAULT 'USER',
+                             at timestamptz DEFAULT NULL)
+RETURNS text LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+DECLARE
+    o     orders;
+    later text := 'CANCELED';
+BEGIN
+    PERFORM run_lock(of_user, of_run, 'orders', 'RUNNING', 'STOPPING');
+    SELECT * INTO o FROM orders
+    WHERE user_id = of_user AND run_id = of_run AND order_id = of_order FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'run % has no order %', of_run, of_order
+            USING ERRCODE = 'foreign_key_violation', CONSTRAINT = 'order_is_of_run',
+                  TABLE = 'orders', COLUMN = 'order_id', HINT = 'oms order list shows the orders.';
+    ELSIF o.status IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED', 'PENDING_CANCEL') THEN
+        -- The second of two cancels, or one that a fill has overtaken: a fact, no fault.
+        INSERT INTO event_ledger (user_id, run_id, logical_time, event_type, subject, payload)
+        VALUES (of_user, of_run, coalesce(at, run_last_time(of_user, of_run)), 'CANCEL_IGNORED',
+                of_order || '@' || o.version, jsonb_build_object('status', o.status, 'why', why))
+        ON CONFLICT DO NOTHING;
+        RETURN 'CANCEL_IGNORED';
+    END IF;
+    IF o.broker <> 'paper' THEN
+        -- A connector that is just taking it is waited for.
+        PERFORM FROM broker_command
+        WHERE user_id = of_user AND run_id = of_run AND order_id = of_order AND kind = 'SUBMIT'
+          AND account = o.account FOR UPDATE;
+        IF EXISTS (SELECT FROM broker_command
+                   WHERE user_id = of_user AND run_id = of_run AND order_id = of_order
+                     AND kind = 'SUBMIT' AND account = o.account AND claimed_by IS NOT NULL
+                     AND outcome IS DISTINCT FROM 'NEVER_ARRIVED') OR o.recovered THEN
+            later := 'PENDING_CANCEL';
+        END IF;
+    END IF;
+    UPDATE orders SET status = later, status_reason = why, status_at = coalesce(at, status_at)
+    WHERE user_id = of_user AND run_id = of_run AND order_id = of_order;
+    RETURN later;
+END $$;
+
+COMMENT ON FUNCTION order_cancel IS
+    'Cancels an order: CANCELED, PENDING_CANCEL at its broker, or CANCEL_IGNORED if it is over.';
+
+-- Changes an order's quantity or prices; a NULL leaves what it is. What has not gone yet is changed
+-- at once, what a broker works when the broker says so. The gate is asked as for a new order.
+CREATE FUNCTION order_modify(of_user uuid, of_run uuid, of_order uuid, at_version integer,
+                             new_quantity numeric DEFAULT NULL, new_limit numeric DEFAULT NULL,
+                             new_stop numeric DEFAULT NULL)
+RETURNS text LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+DECLARE
+    was     orders;
+    wanted  orders;
+    refusal text;
+BEGIN
+    PERFORM run_lock(of_user, of_run, 'orders', 'RUNNING');
+    SELECT * INTO was FROM orders
+    WHERE user_id = of_user AND run_id = of_run AND order_id = of_order FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        RAISE EXCEPTION 'run % has no order %', of_run, of_order
+            USING ERRCODE = 'foreign_key_violation', CONSTRAINT = 'order_is_of_run',
+                  TABLE = 'orders', COLUMN = 'order_id', HINT = 'oms order list shows the orders.';
+    ELSIF at_version <> was.version THEN
+        RAISE EXCEPTION 'order % is at version %, not %', of_order, was.version, at_version
+            USING ERRCODE = '23T09', CONSTRAINT = 'orders_version_seen', TABLE = 'orders',
+                  COLUMN = 'version', HINT = 'Look at it again, then decide again.';
+    ELSIF was.broker = 'paper' OR was.status NOT IN ('NEW', 'PENDING', 'PENDING_SUBMIT', 'ROUTED',
+                                                    'PARTIALLY_FILLED') THEN
+        RAISE EXCEPTION 'order % is % at %, so it can not be modified', of_order, was.status,
+            was.broker
+            USING ERRCODE = '23T09', CONSTRAINT = 'orders_terms_fixed', TABLE = 'orders',
+                  HINT = 'Cancel it and place another.';
+    END IF;
+    wanted := was;
+    wanted.quantity := coalesce(new_quantity, was.quantity);
+    wanted.limit_price := coalesce(new_limit, was.limit_price);
+    wanted.stop_price := coalesce(new_stop, was.stop_price);
+    refusal := order_modify_refusal(was, wanted);
+    IF refusal IS NOT NULL THEN
+        INSERT INTO event_ledger (user_id, run_id, logical_time, event_type, subject, payload)
+        VALUES (of_user, of_run, run_last_time(of_user, of_run), 'MODIFY_REFUSED',
+                of_order || '@' || was.version, jsonb_build_object('reason', refusal))
+        ON CONFLICT DO NOTHING;
+        RETURN refusal;
+    END IF;
+    RETURN order_modify_send(was, wanted);
+END $$;
+
+COMMENT ON FUNCTION order_modify IS
+    'Modifies an order: MODIFIED if it had not gone, PENDING_MODIFY at its broker, or the reason '
+    'of a refusal. Raises unless at_version is the order''s.';
+
+CREATE FUNCTION order_modify_refusal(was orders, wanted orders) RETURNS text
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+DECLARE
+    run     record;
+    held    numeric;
+    refusal record;
+BEGIN
+    IF wanted.quantity <= was.filled_quantity THEN
+        RETURN format('QUANTITY_BELOW_FILLED: %s are filled', trim_scale(was.filled_quantity));
+    END IF;
+    SELECT r.cash, r.account_type INTO run FROM strategy_run r
+    WHERE r.user_id = was.user_id AND r.run_id = was.run_id;
+    SELECT p.quantity INTO held FROM position p
+    WHERE p.user_id = was.user_id AND p.run_id = was.run_id AND p.symbol = was.symbol;
+    -- What is left of it would be ordered anew; what it holds back today does not count.
+    wanted.quantity := wanted.quantity - was.filled_quantity;
+    refusal := orders_gate(
+        wanted, run.account_type, EXISTS (SELECT FROM risk_limit l WHERE l.user_id = was.user_id),
+        run.cash - run_reserved_cash(was.user_id, was.run_id) + was.reserved_cash,
+        coalesce(held, 0) + orders_open_quantity(was)
+        - (was.quantity - was.filled_quantity)
+          * CASE WHEN was.side = 'BUY' THEN 1 ELSE -1 END);
+    RETURN coalesce(refusal.reason, refusal.code);
+END $$;
+
+COMMENT ON FUNCTION order_modify_refusal IS 'Why an order may not have new terms, or NULL.';
+
+CREATE FUNCTION order_modify_send(was orders, wanted orders) RETURNS text
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+BEGIN
+    UPDATE broker_command SET payload = orders_command_payload(wanted)
+    WHERE user_id = was.user_id AND account = was.account AND order_id = was.order_id
+      AND kind = 'SUBMIT' AND claimed_by IS NULL AND done_at IS NULL;
+    IF FOUND THEN
+        UPDATE orders SET quantity = wanted.quantity, limit_price = wanted.limit_price,
+                          stop_price = wanted.stop_price
+        WHERE user_id = was.user_id AND run_id = was.run_id AND order_id = was.order_id;
+        RETURN 'MODIFIED';
+    END IF;
+    INSERT INTO broker_command (user_id, account, kind, run_id, order_id, order_version, payload)
+    VALUES (was.user_id, was.account, 'MODIFY', was.run_id, was.order_id, was.version + 1,
+            orders_command_payload(wanted));
+    UPDATE orders SET status = 'PENDING_MODIFY'
+    WHERE user_id = was.user_id AND run_id = was.run_id AND order_id = was.order_id;
+    RETURN 'PENDING_MODIFY';
+END $$;
+
+COMMENT ON FUNCTION order_modify_send IS
+    'Changes what has not gone yet, or sends the change of what has.';
+
+-- New terms are told, so that the ledger always knows what is worked.
+CREATE FUNCTION orders_record_terms() RETURNS trigger
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
+    INSERT INTO event_ledger (user_id, run_id, logical_time, event_type, subject, payload)
+    VALUES (NEW.user_id, NEW.run_id, run_last_time(NEW.user_id, NEW.run_id), 'ORDER_MODIFIED',
+            orders_event_subject(NEW), orders_event_payload(NEW));
+    RETURN NULL;
+END $$;
+
+COMMENT ON FUNCTION orders_record_terms IS 'Trigger: tells the ledger of an order''s new terms.';
+
+CREATE TRIGGER orders_m_record_terms AFTER UPDATE ON orders
+    FOR EACH ROW WHEN (NEW.broker <> 'paper'
+        AND (NEW.quantity, NEW.limit_price, NEW.stop_price, NEW.trail_amount, NEW.account)
+            IS DISTINCT FROM
+            (OLD.quantity, OLD.limit_price, OLD.stop_price, OLD.trail_amount, OLD.account))
+    EXECUTE FUNCTION orders_record_terms();
+
+-- A run that ends asks its orders back. It may call itself STOPPED only when they are over.
+CREATE FUNCTION orders_ask_back(of_user uuid, of_run uuid, run_becomes text) RETURNS void
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+DECLARE
+    o orders;
+BEGIN
+    FOR o IN SELECT * FROM orders
+             WHERE user_id = of_user AND run_id = of_run
+               AND status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED', 'PENDING_CANCEL')
+             ORDER BY order_id
+    LOOP
+        PERFORM order_cancel(of_user, of_run, o.order_id, 'RUN_' || run_becomes);
+    END LOOP;
+    IF run_becomes = 'STOPPED' AND EXISTS (
+        SELECT FROM orders
+        WHERE user_id = of_user AND run_id = of_run
+          AND status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')) THEN
+        RAISE EXCEPTION 'run % has orders at its broker', of_run
+            USING ERRCODE = '23T02', CONSTRAINT = 'strategy_run_orders_settled',
+                  TABLE = 'strategy_run', COLUMN = 'status',
+                  HINT = 'Move it to STOPPING; it is STOPPED when the last order is settled.';
+    END IF;
+END $$;
+
+COMMENT ON FUNCTION orders_ask_back IS
+    'Cancels a run''s orders at its brokers; refuses STOPPED while one is not settled.';

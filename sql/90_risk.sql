@@ -244,5 +244,5 @@ COMMENT ON FUNCTION orders_pass_gate IS
     'Trigger: decides when an order arrives; a refusal is stored as REJECTED.';
 
 CREATE TRIGGER orders_b_pass_gate BEFORE INSERT ON orders
-    FOR EACH ROW WHEN (NEW.status <> ALL ('{REJECTED,FILLED}'))
+    FOR EACH ROW WHEN (NEW.status <> ALL ('{REJECTED,FILLED}') AND NOT NEW.recovered)
     EXECUTE FUNCTION orders_pass_gate();

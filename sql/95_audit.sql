@@ -84,23 +84,26 @@ COMMENT ON VIEW audit_order IS 'Orders that contradict their executions or their
 CREATE VIEW audit_cash AS
     SELECT r.user_id, r.run_id, 'cash' AS subject,
            format('is %s, the executions make it %s', r.cash,
-                  r.initial_cash + coalesce(e.flow, 0)) AS finding
+                  r.initial_cash + coalesce(e.flow, 0) - coalesce(c.cost, 0)) AS finding
     FROM strategy_run r
     LEFT JOIN (SELECT user_id, run_id,
                       sum(execution_cash_flow(side, quantity, price, commission)) AS flow
                FROM execution GROUP BY user_id, run_id) e
         ON e.user_id = r.user_id AND e.run_id = r.run_id
-    WHERE r.cash <> r.initial_cash + coalesce(e.flow, 0)
+    LEFT JOIN (SELECT user_id, run_id, sum(cost) AS cost FROM execution_commission
+               GROUP BY user_id, run_id) c
+        ON c.user_id = r.user_id AND c.run_id = r.run_id
+    WHERE r.cash <> r.initial_cash + coalesce(e.flow, 0) - coalesce(c.cost, 0)
     UNION ALL
     SELECT user_id, run_id, 'cash', format('is %s in a cash account', cash)
-    FROM strategy_run WHERE account_type = 'CASH' AND cash < 0
+    FROM strategy_run WHERE account_type = 'CASH' AND broker = 'paper' AND cash < 0
     UNION ALL
     SELECT r.user_id, r.run_id, 'books_seq',
            format('is %s, the last event that the books follow is %s', r.books_seq,
                   coalesce(l.seq, 0))
     FROM strategy_run r
     LEFT JOIN (SELECT user_id, run_id, max(seq) AS seq FROM event_ledger
-               WHERE event_type IN ('EXECUTION', 'SPLIT_APPLIED') GROUP BY user_id, run_id) l
+               WHERE event_type IN ('EXECUTION', 'COMMISSION', 'SPLIT_APPLIED') GROUP BY user_id, run_id) l
         ON l.user_id = r.user_id AND l.run_id = r.run_id
     WHERE r.books_seq <> coalesce(l.seq, 0);
 
@@ -175,7 +178,7 @@ CREATE VIEW audit_mark AS
                    OVER (PARTITION BY l.user_id, l.run_id ORDER BY l.seq) AS cash
         FROM event_ledger l
         JOIN strategy_run r ON r.user_id = l.user_id AND r.run_id = l.run_id
-        WHERE l.event_type IN ('EXECUTION', 'TICK')) c
+        WHERE l.event_type IN ('EXECUTION', 'COMMISSION', 'TICK')) c
     WHERE c.event_type = 'TICK' AND (c.payload ->> 'cash')::numeric <> c.cash;
 
 COMMENT ON VIEW audit_mark IS 'Marks and ticks that are not what the books make them.';
@@ -200,9 +203,12 @@ COMMENT ON VIEW audit_chain IS 'Events that break their run''s chain.';
 CREATE FUNCTION our_relations() RETURNS text[]
 LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
     SELECT ARRAY[
-        'app_user', 'calendar_session', 'corporate_action', 'engine_state', 'engine_status',
-        'event_ledger', 'execution', 'instrument', 'mtm_ledger', 'order_status',
-        'order_transition', 'orders', 'position', 'price_bar', 'risk_limit', 'run_status',
+        'alert', 'app_user', 'broker_account', 'broker_command', 'broker_event', 'broker_lease',
+        'calendar_session', 'command_kind', 'corporate_action', 'engine_state', 'engine_status',
+        'event_ledger', 'execution', 'execution_commission', 'execution_cost', 'fx_rate', 'instrument', 'mtm_ledger',
+        'order_broker_id', 'order_status',
+        'order_transition', 'orders', 'pnl_daily', 'position', 'position_pnl', 'price_bar', 'risk_limit',
+        'run_route', 'run_status',
         'run_transition', 'sip_plan', 'split_applied', 'strategy_run',
         'alert', 'broker_account', 'broker_command', 'broker_event', 'broker_lease',
         'command_kind', 'order_broker_id',
@@ -247,7 +253,8 @@ CREATE VIEW audit_event AS
     LEFT JOIN (SELECT DISTINCT ON (user_id, run_id, event_order_id(subject))
                       user_id, run_id, event_order_id(subject) AS order_id, payload
                FROM event_ledger
-               WHERE event_type IN ('ORDER_PLACED', 'ORDER_REJECTED', 'ORDER_RESTATED')
+               WHERE event_type IN ('ORDER_PLACED', 'ORDER_REJECTED', 'ORDER_RESTATED',
+                                    'ORDER_MODIFIED')
                  AND payload ? 'symbol'
                ORDER BY user_id, run_id, event_order_id(subject), seq DESC) t
         ON t.user_id = o.user_id AND t.run_id = o.run_id AND t.order_id = o.order_id
@@ -269,7 +276,8 @@ CREATE VIEW audit_event AS
                       WHERE l.user_id = o.user_id AND l.run_id = o.run_id
                         AND l.logical_time = o.status_at
                         AND l.event_type = 'ORDER_' || o.status
-                        AND l.subject = o.order_id::text)
+                        AND (l.subject = o.order_id::text
+                             OR o.broker <> 'paper' AND event_order_id(l.subject) = o.order_id))
     UNION ALL
     SELECT l.user_id, l.run_id, 'event_ledger ' || l.seq,
            format('tells of an order that is %s', coalesce(o.status, 'not there'))
@@ -293,6 +301,16 @@ CREATE VIEW audit_event AS
                         AND (l.payload ->> 'commission')::numeric = e.commission
                         AND l.payload ->> 'commission_currency' = e.commission_currency
                         AND (l.payload ->> 'event_at')::timestamptz = e.event_at)
+    UNION ALL
+    SELECT coalesce(c.user_id, l.user_id), coalesce(c.run_id, l.run_id),
+           coalesce('commission of ' || c.execution_id, 'event_ledger ' || l.seq),
+           CASE WHEN l.seq IS NULL THEN 'has no event, or one that says otherwise'
+                ELSE 'tells of a commission that is not there' END
+    FROM execution_commission c
+    FULL JOIN (SELECT * FROM event_ledger WHERE event_type = 'COMMISSION') l
+        ON l.user_id = c.user_id AND l.run_id = c.run_id AND l.subject = c.execution_id
+       AND l.logical_time = c.logical_time AND l.payload = execution_commission_payload(c)
+    WHERE c.run_id IS NULL OR l.run_id IS NULL
     UNION ALL
     SELECT l.user_id, l.run_id, 'event_ledger ' || l.seq, 'tells of an execution that is not there'
     FROM event_ledger l

@@ -27,10 +27,10 @@ CREATE FUNCTION role_rights() RETURNS TABLE (role text, rights text)
 LANGUAGE sql IMMUTABLE SET search_path = public, pg_temp AS $$
     VALUES
         ('oms_engine', 'USAGE ON SCHEMA public'),
-        ('oms_engine', 'INSERT ON app_user, instrument, calendar_session, price_bar,
+        ('oms_engine', 'INSERT ON app_user, instrument, fx_rate, calendar_session, price_bar,
             corporate_action, engine_state, engine_status, sip_plan'),
         ('oms_engine', 'INSERT (user_id, run_id, name, status, strategy, parameters, broker, paper,
-            account_type, calendar, currency, tick_at, initial_cash),
+            account_type, calendar, currency, tick_at, pnl_method, initial_cash),
             UPDATE (status) ON strategy_run'),
         ('oms_engine', 'UPDATE (last_logical_time, state, recorded_at) ON engine_state'),
         ('oms_engine', 'UPDATE (heartbeat_at, lag_seconds, last_error, error_at)
@@ -40,9 +40,12 @@ LANGUAGE sql IMMUTABLE SET search_path = public, pg_temp AS $$
             expire_at, reference_price, logical_time), UPDATE (status, status_at, status_reason,
             reject_source, reject_code, stop_price, triggered_at, expire_at)
             ON orders, paper_order'),
+        ('oms_engine', 'INSERT (account, purpose, recovered), UPDATE (quantity, limit_price,
+            trail_amount, account, pending_reconcile, broker_order_id, perm_id) ON orders'),
         ('oms_engine', 'INSERT (user_id, run_id, execution_id, order_id, symbol, side, quantity,
             price, commission, commission_currency, logical_time, event_at)
             ON execution, paper_trade'),
+        ('oms_engine', 'INSERT (reverses) ON execution'),
         ('oms_engine', 'UPDATE (mark_price, marked_at) ON position, paper_position'),
         ('oms_engine', 'INSERT (user_id, run_id, symbol, ex_date, kind, logical_time)
             ON split_applied'),
@@ -51,6 +54,17 @@ LANGUAGE sql IMMUTABLE SET search_path = public, pg_temp AS $$
             ON event_ledger'),
         ('oms_engine', 'UPDATE (status, start_on) ON sip_plan'),
         ('oms_engine', 'EXECUTE ON FUNCTION ticks_write'),
+        ('oms_engine', 'INSERT, UPDATE (currency, opening_cash, calendar, time_zone, opens_at,
+            closes_at, out_of_session, orders_per_second, messages_per_second, heartbeat_seconds,
+            stale_seconds, settings) ON broker_account'),
+        ('oms_engine', 'INSERT ON run_route'),
+        ('oms_engine', 'INSERT (user_id, account, command_id, priority, kind, payload),
+            UPDATE (done_at, outcome) ON broker_command'),
+        ('oms_engine', 'UPDATE (applied_at, finding, code, note) ON broker_event'),
+        ('oms_engine', 'INSERT ON order_broker_id'),
+        ('oms_engine', 'INSERT (user_id, run_id, execution_id, amount, currency, event_at)
+            ON execution_commission'),
+        ('oms_engine', 'INSERT, UPDATE (acknowledged_at, acknowledged_by) ON alert'),
         ('oms_connector', 'USAGE ON SCHEMA public'),
         ('oms_connector', 'SELECT ON instrument, calendar_session, broker_account, broker_lease,
             broker_command'),
