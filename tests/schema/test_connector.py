@@ -10,7 +10,7 @@ from uuid import UUID, uuid4
 
 import psycopg
 import pytest
-from broker_cases import ACCOUNT, Desk
+from connector_cases import ACCOUNT, Desk
 from waits import SECONDS_MAX, wait_until_blocked
 
 from engine.db.connect import CONNECTOR_ROLE, Connection, open_connection

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from uuid import UUID
 
-from broker_cases import ScriptedBroker, Wire
+from connector_cases import ScriptedBroker, Wire
 
 from cli.connect import _end_by_signals
 from engine.brokers import registry

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 
-from broker_cases import Desk, Wire, connector, desk, wire
+from connector_cases import Desk, Wire, connector, desk, wire
 from waits import wait_until
 
 from engine.brokers.protocol import MessageKind

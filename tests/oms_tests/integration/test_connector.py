@@ -8,7 +8,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from broker_cases import Desk, Running, Wire, connector, desk, wire
+from connector_cases import Desk, Running, Wire, connector, desk, wire
 from waits import wait_until
 
 from engine.brokers.connector import Ended

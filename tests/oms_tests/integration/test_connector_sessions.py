@@ -5,7 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 import pytest
-from broker_cases import Desk, Wire, connector, wire
+from connector_cases import Desk, Wire, connector, wire
 from waits import wait_until
 
 from engine.db.connect import Connection

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from broker_cases import Desk, desk
+from connector_cases import Desk, desk
 from waits import SECONDS_MAX, wait_until
 
 __all__ = ["desk"]

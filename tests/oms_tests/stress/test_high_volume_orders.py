@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from broker_cases import Desk, Wire, connector
+from connector_cases import Desk, Wire, connector
 
 from engine.db.connect import Connection
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from broker_cases import Desk, Wire, connector
+from connector_cases import Desk, Wire, connector
 
 from engine.brokers.throttle import Free, Throttle
 from engine.db.connect import Connection

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import psycopg
 import pytest
-from broker_cases import Desk
+from connector_cases import Desk
 
 from engine.db.connect import CONNECTOR_ROLE, Connection
 

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, time, timedelta
 from typing import Any, cast
 
 import pytest
-from broker_cases import Wire
+from connector_cases import Wire
 
 from engine.brokers.connector import Connector, Pace
 from engine.brokers.hours import Span, daily_spans, next_span
