@@ -83,7 +83,7 @@ class Book:
     def sweep(self) -> list[Trade]:
         """Trigger what the price triggers, then trade what it allows."""
         price = self.symbol.price
-        if price is None or self.symbol.frozen or not self._tickets:
+        if price is None or not self._tickets:
             return []
         self._trigger(price)
         return [trade for side in (BUY, SELL) for trade in self._trades(side, price)]

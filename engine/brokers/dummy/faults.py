@@ -36,6 +36,7 @@ __all__ = [
     "find_plan",
     "list_plans",
     "load_plan",
+    "with_changes",
 ]
 
 ORDER_ID_MAX = 2**31 - 1
@@ -478,13 +479,29 @@ def load_plan(path: Path) -> Plan:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"The fault plan {path} can't be read; name a file that is there.") from error
+        raise BadInput(
+            f"The fault plan {path} can't be read; name a file that is there."
+        ) from error
     try:
         return Plan.model_validate(tomllib.loads(text, parse_float=Decimal))
     except tomllib.TOMLDecodeError as error:
         raise BadInput(f"The fault plan {path} isn't TOML: {error}.") from error
     except ValidationError as error:
         raise BadInput(f"The fault plan {path}: {_first(error)}") from error
+
+
+def with_changes(plan: Plan, *, prices: Mapping[str, str], session: str | None) -> Plan:
+    """The plan with first prices and a session of one's own. Raises BadInput."""
+    known = {symbol.name: symbol for symbol in plan.symbols}
+    try:
+        for name, price in prices.items():
+            before = known[name].model_dump() if name in known else {"name": name}
+            known[name] = SymbolPlan.model_validate(before | {"price": price})
+        how = plan.exchange.model_dump()
+        exchange = Exchange.model_validate(how if session is None else how | {"session": session})
+    except ValidationError as error:
+        raise BadInput(f"What the command says of the exchange: {_first(error)}") from error
+    return plan.model_copy(update={"symbols": tuple(known.values()), "exchange": exchange})
 
 
 def find_plan(name: str) -> Path:

@@ -95,7 +95,6 @@ class Symbol:
     negative_prices: bool = False
     walk_bps: Decimal = ZERO
     steps: int = 0
-    frozen: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,7 +30,7 @@ _DECIMALS = frozenset(
     }
 )  # fmt: skip
 _MOMENTS = frozenset({"placed_at", "expire_at", "ended_at", "at"})
-_BOOLEANS = frozenset({"triggered", "aside", "negative_prices", "frozen"})
+_BOOLEANS = frozenset({"triggered", "aside", "negative_prices"})
 
 
 def _columns(kind: type[Any]) -> list[str]:
@@ -172,9 +172,7 @@ class Store:
     def _rows(self, table: str, kind: type[_Row]) -> Iterator[_Row]:
         names = _columns(kind)
         for row in self._conn.execute(f"SELECT * FROM {table} ORDER BY 1"):
-            yield kind(
-                **{name: _read(name, value) for name, value in zip(names, row, strict=True)}
-            )
+            yield kind(**{name: _read(name, value) for name, value in zip(names, row, strict=True)})
 
 
 def _values(row: Any, names: list[str]) -> list[Any]:
