@@ -28,7 +28,7 @@ from engine.resources import plans_dir
 __all__ = [
     "ORDER_ID_MAX",
     "AnyFault",
-    "Exchange",
+    "ExchangePlan",
     "Fault",
     "Faults",
     "Plan",
@@ -60,7 +60,7 @@ class _Part(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class Exchange(_Part):
+class ExchangePlan(_Part):
     """How the exchange is."""
 
     cash: dict[Currency, Decimal] = {"USD": Decimal(1_000_000)}
@@ -464,7 +464,7 @@ class Plan(_Part):
 
     title: Annotated[str, Field(min_length=1, max_length=200)] = "Nothing goes wrong"
     seed: int = 0
-    exchange: Exchange = Exchange()
+    exchange: ExchangePlan = ExchangePlan()
     symbols: tuple[SymbolPlan, ...] = Field(default=(), alias="symbol")
     faults: tuple[AnyFault, ...] = Field(default=(), alias="fault", max_length=FAULTS_MAX)
 
@@ -498,7 +498,7 @@ def with_changes(plan: Plan, *, prices: Mapping[str, str], session: str | None) 
             before = known[name].model_dump() if name in known else {"name": name}
             known[name] = SymbolPlan.model_validate(before | {"price": price})
         how = plan.exchange.model_dump()
-        exchange = Exchange.model_validate(how if session is None else how | {"session": session})
+        exchange = ExchangePlan.model_validate(how if session is None else how | {"session": session})
     except ValidationError as error:
         raise BadInput(f"What the command says of the exchange: {_first(error)}") from error
     return plan.model_copy(update={"symbols": tuple(known.values()), "exchange": exchange})

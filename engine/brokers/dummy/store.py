@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from datetime import datetime
 from decimal import Decimal
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -114,16 +115,20 @@ class Store:
             return
         self._conn.execute("BEGIN")
         for table, (kind, _) in _TABLES.items():
+            rows = self._dirty[table]
+            if not rows:
+                continue
             names = _columns(kind)
             marks = ", ".join("?" * len(names))
+            of_row = attrgetter(*names)
             self._conn.executemany(
                 f"INSERT OR REPLACE INTO {table} VALUES ({marks})",
-                [_values(row, names) for row in self._dirty[table].values()],
+                [_values(of_row(row)) for row in rows.values()],
             )
-            self._dirty[table].clear()
-        self._conn.executemany(
-            "DELETE FROM orders WHERE number = ?", [(number,) for number in self._gone]
-        )
+            rows.clear()
+        if self._gone:
+            gone = [(number,) for number in self._gone]
+            self._conn.executemany("DELETE FROM orders WHERE number = ?", gone)
         self._conn.executemany(
             "INSERT OR REPLACE INTO account VALUES (?, ?)",
             [(name, _account_text(account)) for name, account in self._accounts.items()],
@@ -175,18 +180,19 @@ class Store:
             yield kind(**{name: _read(name, value) for name, value in zip(names, row, strict=True)})
 
 
-def _values(row: Any, names: list[str]) -> list[Any]:
-    return [_written(getattr(row, name)) for name in names]
+def _values(row: tuple[Any, ...]) -> list[Any]:
+    return [
+        value if value is None or (kind := type(value)) is str else _WRITTEN[kind](value)
+        for value in row
+    ]
 
 
-def _written(value: Any) -> Any:
-    if value is None or isinstance(value, str):
-        return value
-    if isinstance(value, Decimal):
-        return f"{value:f}"
-    if isinstance(value, datetime):
-        return value.isoformat()
-    return int(value)
+_WRITTEN: dict[type[Any], Callable[[Any], Any]] = {
+    Decimal: str,
+    datetime: datetime.isoformat,
+    int: int,
+    bool: int,
+}
 
 
 def _read(name: str, value: Any) -> Any:
