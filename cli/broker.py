@@ -42,12 +42,16 @@ def dummy(
     faults: Annotated[
         str | None,
         typer.Option(
-            "--faults", metavar="PLAN", help="What goes wrong: a file, or a name of `oms broker plans`."
+            "--faults",
+            metavar="PLAN",
+            help="What goes wrong: a file, or a name of `oms broker plans`.",
         ),
     ] = None,
     seed: Annotated[
         int | None,
-        typer.Option("--seed", metavar="N", help="Of all that is random.", show_default="the plan's"),
+        typer.Option(
+            "--seed", metavar="N", help="Of all that is random.", show_default="the plan's"
+        ),
     ] = None,
     price: Annotated[
         list[str] | None,

@@ -115,7 +115,8 @@ def order(
     side: str = "BUY", quantity: str = "10", symbol: str = "AAPL", **terms: Any
 ) -> BrokerOrder:
     """An order with a reference of its own: at the market, or with a limit if one is given."""
-    kind = "MARKET" if terms.get("limit_price") is None else "LIMIT"
+    terms = {name: value for name, value in terms.items() if value is not None}
+    kind = "LIMIT" if "limit_price" in terms else "MARKET"
     prices = {
         name: Decimal(value)
         for name, value in terms.items()

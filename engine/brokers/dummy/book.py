@@ -8,7 +8,7 @@ stop follows the price and never goes back. Prices may be negative where the sym
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from decimal import Decimal
 from heapq import heapify, heappop, heappush
 
@@ -26,10 +26,14 @@ _Entry = tuple[Decimal, int, Order]
 
 
 class Book:
-    """Orders of one symbol. An entry of a heap counts while its order still has that ticket."""
+    """Orders of one symbol. An entry of a heap counts while its order still has that ticket.
 
-    def __init__(self, symbol: Symbol) -> None:
+    ``changed`` is told of each order that was triggered or whose stop has moved.
+    """
+
+    def __init__(self, symbol: Symbol, changed: Callable[[Order], None]) -> None:
         self.symbol = symbol
+        self._changed = changed
         self._left: dict[str, Decimal | None] = {}
         self._tickets: dict[int, int] = {}
         self._next_ticket = 1
@@ -114,13 +118,19 @@ class Book:
             while heap and (heap[0][0] <= at or not self._counts(heap[0])):
                 entry = heappop(heap)
                 if self._counts(entry):
-                    entry[2].triggered = True
-                    self._queue(entry[2])
+                    self._released(entry[2])
         for order in list(self._trails.values()):
+            stood = order.stop_price
             if _trail(order, price):
-                order.triggered = True
                 del self._trails[order.number]
-                self._queue(order)
+                self._released(order)
+            elif order.stop_price != stood:
+                self._changed(order)
+
+    def _released(self, order: Order) -> None:
+        order.triggered = True
+        self._queue(order)
+        self._changed(order)
 
     def _trades(self, side: str, price: Decimal) -> Iterator[Trade]:
         for order in [order for order in self._markets.values() if order.side == side]:

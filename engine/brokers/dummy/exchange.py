@@ -630,7 +630,7 @@ class Exchange:
         walk = self._walks[symbol.name] = Random(f"{self._seed}/walk/{symbol.name}")
         for _ in range(symbol.steps):
             walk.uniform(-1, 1)
-        book = self.books[symbol.name] = Book(symbol)
+        book = self.books[symbol.name] = Book(symbol, self._store.order)
         self.ledger.currencies[symbol.name] = symbol.currency
         self._store.symbol(symbol)
         return book

@@ -498,7 +498,9 @@ def with_changes(plan: Plan, *, prices: Mapping[str, str], session: str | None) 
             before = known[name].model_dump() if name in known else {"name": name}
             known[name] = SymbolPlan.model_validate(before | {"price": price})
         how = plan.exchange.model_dump()
-        exchange = ExchangePlan.model_validate(how if session is None else how | {"session": session})
+        exchange = ExchangePlan.model_validate(
+            how if session is None else how | {"session": session}
+        )
     except ValidationError as error:
         raise BadInput(f"What the command says of the exchange: {_first(error)}") from error
     return plan.model_copy(update={"symbols": tuple(known.values()), "exchange": exchange})
