@@ -15,6 +15,7 @@ import typer
 from cli import (
     audit,
     bench,
+    broker,
     connect,
     data,
     db,
@@ -82,6 +83,7 @@ app.add_typer(order.app, rich_help_panel=_LOOK)
 app.add_typer(position.app, rich_help_panel=_LOOK)
 app.add_typer(user.app, rich_help_panel=_SET_UP)
 app.add_typer(data.app, rich_help_panel=_SET_UP)
+app.add_typer(broker.app, rich_help_panel=_SET_UP)
 app.add_typer(db.app, rich_help_panel=_SET_UP)
 
 

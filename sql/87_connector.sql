@@ -214,10 +214,14 @@ CREATE FUNCTION broker_command_check_update() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 BEGIN
     IF (NEW.user_id, NEW.account, NEW.command_id, NEW.priority, NEW.kind, NEW.run_id,
-        NEW.order_id, NEW.order_version, NEW.payload, NEW.not_before, NEW.created_at)
+        NEW.order_id, NEW.order_version, NEW.not_before, NEW.created_at)
        IS DISTINCT FROM
        (OLD.user_id, OLD.account, OLD.command_id, OLD.priority, OLD.kind, OLD.run_id,
-        OLD.order_id, OLD.order_version, OLD.payload, OLD.not_before, OLD.created_at) THEN
+        OLD.order_id, OLD.order_version, OLD.not_before, OLD.created_at)
+       -- An order that waits may be given new terms; what a connector has seen is fixed.
+       OR NEW.payload <> OLD.payload
+          AND (OLD.claimed_by IS NOT NULL OR NEW.claimed_by IS NOT NULL
+               OR OLD.done_at IS NOT NULL OR NEW.done_at IS NOT NULL) THEN
         RAISE EXCEPTION 'command % stays as it was written', OLD.command_id
             USING ERRCODE = '23T09', CONSTRAINT = 'broker_command_terms_fixed',
                   TABLE = 'broker_command', HINT = 'Withdraw it, and write another one.';
@@ -239,7 +243,8 @@ BEGIN
 END $$;
 
 COMMENT ON FUNCTION broker_command_check_update IS
-    'Trigger: a command stays as it is; claim, sending and outcome are written once.';
+    'Trigger: a command stays as it is, but for the payload of one that nobody has taken; claim, '
+    'sending and outcome are written once.';
 
 CREATE FUNCTION broker_event_check_update() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$

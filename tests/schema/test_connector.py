@@ -387,8 +387,10 @@ def test_a_withdrawn_command_was_never_claimed(desk: Desk) -> None:
     ],
 )
 def test_what_a_command_says_is_fixed(desk: Desk, change: str) -> None:
+    take(desk.conn, desk, FIRST)
     (order,) = desk.orders(1)
     command = desk.command("SUBMIT", order)
+    claim(desk.conn, desk)
     refused(
         desk,
         HistoryIsFixed,
@@ -396,6 +398,22 @@ def test_what_a_command_says_is_fixed(desk: Desk, change: str) -> None:
         f"UPDATE broker_command SET {change} WHERE command_id = %s",
         command,
     )
+
+
+def test_an_order_that_waits_may_be_given_new_terms_and_nothing_else(desk: Desk) -> None:
+    waiting, withdrawn = (desk.command("SUBMIT", order) for order in desk.orders(2))
+    modify = 'UPDATE broker_command SET payload = \'{"quantity": "2"}\' WHERE command_id = %s'
+    desk.conn.execute(modify.encode(), [waiting])
+    rule = "broker_command_terms_fixed"
+    claiming = "payload = '{}', claimed_by = gen_random_uuid()"
+    for change in ("priority = 0", "not_before = now()", claiming):
+        statement = f"UPDATE broker_command SET {change} WHERE command_id = %s"
+        refused(desk, HistoryIsFixed, rule, statement, waiting)
+    desk.conn.execute(
+        "UPDATE broker_command SET done_at = now(), outcome = 'WITHDRAWN' WHERE command_id = %s",
+        [withdrawn],
+    )
+    refused(desk, HistoryIsFixed, rule, modify, withdrawn)
 
 
 @pytest.mark.parametrize(

@@ -33,8 +33,7 @@ def main(dsn: str, user_id: str, account: str, file: str, seconds: str) -> int:
             await asyncio.sleep(float(seconds))
 
         WIRE.before = before
-        registry.ADAPTERS["scripted"] = "connector_child:make"
-        sys.modules["connector_child"] = sys.modules["__main__"]
+        registry.ADAPTERS["scripted"] = lambda settings: ScriptedBroker(WIRE)
         return int(
             asyncio.run(
                 connect(
@@ -47,10 +46,6 @@ def main(dsn: str, user_id: str, account: str, file: str, seconds: str) -> int:
                 )
             )
         )
-
-
-def make(settings: object) -> ScriptedBroker:
-    return ScriptedBroker(WIRE)
 
 
 if __name__ == "__main__":
