@@ -16,6 +16,8 @@ from cli import (
     account,
     audit,
     bench,
+    broker,
+    connect,
     data,
     db,
     demo,
@@ -74,6 +76,7 @@ app.command("tick", rich_help_panel=_RUNS)(tick.tick)
 app.command("replay", rich_help_panel=_RUNS)(replay.replay)
 app.command("schedule", rich_help_panel=_RUNS)(schedule.schedule)
 app.command("work", rich_help_panel=_BROKERS)(work.work)
+app.command("connect", rich_help_panel=_BROKERS)(connect.connect)
 app.command("equity", rich_help_panel=_LOOK)(equity.equity)
 app.command("report", rich_help_panel=_LOOK)(report.report)
 app.command("audit", rich_help_panel=_LOOK)(audit.audit)
@@ -85,6 +88,7 @@ app.add_typer(position.app, rich_help_panel=_LOOK)
 app.add_typer(account.app, rich_help_panel=_BROKERS)
 app.add_typer(user.app, rich_help_panel=_SET_UP)
 app.add_typer(data.app, rich_help_panel=_SET_UP)
+app.add_typer(broker.app, rich_help_panel=_BROKERS)
 app.add_typer(db.app, rich_help_panel=_SET_UP)
 
 

@@ -366,7 +366,7 @@ def test_every_search_path_is_pinned(conn: Connection) -> None:
 
 
 def test_few_functions_have_the_owners_rights(conn: Connection) -> None:
-    """What triggers call, and the one function by which the engine writes ticks."""
+    """What triggers call, the function by which the engine writes ticks, and a connector's."""
     assert _rows(
         conn,
         """SELECT proname, prorettype::regtype::text FROM pg_proc
@@ -374,9 +374,16 @@ def test_few_functions_have_the_owners_rights(conn: Connection) -> None:
     ) == [
         ("books_follow", "bigint"),
         ("broker_command_move_order", "trigger"),
+        ("commands_claim", "broker_command"),
+        ("commands_done", "void"),
+        ("commands_throttled", "record"),
+        ("connector_alert", "void"),
         ("event_ledger_prove", "trigger"),
         ("execution_apply", "trigger"),
         ("execution_commission_apply", "trigger"),
+        ("lease_release", "void"),
+        ("lease_renew", "timestamp with time zone"),
+        ("lease_take", "timestamp with time zone"),
         ("orders_send", "trigger"),
         ("orders_send_move", "trigger"),
         ("orders_send_terms", "trigger"),

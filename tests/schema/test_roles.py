@@ -32,6 +32,13 @@ READ_ONLY = (
     "audit_orphan",
     "audit_position",
     "audit_running",
+    "alert",
+    "broker_account",
+    "broker_command",
+    "broker_event",
+    "broker_lease",
+    "command_kind",
+    "order_broker_id",
 )
 
 # What the engine's role may do besides reading: of columns where not of all of them.
@@ -97,7 +104,27 @@ ENGINE |= {
     "paper_position": ENGINE["position"],
     "paper_equity_curve": ENGINE["mtm_ledger"],
 }
-CONNECTOR = ("instrument", "calendar_session")
+# What the connector's role may read, and of the inbox write; the rest is behind its functions.
+CONNECTOR: dict[str, dict[str, str]] = {
+    **dict.fromkeys(
+        ("instrument", "calendar_session", "broker_account", "broker_lease", "broker_command"),
+        {"SELECT": "*"},
+    ),
+    "broker_event": {
+        "SELECT": "account holder number user_id",
+        "INSERT": "account broker_order_id event_at execution_id holder kind number order_ref "
+        "payload perm_id priority received_at user_id",
+    },
+}
+CONNECTOR_FUNCTIONS = [
+    "commands_claim",
+    "commands_done",
+    "commands_throttled",
+    "connector_alert",
+    "lease_release",
+    "lease_renew",
+    "lease_take",
+]
 
 _TABLE_RIGHTS = """
     SELECT c.relname, x.privilege_type, '*'
@@ -133,8 +160,8 @@ def test_the_auditor_reads_everything_and_writes_nothing(conn: Connection) -> No
     assert _rights(conn, "oms_auditor") == {table: {"SELECT": "*"} for table in ENGINE}
 
 
-def test_the_connector_reads_what_is_traded_and_when(conn: Connection) -> None:
-    assert _rights(conn, "oms_connector") == {table: {"SELECT": "*"} for table in CONNECTOR}
+def test_the_connector_has_these_rights_and_no_other(conn: Connection) -> None:
+    assert _rights(conn, "oms_connector") == CONNECTOR
 
 
 def test_nobody_else_has_any_right(conn: Connection) -> None:
@@ -159,9 +186,10 @@ def test_trigger_functions_are_for_their_triggers_alone(conn: Connection) -> Non
            WHERE p.pronamespace = 'public'::regnamespace
              AND (p.prorettype = 'trigger'::regtype OR p.prosecdef OR p.proname = 'grant_roles')
              AND EXISTS (SELECT FROM aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) x
-                         WHERE x.grantee <> p.proowner)"""
+                         WHERE x.grantee <> p.proowner)
+           ORDER BY p.proname"""
     ).fetchall()
-    assert open_to_all == [("ticks_write",)]
+    assert open_to_all == [(name,) for name in (*CONNECTOR_FUNCTIONS, "ticks_write")]
 
 
 @pytest.mark.parametrize("role", ["oms_auditor", "oms_connector"])
@@ -209,6 +237,8 @@ def test_auditor_and_connector_can_write_nowhere(world: Connection, role: str, t
     ):
         if table.startswith("audit_") or (table.startswith("paper_") and "TRUNC" in statement):
             continue  # no view of that kind can be written by anybody
+        if (role, table) == ("oms_connector", "broker_event") and "INSERT" in statement:
+            continue  # the inbox is its to write
         assert_refused(world, statement, role, DENIED)
 
 
