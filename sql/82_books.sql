@@ -182,7 +182,7 @@ BEGIN
             WHERE o.user_id = of_user AND o.run_id = of_run
               AND o.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
             ORDER BY o.symbol LIMIT 1),
-           (SELECT true FROM risk_limit k WHERE k.user_id = of_user LIMIT 1),
+           user_is_limited(of_user),
            (SELECT m.logical_time FROM mtm_ledger m
             WHERE m.user_id = of_user AND m.run_id = of_run ORDER BY m.logical_time DESC LIMIT 1)
     INTO cash, previous, newest, symbols, held, marks, marked, waiting, limited, last_mark
@@ -293,7 +293,8 @@ BEGIN
                 refusal := orders_gate(
                     e.o, run.account_type, limited, cash - reserved,
                     coalesce(held[array_position(symbols, (e.o).symbol)], 0)
-                    + CASE WHEN waiting THEN orders_open_quantity(e.o) ELSE 0 END);
+                    + CASE WHEN waiting THEN orders_open_quantity(e.o) ELSE 0 END,
+                    cash, symbols, held, marks);
                 IF refusal.code IS NOT NULL OR (e.o).broker <> run.broker THEN
                     PERFORM event_refuse(e, coalesce(refusal.code, 'BROKER'));
                 END IF;
