@@ -279,20 +279,20 @@ COMMENT ON COLUMN orders.logical_time IS 'Logical time of the tick that placed i
 CREATE FUNCTION orders_account(o orders) RETURNS text
 LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
 DECLARE
-    found text;
+    route text;
 BEGIN
-    SELECT r.account INTO found FROM run_route r
+    SELECT r.account INTO route FROM run_route r
     WHERE r.user_id = o.user_id AND r.run_id = o.run_id AND coalesce(r.account = o.account, true)
     ORDER BY r.preference LIMIT 1;
-    IF found IS NULL THEN
+    IF route IS NULL THEN
         RAISE EXCEPTION 'run % has no route to account %', o.run_id, coalesce(o.account, 'at all')
             USING ERRCODE = 'foreign_key_violation', CONSTRAINT = 'orders_account_is_routed',
                   TABLE = 'orders', COLUMN = 'account',
                   HINT = 'Give the run an account: insert into run_route.';
     ELSIF o.recovered AND NOT EXISTS (
         SELECT FROM broker_event e
-        WHERE e.user_id = o.user_id AND e.account = found AND e.order_ref = o.order_id::text
-           OR e.user_id = o.user_id AND e.account = found AND e.kind = 'SNAPSHOT'
+        WHERE e.user_id = o.user_id AND e.account = route AND e.order_ref = o.order_id::text
+           OR e.user_id = o.user_id AND e.account = route AND e.kind = 'SNAPSHOT'
               AND e.payload @> jsonb_build_object('open_orders', jsonb_build_array(
                   jsonb_build_object('order_ref', o.order_id)))) THEN
         RAISE EXCEPTION 'no broker has said anything of order %', o.order_id
@@ -300,7 +300,7 @@ BEGIN
                   TABLE = 'orders', COLUMN = 'recovered',
                   HINT = 'Only what a broker reports is recovered; place an order of your own.';
     END IF;
-    RETURN found;
+    RETURN route;
 END $$;
 
 COMMENT ON FUNCTION orders_account IS
