@@ -166,11 +166,18 @@ RULES: dict[str, Rule] = {
     "strategy_run_cash_not_negative_in_cash_account": Rule(
         BooksDisagree, "Spend at most the cash, or use a MARGIN account."
     ),
+    "trading_halt_open_once": Rule(AlreadyHappened, "Place it under another name."),
+    "system_halt_open_once": Rule(AlreadyHappened, "Place it under another name."),
+    "flatten_request_one_at_a_time": Rule(AlreadyHappened, "Wait until the running one is done."),
+    "circuit_breaker_kind_once": Rule(AlreadyHappened, "Change the row that is there."),
+    "limit_kind_place_once": Rule(AlreadyHappened, "Give it a place of its own."),
     "execution_price_positive": Rule(InvalidValue),
     "execution_commission_in_run_currency": Rule(InvalidValue),
     **dict.fromkeys(
         (
             "app_user_name_printable",
+            "system_halt_name_format",
+            "trading_halt_name_format",
             "event_ledger_event_type_format",
             "execution_commission_currency_format",
             "instrument_currency_format",
@@ -187,6 +194,9 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         (
             "event_ledger_subject_short",
+            "flatten_request_words_short",
+            "system_halt_words_short",
+            "trading_halt_words_short",
             "execution_execution_id_format",
             "orders_client_order_id_short",
             "strategy_run_words_short",
@@ -196,6 +206,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         (
             "calendar_session_times_in_range",
+            "equity_peak_as_of_in_range",
             "corporate_action_ex_date_in_range",
             "engine_status_times_in_range",
             "event_ledger_logical_time_in_range",
@@ -211,6 +222,10 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         (
             "corporate_action_ratio_positive",
+            "breaker_kind_threshold_in_range",
+            "circuit_breaker_seconds_in_range",
+            "circuit_breaker_threshold_in_range",
+            "equity_peak_equity_in_range",
             "engine_status_lag_in_range",
             "execution_commission_in_range",
             "execution_price_in_range",
@@ -241,6 +256,12 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         (
             "app_user_kind_known",
+            "circuit_breaker_kind_known",
+            "flatten_request_scope_known",
+            "flatten_request_status_known",
+            "system_halt_state_known",
+            "trading_halt_scope_known",
+            "trading_halt_state_known",
             "corporate_action_kind_known",
             "orders_order_type_known",
             "orders_side_known",
@@ -257,6 +278,15 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         (
             "calendar_session_open_before_close",
+            "circuit_breaker_heartbeat_of_account",
+            "flatten_request_finished_has_summary",
+            "flatten_request_names_its_scope",
+            "flatten_request_summary_is_object",
+            "risk_limit_days_in_range",
+            "risk_limit_window_in_range",
+            "system_halt_lifted_by_somebody",
+            "trading_halt_lifted_by_somebody",
+            "trading_halt_names_its_scope",
             "engine_state_state_is_object",
             "engine_status_error_has_time",
             "event_ledger_payload_is_object",
@@ -276,6 +306,16 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         (
             "corporate_action_symbol_known",
+            "circuit_breaker_belongs_to_user",
+            "circuit_breaker_of_account",
+            "equity_peak_belongs_to_run",
+            "flatten_request_belongs_to_user",
+            "flatten_request_of_account",
+            "flatten_request_of_run",
+            "risk_limit_of_account",
+            "trading_halt_belongs_to_user",
+            "trading_halt_of_account",
+            "trading_halt_of_run",
             "engine_state_belongs_to_run",
             "engine_status_belongs_to_run",
             "event_ledger_belongs_to_run",

@@ -345,6 +345,7 @@ CREATE TABLE equity_peak (
     CONSTRAINT equity_peak_pkey PRIMARY KEY (user_id, run_id),
     CONSTRAINT equity_peak_belongs_to_run FOREIGN KEY (user_id, run_id)
         REFERENCES strategy_run (user_id, run_id) ON DELETE CASCADE,
+    CONSTRAINT equity_peak_equity_in_range CHECK (abs(equity) < 1e40),
     CONSTRAINT equity_peak_as_of_in_range CHECK (time_in_range(as_of))
 ) WITH (fillfactor = 50);
 
@@ -388,7 +389,8 @@ CREATE TABLE breaker_kind (
     unit      text    NOT NULL,
     log_code  text    NOT NULL,
     why       text    NOT NULL,
-    CONSTRAINT breaker_kind_pkey PRIMARY KEY (kind)
+    CONSTRAINT breaker_kind_pkey PRIMARY KEY (kind),
+    CONSTRAINT breaker_kind_threshold_in_range CHECK (threshold >= 0 AND threshold < 1e20)
 );
 
 COMMENT ON TABLE breaker_kind IS 'The circuit breakers, and at what they trip unless told.';
@@ -446,6 +448,27 @@ $$;
 COMMENT ON FUNCTION breaker_setting IS
     'At what a breaker trips: the account''s row, else the user''s, else the default.';
 
+-- From the wire to the first answer, of the submits of a window; the slowest of twenty.
+CREATE FUNCTION account_latency(of_user uuid, of_account text, after timestamptz,
+                                until timestamptz, OUT orders bigint, OUT p95 numeric)
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT count(*), (array_agg(w.waited ORDER BY w.waited))[ceil(count(*) * 0.95)::integer]
+    FROM (SELECT extract(epoch FROM coalesce(
+                     (SELECT min(e.received_at) FROM broker_event e
+                      WHERE e.user_id = of_user AND e.account = of_account
+                        AND e.order_ref = c.order_id::text
+                        AND e.received_at >= c.sent_at
+                        AND e.kind IN ('ORDER_STATUS', 'EXECUTION', 'REJECTED')),
+                     until) - c.sent_at) * 1000 AS waited
+          FROM broker_command c
+          WHERE c.user_id = of_user AND c.account = of_account AND c.kind = 'SUBMIT'
+            AND c.sent_at > after AND c.sent_at <= until) w
+$$;
+
+COMMENT ON FUNCTION account_latency IS
+    'Milliseconds from submit to first answer that 95 of 100 submits of a window stayed within; '
+    'what has no answer yet has waited until now.';
+
 -- What trips now, one row each: what it is about, and how far it is.
 CREATE FUNCTION breakers_tripped(of_user uuid, at timestamptz)
 RETURNS TABLE (kind text, run_id uuid, account text, threshold numeric, value numeric)
@@ -495,27 +518,6 @@ $$;
 
 COMMENT ON FUNCTION breakers_tripped IS
     'The circuit breakers of a user that trip at a moment, with threshold and value.';
-
--- From the wire to the first answer, of the submits of a window; the slowest of twenty.
-CREATE FUNCTION account_latency(of_user uuid, of_account text, after timestamptz,
-                                until timestamptz, OUT orders bigint, OUT p95 numeric)
-LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
-    SELECT count(*), (array_agg(w.waited ORDER BY w.waited))[ceil(count(*) * 0.95)::integer]
-    FROM (SELECT extract(epoch FROM coalesce(
-                     (SELECT min(e.received_at) FROM broker_event e
-                      WHERE e.user_id = of_user AND e.account = of_account
-                        AND e.order_ref = c.order_id::text
-                        AND e.received_at >= c.sent_at
-                        AND e.kind IN ('ORDER_STATUS', 'EXECUTION', 'REJECTED')),
-                     until) - c.sent_at) * 1000 AS waited
-          FROM broker_command c
-          WHERE c.user_id = of_user AND c.account = of_account AND c.kind = 'SUBMIT'
-            AND c.sent_at > after AND c.sent_at <= until) w
-$$;
-
-COMMENT ON FUNCTION account_latency IS
-    'Milliseconds from submit to first answer that 95 of 100 submits of a window stayed within; '
-    'what has no answer yet has waited until now.';
 
 -- Flatten: a request to close every position of a scope. One at a time a user, so that none can
 -- lead to another.

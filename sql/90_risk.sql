@@ -288,7 +288,8 @@ RETURN (l.run_id IS NULL OR l.run_id = w.run_id)
    AND (l.account IS NULL OR l.account = w.account)
    AND (l.symbol IS NULL OR l.symbol = w.symbol);
 
-COMMENT ON FUNCTION orders_in_scope IS 'Whether a limit''s run, account and symbol are an order''s.';
+COMMENT ON FUNCTION orders_in_scope IS
+    'Whether a limit''s run, account and symbol are an order''s.';
 
 -- What counts orders: how many there are with this one, or how long ago the same was asked for.
 CREATE FUNCTION orders_measure_flow(o orders, l risk_limit) RETURNS numeric
