@@ -565,3 +565,38 @@ COMMENT ON COLUMN flatten_request.status IS
     'exposed; ABORTED: the broker says that closing would violate the margin.';
 COMMENT ON COLUMN flatten_request.checked_at IS 'When the broker was asked what closing would do.';
 COMMENT ON COLUMN flatten_request.summary IS 'What was closed, what was not, and why.';
+
+-- What is open of a run, account by account: where a symbol was traded at one account only, what is
+-- held (splits have changed it since); at several, what each of them filled. closing is what open
+-- orders would close already.
+CREATE FUNCTION flatten_positions(of_user uuid, of_run uuid, of_account text)
+RETURNS TABLE (symbol text, account text, quantity numeric, closing numeric)
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    WITH filled AS (
+        SELECT o.symbol, o.account,
+               sum(CASE WHEN o.side = 'BUY' THEN o.filled_quantity
+                        ELSE -o.filled_quantity END) AS quantity
+        FROM orders o
+        WHERE o.user_id = of_user AND o.run_id = of_run AND o.filled_quantity <> 0
+        GROUP BY o.symbol, o.account
+    ), held AS (
+        SELECT p.symbol, f.account,
+               CASE WHEN count(*) OVER (PARTITION BY p.symbol) = 1 THEN p.quantity
+                    ELSE f.quantity END AS quantity
+        FROM position p
+        LEFT JOIN filled f ON f.symbol = p.symbol AND f.quantity <> 0
+        WHERE p.user_id = of_user AND p.run_id = of_run AND p.quantity <> 0
+    )
+    SELECT h.symbol, h.account, h.quantity, coalesce((
+        SELECT sum(o.quantity - o.filled_quantity) FROM orders o
+        WHERE o.user_id = of_user AND o.run_id = of_run AND o.symbol = h.symbol
+          AND o.account IS NOT DISTINCT FROM h.account
+          AND o.side = CASE WHEN h.quantity > 0 THEN 'SELL' ELSE 'BUY' END
+          AND o.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')), 0)
+    FROM held h
+    WHERE of_account IS NULL OR h.account = of_account
+    ORDER BY h.symbol, h.account
+$$;
+
+COMMENT ON FUNCTION flatten_positions IS
+    'What a run holds, by symbol and account, and what its open orders would close of it.';
