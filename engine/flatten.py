@@ -32,7 +32,7 @@ CHECK_WAIT = timedelta(seconds=10)
 # The newest events of an account, among which the answers about the margin are.
 EVENTS_SEEN_MAX = 10_000
 
-_OVER = "('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')"
+_OVER = ("FILLED", "CANCELED", "REJECTED", "EXPIRED")
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,15 +157,21 @@ def _lock_runs(conn: Connection, asked: Flatten) -> list[UUID]:
     return list(row[0]) if row else []
 
 
-_WORKING = f"""SELECT o.run_id, o.order_id FROM orders o
+_WORKING = """SELECT o.run_id, o.order_id FROM orders o
     WHERE o.user_id = %(user)s AND o.run_id = ANY(%(runs)s)
       AND (o.account = %(account)s OR %(account)s::text IS NULL)
-      AND o.purpose IS NULL AND o.status NOT IN {_OVER} ORDER BY o.run_id, o.order_id"""
+      AND o.purpose IS NULL AND o.status <> ALL(%(over)s) ORDER BY o.run_id, o.order_id"""
 
 
 def _working(conn: Connection, asked: Flatten, runs: Sequence[UUID]) -> list[tuple[Any, ...]]:
     return conn.execute(
-        _WORKING.encode(), {"user": asked.user_id, "runs": runs, "account": asked.account}
+        _WORKING,
+        {
+            "user": asked.user_id,
+            "runs": list(runs),
+            "account": asked.account,
+            "over": list(_OVER),
+        },
     ).fetchall()
 
 
@@ -377,9 +383,7 @@ def _finish_if_done(conn: Connection, asked: Flatten, runs: Sequence[UUID], now:
                  AND starts_with(client_order_id, %s) ORDER BY run_id, symbol, account""",
             [asked.user_id, list(runs), f"FLATTEN-{asked.flatten_id}-"],
         ).fetchall()
-    if any(
-        order["status"] not in ("FILLED", "CANCELED", "REJECTED", "EXPIRED") for order in orders
-    ):
+    if any(order["status"] not in _OVER for order in orders):
         return
     for order in orders:
         mark_post_market(conn, asked.user_id, order["run_id"], order["order_id"])
