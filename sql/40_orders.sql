@@ -246,6 +246,9 @@ CREATE UNIQUE INDEX orders_client_order_id_once
 CREATE INDEX orders_open_idx ON orders (user_id, run_id, symbol)
     WHERE status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED');
 
+-- What a broker returns is our order's id alone: the inbox looks up whose it is.
+CREATE INDEX orders_at_broker_idx ON orders (user_id, order_id) WHERE broker <> 'paper';
+
 COMMENT ON TABLE orders IS 'Orders of every run and broker.';
 COMMENT ON COLUMN orders.quantity IS
     'Units ordered; positive unless the order was rejected for it.';

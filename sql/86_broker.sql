@@ -232,6 +232,44 @@ RETURN jsonb_strip_nulls(jsonb_build_object(
 
 COMMENT ON FUNCTION orders_command_payload IS 'What a command says of its order.';
 
+-- Whose order a broker's words mean: our own reference first; then the lasting id; an id that may
+-- restart counts for its trading day only. reused: that id has meant another order before.
+CREATE FUNCTION order_of_broker(of_user uuid, of_account text, ref text, of_perm bigint,
+                                of_number bigint, at timestamptz,
+                                OUT run_id uuid, OUT order_id uuid, OUT reused boolean)
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    IF ref ~ '^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$' THEN
+        SELECT o.run_id, o.order_id INTO run_id, order_id FROM orders o
+        WHERE o.user_id = of_user AND o.order_id = ref::uuid AND o.broker <> 'paper';
+    END IF;
+    IF order_id IS NULL AND of_perm <> 0 THEN
+        SELECT m.run_id, m.order_id INTO run_id, order_id FROM order_broker_id m
+        WHERE m.user_id = of_user AND m.account = of_account AND m.perm_id = of_perm
+        ORDER BY m.since DESC, m.order_id LIMIT 1;
+    END IF;
+    IF order_id IS NULL AND of_number <> 0 THEN
+        SELECT m.run_id, m.order_id INTO run_id, order_id
+        FROM order_broker_id m
+        JOIN broker_account a ON a.user_id = m.user_id AND a.account = m.account
+        WHERE m.user_id = of_user AND m.account = of_account AND m.broker_order_id = of_number
+          AND (m.since AT TIME ZONE a.time_zone)::date = (at AT TIME ZONE a.time_zone)::date
+          AND coalesce(m.perm_id = of_perm OR m.perm_id = 0, true)
+        ORDER BY m.since DESC, m.order_id LIMIT 1;
+    END IF;
+    reused := of_number <> 0 AND EXISTS (
+        SELECT FROM order_broker_id m
+        WHERE m.user_id = of_user AND m.account = of_account AND m.broker_order_id = of_number
+          AND m.order_id <> order_of_broker.order_id)
+        AND NOT EXISTS (
+        SELECT FROM order_broker_id m
+        WHERE m.user_id = of_user AND m.account = of_account AND m.broker_order_id = of_number
+          AND m.order_id = order_of_broker.order_id);
+END $$;
+
+COMMENT ON FUNCTION order_of_broker IS
+    'The order that a broker''s reference and ids mean, and whether its id has been reused.';
+
 -- Whether an account trades now, and when next. Hours of its own win over its calendar; a calendar
 -- of which no sessions are known closes nothing.
 CREATE FUNCTION account_hours(of_user uuid, of_account text, at timestamptz,

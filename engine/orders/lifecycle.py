@@ -187,12 +187,13 @@ def hear(order: OrderState, event: Heard) -> Verdict:
     verdict.effects[:0] = identified
     if event.event_at - event.received_at > SKEW_MAX:
         seconds = (event.received_at - event.event_at).total_seconds()
-        verdict.effects.append(Tell("TIME_SKEW", {"seconds": seconds}, _skew_words(seconds)))
+        verdict.effects.append(Tell("TIME_SKEW", {"seconds": seconds}, skew_words(seconds)))
     verdict.code = verdict.code or next(iter(verdict.codes), None)
     return verdict
 
 
-def _skew_words(seconds: float) -> str:
+def skew_words(seconds: float) -> str:
+    """How far our clock is off, in words; ``seconds`` is ours less the broker's."""
     side = "ahead of" if seconds > 0 else "behind"
     return f"our clock is {abs(seconds):.1f} s {side} the broker's; the broker's time is used"
 
@@ -351,7 +352,9 @@ def _hear_execution(order: OrderState, event: Heard) -> Verdict:
     if execution_id is None or quantity is None or price is None:
         return _not_booked(order, event, Finding.REFUSED, "EXECUTION_INCOMPLETE", "lacks its facts")
     if quantity == 0:
-        return Verdict(Finding.IGNORED, None, [Tell("FILL_ZERO_QTY", {"execution_id": execution_id})])
+        return Verdict(
+            Finding.IGNORED, None, [Tell("FILL_ZERO_QTY", {"execution_id": execution_id})]
+        )
     if quantity < 0:
         words = f"execution {execution_id} of {quantity} units"
         return _not_booked(order, event, Finding.REFUSED, "NEGATIVE_QTY", words)
@@ -370,7 +373,9 @@ def _hear_execution(order: OrderState, event: Heard) -> Verdict:
 def _book(order: OrderState, event: Heard, execution_id: str, executed: Executed) -> Verdict:
     known = order.executions.get(execution_id)
     if known == executed:
-        return Verdict(Finding.REPEAT, None, [Tell("FILL_DUPLICATE", {"execution_id": execution_id})])
+        return Verdict(
+            Finding.REPEAT, None, [Tell("FILL_DUPLICATE", {"execution_id": execution_id})]
+        )
     if known is not None:
         words = f"execution {execution_id} was {known.quantity} at {known.price}"
         return _not_booked(order, event, Finding.CONTRADICTION, "EXECUTION_CONTRADICTION", words)
@@ -470,7 +475,9 @@ def _hear_commission(order: OrderState, event: Heard) -> Verdict:
     execution_id, amount = event.execution_id or "", event.amount("amount")
     currency = str(event.payload.get("currency"))
     if amount is None:
-        return _not_booked(order, event, Finding.REFUSED, "COMMISSION_INCOMPLETE", "lacks its amount")
+        return _not_booked(
+            order, event, Finding.REFUSED, "COMMISSION_INCOMPLETE", "lacks its amount"
+        )
     if execution_id not in order.executions:
         return Verdict(Finding.HELD)
     known = order.commissions.get(execution_id)
