@@ -165,7 +165,8 @@ BEGIN
         SELECT w.order_id
         FROM (SELECT o.order_id, o.side, o.status, o.purpose, coalesce(p.quantity, 0) AS held,
                      sum(o.quantity - o.filled_quantity)
-                         OVER (PARTITION BY o.symbol, o.side ORDER BY o.order_id) AS open
+                         OVER (PARTITION BY o.symbol, o.side
+                               ORDER BY o.recorded_at, o.order_id) AS open
               FROM orders o
               LEFT JOIN position p ON p.user_id = o.user_id AND p.run_id = o.run_id
                                   AND p.symbol = o.symbol
