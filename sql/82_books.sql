@@ -182,7 +182,11 @@ BEGIN
             WHERE o.user_id = of_user AND o.run_id = of_run
               AND o.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
             ORDER BY o.symbol LIMIT 1),
-           user_is_limited(of_user),
+           -- What user_is_limited says, in line.
+           coalesce((SELECT true FROM risk_limit k WHERE k.user_id = of_user LIMIT 1),
+                    (SELECT true FROM trading_halt h
+                     WHERE h.user_id = of_user AND h.lifted_at IS NULL LIMIT 1),
+                    (SELECT true FROM system_halt s WHERE s.lifted_at IS NULL LIMIT 1)),
            (SELECT m.logical_time FROM mtm_ledger m
             WHERE m.user_id = of_user AND m.run_id = of_run ORDER BY m.logical_time DESC LIMIT 1)
     INTO cash, previous, newest, symbols, held, marks, marked, waiting, limited, last_mark
