@@ -12,8 +12,6 @@ import fcntl
 import json
 import logging
 import os
-import queue
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +20,7 @@ from datetime import UTC, date, datetime
 from decimal import Decimal
 from logging.handlers import QueueHandler
 from pathlib import Path
+from queue import Full, Queue
 from typing import Any
 
 __all__ = ["JsonLines", "LogFile", "open_log", "tell"]
@@ -32,6 +31,7 @@ BACKUPS = 10
 QUEUE_LINES_MAX = 10_000
 RETRY_SECONDS = 5.0
 CLOSE_SECONDS = 5.0
+STDERR = 2
 _MODE = 0o640
 
 _logger = logging.getLogger(LOGGER)
@@ -74,22 +74,25 @@ def _text(value: object) -> str:
         return f"{value:f}"
     if isinstance(value, datetime) and value.tzinfo is not None:
         return value.astimezone(UTC).isoformat()
-    return str(value)
+    try:
+        return str(value)
+    except Exception:  # whatever somebody's __str__ does: the line is worth more than the field
+        return object.__repr__(value)
 
 
 class _Queued(QueueHandler):
     """Puts lines into a bounded queue; what finds no place is counted, not waited for."""
 
-    queue: queue.Queue[logging.LogRecord | None]
+    queue: Queue[logging.LogRecord | None]
 
-    def __init__(self, lines: queue.Queue[logging.LogRecord | None]) -> None:
+    def __init__(self, lines: Queue[logging.LogRecord | None]) -> None:
         super().__init__(lines)
         self.dropped = 0
 
     def enqueue(self, record: logging.LogRecord) -> None:
         try:
             self.queue.put_nowait(record)
-        except queue.Full:
+        except Full:
             self.dropped += 1
 
     def take_dropped(self) -> int:
@@ -102,7 +105,7 @@ class _Queued(QueueHandler):
         return dropped
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """A field that can not even be described is a lost line, no more."""
+        """Count a line that could not be made; logging would write a traceback to stderr."""
         del record
         self.dropped += 1
 
@@ -215,9 +218,11 @@ class LogFile:
         # Another process may have been faster between our look and our lock.
         if not os.path.samestat(os.fstat(self._fd), os.stat(self.path)):
             return
-        for number in range(self._backups - 1, 0, -1):
-            with suppress(FileNotFoundError):
-                os.replace(self._backup(number), self._backup(number + 1))
+        free = 1
+        while free < self._backups and self._backup(free).exists():
+            free += 1
+        for number in range(free - 1, 0, -1):
+            os.replace(self._backup(number), self._backup(number + 1))
         if self._backups:
             os.replace(self.path, self._backup(1))
         else:
@@ -252,8 +257,9 @@ def _ends_with_newline(path: Path) -> bool:
 
 
 def _complain(line: str) -> None:
-    with suppress(OSError, ValueError):  # stderr may be closed, or as full as the disk
-        sys.stderr.write(line + "\n")
+    # Past Python's buffer, whose lock an ending program would wait for.
+    with suppress(OSError):  # stderr may be closed, or as full as the disk
+        os.write(STDERR, (line + "\n").encode(errors="backslashreplace"))
 
 
 @contextmanager
@@ -270,7 +276,7 @@ def open_log(
     of the block what is in the queue is written, for CLOSE_SECONDS at most.
     """
     file = LogFile(path, max_bytes=max_bytes, backups=backups, daily=daily)
-    lines: queue.Queue[logging.LogRecord | None] = queue.Queue(QUEUE_LINES_MAX)
+    lines: Queue[logging.LogRecord | None] = Queue(QUEUE_LINES_MAX)
     handler = _Queued(lines)
     handler.setFormatter(JsonLines())
     writer = threading.Thread(
@@ -282,14 +288,12 @@ def open_log(
         yield
     finally:
         _logger.removeHandler(handler)
-        with suppress(queue.Full):
+        with suppress(Full):
             lines.put(None, timeout=CLOSE_SECONDS)
         writer.join(CLOSE_SECONDS)
 
 
-def _write_all(
-    lines: queue.Queue[logging.LogRecord | None], file: LogFile, handler: _Queued
-) -> None:
+def _write_all(lines: Queue[logging.LogRecord | None], file: LogFile, handler: _Queued) -> None:
     while (record := lines.get()) is not None:
         file.missing += handler.take_dropped()
         file.write(record.getMessage(), datetime.fromtimestamp(record.created, UTC).date())

@@ -205,9 +205,9 @@ LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
     SELECT ARRAY[
         'alert', 'app_user', 'broker_account', 'broker_command', 'broker_event', 'broker_lease',
         'calendar_session', 'command_kind', 'corporate_action', 'engine_state', 'engine_status',
-        'event_ledger', 'execution', 'execution_commission', 'instrument', 'mtm_ledger',
+        'event_ledger', 'execution', 'execution_commission', 'execution_cost', 'fx_rate', 'instrument', 'mtm_ledger',
         'order_broker_id', 'order_status',
-        'order_transition', 'orders', 'position', 'price_bar', 'risk_limit',
+        'order_transition', 'orders', 'pnl_daily', 'position', 'position_pnl', 'price_bar', 'risk_limit',
         'run_route', 'run_status',
         'run_transition', 'sip_plan', 'split_applied', 'strategy_run',
         'breaker_kind', 'circuit_breaker', 'equity_peak', 'flatten_request', 'limit_kind',
