@@ -727,7 +727,7 @@ BEGIN
     -- What is left of it would be ordered anew; what it holds back today does not count.
     wanted.quantity := wanted.quantity - was.filled_quantity;
     refusal := orders_gate(
-        wanted, run.account_type, EXISTS (SELECT FROM risk_limit l WHERE l.user_id = was.user_id),
+        wanted, run.account_type, user_is_limited(was.user_id),
         run.cash - run_reserved_cash(was.user_id, was.run_id) + was.reserved_cash,
         coalesce(held, 0) + orders_open_quantity(was)
         - (was.quantity - was.filled_quantity)

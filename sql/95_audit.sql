@@ -210,6 +210,8 @@ LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
         'instrument', 'mtm_ledger', 'order_broker_id', 'order_status', 'order_transition', 'orders',
         'pnl_daily', 'position', 'position_pnl', 'price_bar', 'risk_limit', 'run_route',
         'run_status', 'run_transition', 'sip_plan', 'split_applied', 'strategy_run',
+        'breaker_kind', 'circuit_breaker', 'equity_peak', 'flatten_request', 'limit_kind',
+        'order_refusal', 'system_halt', 'trading_halt',
         'paper_order', 'paper_trade', 'paper_position', 'paper_equity_curve',
         'audit_cash', 'audit_chain', 'audit_duplicate', 'audit_event', 'audit_guard',
         'audit_mark', 'audit_order', 'audit_orphan', 'audit_position', 'audit_running']
