@@ -17,6 +17,8 @@ EngineError
     ├── ChainBroken            a ledger row that doesn't follow from the one before it
     ├── TimeMovesForward       a logical time before the run's last one
     ├── HistoryIsFixed         history was to be edited
+    ├── LeaseHeld              another connector holds the account
+    ├── LeaseLost              the connector doesn't hold the account, or not any more
     ├── AlreadyHappened        it is in the ledger already
     ├── UnknownReference       a row names another that doesn't exist
     └── InvalidValue           a value that no row may hold
@@ -113,6 +115,14 @@ class HistoryIsFixed(RuleViolation):
     """History was to be edited."""
 
 
+class LeaseHeld(RuleViolation):
+    """Another connector holds the account."""
+
+
+class LeaseLost(RuleViolation):
+    """The connector doesn't hold the account, or not any more."""
+
+
 class AlreadyHappened(RuleViolation):
     """It is in the ledger already."""
 
@@ -143,6 +153,8 @@ SQLSTATES: dict[str, type[RuleViolation]] = {
     "23T07": TimeMovesForward,
     "23T08": BooksDisagree,
     "23T09": HistoryIsFixed,
+    "23T20": LeaseHeld,
+    "23T21": LeaseLost,
 }
 
 _TEXT = "Use the format that the message names."
@@ -270,6 +282,7 @@ RULES: dict[str, Rule] = {
             "strategy_run_paper_is_object",
             "strategy_run_parameters_is_object",
             "strategy_run_stopped_at_iff_over",
+            "broker_command_withdrawn_unclaimed",
         ),
         Rule(InvalidValue, "The row's values don't fit together."),
     ),

@@ -70,6 +70,8 @@ CREATE TABLE broker_command (
              THEN num_nonnulls(run_id, order_id, order_version) = 3 ELSE true END),
     CONSTRAINT broker_command_claimed_before_sent
         CHECK (sent_at IS NULL OR claimed_by IS NOT NULL),
+    CONSTRAINT broker_command_withdrawn_unclaimed
+        CHECK (outcome IS DISTINCT FROM 'WITHDRAWN' OR claimed_by IS NULL),
     CONSTRAINT broker_command_done_has_outcome CHECK ((done_at IS NULL) = (outcome IS NULL)),
     CONSTRAINT broker_command_outcome_known
         CHECK (outcome IN ('SENT', 'WITHDRAWN', 'UNKNOWN', 'NEVER_ARRIVED', 'ARRIVED', 'REFUSED')),

@@ -210,6 +210,8 @@ LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
         'order_transition', 'orders', 'position', 'price_bar', 'risk_limit',
         'run_route', 'run_status',
         'run_transition', 'sip_plan', 'split_applied', 'strategy_run',
+        'alert', 'broker_account', 'broker_command', 'broker_event', 'broker_lease',
+        'command_kind', 'order_broker_id',
         'paper_order', 'paper_trade', 'paper_position', 'paper_equity_curve',
         'audit_cash', 'audit_chain', 'audit_duplicate', 'audit_event', 'audit_guard',
         'audit_mark', 'audit_order', 'audit_orphan', 'audit_position', 'audit_running']

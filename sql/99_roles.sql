@@ -66,7 +66,13 @@ LANGUAGE sql IMMUTABLE SET search_path = public, pg_temp AS $$
             ON execution_commission'),
         ('oms_engine', 'INSERT, UPDATE (acknowledged_at, acknowledged_by) ON alert'),
         ('oms_connector', 'USAGE ON SCHEMA public'),
-        ('oms_connector', 'SELECT ON instrument, calendar_session'),
+        ('oms_connector', 'SELECT ON instrument, calendar_session, broker_account, broker_lease,
+            broker_command'),
+        ('oms_connector', 'SELECT (user_id, account, number, holder), INSERT (user_id, account,
+            number, holder, kind, priority, order_ref, broker_order_id, perm_id, execution_id,
+            payload, event_at, received_at) ON broker_event'),
+        ('oms_connector', 'EXECUTE ON FUNCTION lease_take, lease_renew, lease_release,
+            commands_claim, commands_throttled, commands_done, connector_alert'),
         ('oms_auditor', 'USAGE ON SCHEMA public')
 $$;
 
@@ -128,6 +134,8 @@ BEGIN
 END $$;
 
 REVOKE EXECUTE ON FUNCTION grant_roles, ticks_write, books_follow, ledger_analyze FROM PUBLIC;
+REVOKE EXECUTE ON FUNCTION lease_take, lease_renew, lease_release, commands_claim,
+    commands_throttled, commands_done, connector_alert FROM PUBLIC;
 
 DO $$
 DECLARE
