@@ -10,7 +10,7 @@ from pathlib import Path
 
 import platformdirs
 
-__all__ = ["configured_dsn", "home"]
+__all__ = ["configured_dsn", "home", "log_folder"]
 
 _ROOT_HOME = Path("/var/lib/oms")
 
@@ -31,6 +31,12 @@ def home() -> Path:
     if os.geteuid() == 0:
         return _ROOT_HOME
     return Path(platformdirs.user_data_dir("oms"))
+
+
+def log_folder() -> Path:
+    """The folder for log files: OMS_LOG, else ``log`` in ``home()``; it may not exist yet."""
+    chosen = os.environ.get("OMS_LOG")
+    return Path(chosen).expanduser().absolute() if chosen else home() / "log"
 
 
 def configured_dsn() -> str | None:

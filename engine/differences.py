@@ -75,10 +75,7 @@ def code_of(difference: Difference) -> str:
 
 
 def adopt(conn: Connection, whose: Subject, orphans: Sequence[Difference]) -> None:
-    """Take orders that only the broker knew into the run that is there for them, with their fills.
-
-    An order that is over has left nothing but its fills: it is as large as they are.
-    """
+    """Take orders that only the broker knew into the run that is there for them."""
     if not orphans:
         return
     conn.execute(
@@ -98,38 +95,6 @@ def adopt(conn: Connection, whose: Subject, orphans: Sequence[Difference]) -> No
             [d.order_id for d in orphans],
             [Jsonb(d.brokers) for d in orphans],
         ],
-    )
-    _take_fills(conn, whose, [d.order_id for d in orphans])
-
-
-def _take_fills(conn: Connection, whose: Subject, orders: Sequence[UUID | None]) -> None:
-    conn.execute(
-        """INSERT INTO execution (user_id, run_id, order_id, execution_id, symbol, side, quantity,
-                                  price, event_at)
-           SELECT o.user_id, o.run_id, o.order_id, f.execution_id, f.symbol, f.side, f.quantity,
-                  f.price, f.event_at
-           FROM orphan_fills(%(user_id)s, %(account)s) f
-           JOIN orders o ON o.user_id = %(user_id)s AND o.order_id::text = f.order_ref
-                        AND o.recovered
-           WHERE o.order_id = ANY(%(orders)s)
-           ORDER BY f.event_at, f.execution_id""",
-        {**whose._asdict(), "orders": list(orders)},
-    )
-    conn.execute(
-        """INSERT INTO execution_commission (user_id, run_id, execution_id, amount, currency,
-                                             event_at)
-           SELECT DISTINCT ON (e.run_id, e.execution_id) e.user_id, e.run_id, e.execution_id,
-                  (b.payload ->> 'amount')::numeric, b.payload ->> 'currency', b.event_at
-           FROM execution e
-           JOIN strategy_run r ON r.user_id = e.user_id AND r.run_id = e.run_id
-           JOIN broker_event b ON b.user_id = e.user_id AND b.account = %(account)s
-                              AND b.execution_id = e.execution_id AND b.kind = 'COMMISSION'
-           WHERE e.user_id = %(user_id)s AND e.order_id = ANY(%(orders)s)
-             AND (b.payload ->> 'currency' = r.currency
-                  OR fx_rate_at(b.payload ->> 'currency', r.currency, b.event_at) IS NOT NULL)
-           ORDER BY e.run_id, e.execution_id, b.number
-           ON CONFLICT DO NOTHING""",
-        {**whose._asdict(), "orders": list(orders)},
     )
 
 

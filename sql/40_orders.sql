@@ -246,6 +246,9 @@ CREATE UNIQUE INDEX orders_client_order_id_once
 CREATE INDEX orders_open_idx ON orders (user_id, run_id, symbol)
     WHERE status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED');
 
+-- What a broker returns is our order's id alone: the inbox looks up whose it is.
+CREATE INDEX orders_at_broker_idx ON orders (user_id, order_id) WHERE broker <> 'paper';
+
 COMMENT ON TABLE orders IS 'Orders of every run and broker.';
 COMMENT ON COLUMN orders.quantity IS
     'Units ordered; positive unless the order was rejected for it.';
@@ -265,7 +268,7 @@ COMMENT ON COLUMN orders.filled_notional IS 'Sum of quantity x price of its exec
 COMMENT ON COLUMN orders.avg_fill_price IS 'Volume-weighted average price, 10 decimals.';
 COMMENT ON COLUMN orders.reserved_cash IS 'Cash that an open buy order holds back.';
 COMMENT ON COLUMN orders.account IS 'Where it goes; NULL on paper.';
-COMMENT ON COLUMN orders.version IS 'Counts its changes; who changes it names the one he saw.';
+COMMENT ON COLUMN orders.version IS 'Counts the changes of an order at a broker; who changes it names the one he saw.';
 COMMENT ON COLUMN orders.purpose IS
     'FLATTEN: it closes a position for safety''s sake and never leads to another.';
 COMMENT ON COLUMN orders.recovered IS 'Made up from what a broker said of an order unknown to us.';
@@ -363,7 +366,7 @@ DECLARE
 BEGIN
     PERFORM run_lock(OLD.user_id, OLD.run_id, 'orders', 'RUNNING',
                      CASE WHEN OLD.broker = 'paper' THEN 'RUNNING' ELSE 'STOPPING' END);
-    NEW.version := OLD.version + 1;
+    NEW.version := OLD.version + CASE WHEN OLD.broker = 'paper' THEN 0 ELSE 1 END;
     -- At a real broker even a filled order may trade on: an overfill is real exposure.
     IF OLD.status IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED') AND NEW.status = OLD.status
        AND (OLD.broker = 'paper'

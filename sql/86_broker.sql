@@ -234,6 +234,44 @@ RETURN jsonb_strip_nulls(jsonb_build_object(
 
 COMMENT ON FUNCTION orders_command_payload IS 'What a command says of its order.';
 
+-- Whose order a broker's words mean: our own reference first; then the lasting id; an id that may
+-- restart counts for its trading day only. reused: that id has meant another order before.
+CREATE FUNCTION order_of_broker(of_user uuid, of_account text, ref text, of_perm bigint,
+                                of_number bigint, at timestamptz,
+                                OUT run_id uuid, OUT order_id uuid, OUT reused boolean)
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    IF ref ~ '^[0-9a-f]{8}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{4}-[0-9a-f]{12}$' THEN
+        SELECT o.run_id, o.order_id INTO run_id, order_id FROM orders o
+        WHERE o.user_id = of_user AND o.order_id = ref::uuid AND o.broker <> 'paper';
+    END IF;
+    IF order_id IS NULL AND of_perm <> 0 THEN
+        SELECT m.run_id, m.order_id INTO run_id, order_id FROM order_broker_id m
+        WHERE m.user_id = of_user AND m.account = of_account AND m.perm_id = of_perm
+        ORDER BY m.since DESC, m.order_id LIMIT 1;
+    END IF;
+    IF order_id IS NULL AND of_number <> 0 THEN
+        SELECT m.run_id, m.order_id INTO run_id, order_id
+        FROM order_broker_id m
+        JOIN broker_account a ON a.user_id = m.user_id AND a.account = m.account
+        WHERE m.user_id = of_user AND m.account = of_account AND m.broker_order_id = of_number
+          AND (m.since AT TIME ZONE a.time_zone)::date = (at AT TIME ZONE a.time_zone)::date
+          AND coalesce(m.perm_id = of_perm OR m.perm_id = 0, true)
+        ORDER BY m.since DESC, m.order_id LIMIT 1;
+    END IF;
+    reused := of_number <> 0 AND EXISTS (
+        SELECT FROM order_broker_id m
+        WHERE m.user_id = of_user AND m.account = of_account AND m.broker_order_id = of_number
+          AND m.order_id <> order_of_broker.order_id)
+        AND NOT EXISTS (
+        SELECT FROM order_broker_id m
+        WHERE m.user_id = of_user AND m.account = of_account AND m.broker_order_id = of_number
+          AND m.order_id = order_of_broker.order_id);
+END $$;
+
+COMMENT ON FUNCTION order_of_broker IS
+    'The order that a broker''s reference and ids mean, and whether its id has been reused.';
+
 -- Whether an account trades now, and when next. Hours of its own win over its calendar; a calendar
 -- of which no sessions are known closes nothing.
 CREATE FUNCTION account_hours(of_user uuid, of_account text, at timestamptz,
@@ -386,7 +424,8 @@ COMMENT ON FUNCTION orders_may_reroute IS
 
 -- Cancels an order of any broker. Returns what it came to: CANCELED at once, PENDING_CANCEL where
 -- the broker has it, CANCEL_IGNORED where there is nothing left to cancel.
-CREATE FUNCTION order_cancel(of_user uuid, of_run uuid, of_order uuid, why text DEFAULT 'USER')
+CREATE FUNCTION order_cancel(of_user uuid, of_run uuid, of_order uuid, why text DEFAULT 'USER',
+                             at timestamptz DEFAULT NULL)
 RETURNS text LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 DECLARE
     o     orders;
@@ -402,7 +441,7 @@ BEGIN
     ELSIF o.status IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED', 'PENDING_CANCEL') THEN
         -- The second of two cancels, or one that a fill has overtaken: a fact, no fault.
         INSERT INTO event_ledger (user_id, run_id, logical_time, event_type, subject, payload)
-        VALUES (of_user, of_run, run_last_time(of_user, of_run), 'CANCEL_IGNORED',
+        VALUES (of_user, of_run, coalesce(at, run_last_time(of_user, of_run)), 'CANCEL_IGNORED',
                 of_order || '@' || o.version, jsonb_build_object('status', o.status, 'why', why))
         ON CONFLICT DO NOTHING;
         RETURN 'CANCEL_IGNORED';
@@ -419,7 +458,7 @@ BEGIN
             later := 'PENDING_CANCEL';
         END IF;
     END IF;
-    UPDATE orders SET status = later, status_reason = why
+    UPDATE orders SET status = later, status_reason = why, status_at = coalesce(at, status_at)
     WHERE user_id = of_user AND run_id = of_run AND order_id = of_order;
     RETURN later;
 END $$;

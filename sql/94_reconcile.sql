@@ -81,10 +81,6 @@ CREATE TRIGGER reconciliation_difference_z_refuse_truncate
 CREATE INDEX broker_event_snapshot_idx ON broker_event (user_id, account, kind, number)
     WHERE kind IN ('SNAPSHOT', 'CONNECTED', 'CONTRACT_CHANGED');
 
--- Fills of orders that nobody knew when they came.
-CREATE INDEX broker_event_orphan_idx ON broker_event (user_id, account, number)
-    WHERE finding = 'ORPHAN';
-
 -- When a broker was asked last.
 CREATE INDEX broker_command_snapshot_idx ON broker_command (user_id, account, created_at)
     WHERE kind = 'SNAPSHOT';
@@ -434,9 +430,7 @@ LANGUAGE sql STABLE ROWS 100 SET search_path = public, pg_temp AS $$
            t.broker_order_id, t.perm_id
     FROM snapshot_facts(of_user, of_account, of_snapshot) s
     CROSS JOIN snapshot_orders(of_user, of_account, of_snapshot) t
-    JOIN orders o ON o.user_id = of_user AND o.order_id::text = t.order_ref
-                 AND o.run_id IN (SELECT r.run_id FROM run_route r
-                                  WHERE r.user_id = of_user AND r.account = of_account)
+    JOIN orders o ON o.user_id = of_user AND o.order_id::text = t.order_ref AND o.broker <> 'paper'
     LEFT JOIN snapshot_overtaken(of_user, of_account, of_snapshot) n ON n.order_ref = t.order_ref
     -- What was asked of it last.
     LEFT JOIN LATERAL (
@@ -455,15 +449,17 @@ $$;
 COMMENT ON FUNCTION reconcile_working IS
     'Orders that a broker works and that we see differently; UNDECIDED among them.';
 
--- The run that takes up what turns out to be at an account: the one that runs.
+-- The run that takes up what turns out to be at an account, as with fills (engine/inbox.py).
 CREATE FUNCTION account_run(of_user uuid, of_account text) RETURNS uuid
 LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
     SELECT r.run_id FROM strategy_run r
     JOIN run_route t ON t.user_id = of_user AND t.run_id = r.run_id AND t.account = of_account
-    WHERE r.user_id = of_user AND r.status = 'RUNNING'
+    WHERE r.user_id = of_user AND r.status IN ('RUNNING', 'STOPPING')
+    ORDER BY r.status, r.run_id LIMIT 1
 $$;
 
-COMMENT ON FUNCTION account_run IS 'The RUNNING run with a route to an account, or NULL.';
+COMMENT ON FUNCTION account_run IS
+    'The run with a route to an account that takes up orders found there, or NULL.';
 
 -- Orders at the broker that none of our runs has.
 CREATE FUNCTION reconcile_strangers(of_user uuid, of_account text, of_snapshot uuid)
@@ -485,8 +481,7 @@ LANGUAGE sql STABLE ROWS 10 SET search_path = public, pg_temp AS $$
     FROM snapshot_orders(of_user, of_account, of_snapshot) t
     LEFT JOIN snapshot_overtaken(of_user, of_account, of_snapshot) n ON n.order_ref = t.order_ref
     LEFT JOIN orders o ON o.user_id = of_user AND o.order_id::text = t.order_ref
-                      AND o.run_id IN (SELECT w.run_id FROM run_route w
-                                       WHERE w.user_id = of_user AND w.account = of_account)
+                      AND o.broker <> 'paper'
     CROSS JOIN (SELECT account_run(of_user, of_account)) r (run_id)
     CROSS JOIN LATERAL (SELECT coalesce(
         t.ours AND event_order_id(t.order_ref) IS NOT NULL AND length(t.order_ref) = 36
@@ -536,35 +531,29 @@ $$;
 
 COMMENT ON FUNCTION orders_derived IS 'Status and fills of orders as the ledger tells them.';
 
--- --- Executions, positions, cash ------------------------------------------------------------
-
--- Fills of orders of ours that no run has, in whole: those that nobody has taken back since.
-CREATE FUNCTION orphan_fills(of_user uuid, of_account text)
-RETURNS TABLE (order_ref text, execution_id text, symbol text, side text, quantity numeric,
-               price numeric, event_at timestamptz, broker_order_id bigint, perm_id bigint)
+-- Orders in a contract that is no longer what it was, of which nothing else says that they are over.
+CREATE FUNCTION reconcile_contracts(of_user uuid, of_account text, of_snapshot uuid)
+RETURNS SETOF order_difference
 LANGUAGE sql STABLE ROWS 10 SET search_path = public, pg_temp AS $$
-    SELECT DISTINCT ON (e.execution_id) e.order_ref, e.execution_id, e.payload ->> 'symbol',
-           e.payload ->> 'side', (e.payload ->> 'quantity')::numeric,
-           (e.payload ->> 'price')::numeric, e.event_at, e.broker_order_id, e.perm_id
-    FROM broker_event e
-    WHERE e.user_id = of_user AND e.account = of_account AND e.finding = 'ORPHAN'
-      AND e.kind = 'EXECUTION' AND (e.payload ->> 'quantity')::numeric > 0
-      AND event_order_id(e.order_ref) IS NOT NULL AND length(e.order_ref) = 36
-      AND NOT EXISTS (SELECT FROM execution x
-                      WHERE x.user_id = of_user AND x.execution_id = e.execution_id
-                        AND x.order_id = event_order_id(e.order_ref))
-      AND NOT EXISTS (SELECT FROM broker_event b
-                      WHERE b.user_id = of_user AND b.account = of_account
-                        AND b.order_ref = e.order_ref
-                        AND (b.kind = 'BUST' AND b.execution_id = e.execution_id
-                             OR b.kind = 'EXECUTION' AND b.execution_id > e.execution_id
-                                AND execution_family(b.execution_id)
-                                    = execution_family(e.execution_id)))
-    ORDER BY e.execution_id, e.number
+    SELECT DISTINCT ON (o.order_id)
+           'CONTRACT_CHANGED', o.run_id, o.order_id, o.order_id::text, NULL, 'CANCEL_SENT',
+           format('%s is %s from now on', o.symbol, e.payload ->> 'new_symbol'),
+           order_difference_ours(o), e.payload, NULL::uuid, NULL, NULL::bigint, NULL::bigint
+    FROM snapshot_facts(of_user, of_account, of_snapshot) s
+    JOIN broker_event e ON e.user_id = of_user AND e.account = of_account
+                       AND e.kind = 'CONTRACT_CHANGED' AND e.number < s.first_number
+    JOIN orders o ON o.user_id = of_user AND o.account = of_account
+                 AND o.symbol = e.payload ->> 'symbol' AND o.recorded_at < e.received_at
+                 AND o.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED', 'PENDING_CANCEL')
+    WHERE e.number > coalesce((SELECT max(r.up_to_number) FROM reconciliation r
+                               WHERE r.user_id = of_user AND r.account = of_account), 0)
+    ORDER BY o.order_id, e.number DESC
 $$;
 
-COMMENT ON FUNCTION orphan_fills IS
-    'Executions of orders of ours that we did not know, as they stand, which no books have.';
+COMMENT ON FUNCTION reconcile_contracts IS
+    'Open orders in a symbol that has changed since the last reconciliation.';
+
+-- --- Executions, positions, cash ------------------------------------------------------------
 
 -- What the broker executed and our books lack, of what came since the last reconciliation.
 CREATE FUNCTION reconcile_executions(of_user uuid, of_account text, of_snapshot uuid)

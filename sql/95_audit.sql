@@ -205,13 +205,11 @@ LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
     SELECT ARRAY[
         'alert', 'app_user', 'broker_account', 'broker_command', 'broker_event', 'broker_lease',
         'calendar_session', 'command_kind', 'corporate_action', 'engine_state', 'engine_status',
-        'event_ledger', 'execution', 'execution_commission', 'instrument', 'mtm_ledger',
+        'event_ledger', 'execution', 'execution_commission', 'execution_cost', 'fx_rate', 'instrument', 'mtm_ledger',
         'order_broker_id', 'order_status',
-        'order_transition', 'orders', 'position', 'price_bar', 'reconciliation',
-        'reconciliation_difference', 'risk_limit', 'run_route', 'run_status',
+        'order_transition', 'orders', 'pnl_daily', 'position', 'position_pnl', 'price_bar',
+        'reconciliation', 'reconciliation_difference', 'risk_limit', 'run_route', 'run_status',
         'run_transition', 'sip_plan', 'split_applied', 'strategy_run',
-        'alert', 'broker_account', 'broker_command', 'broker_event', 'broker_lease',
-        'command_kind', 'order_broker_id',
         'paper_order', 'paper_trade', 'paper_position', 'paper_equity_curve',
         'audit_cash', 'audit_chain', 'audit_duplicate', 'audit_event', 'audit_guard',
         'audit_mark', 'audit_order', 'audit_orphan', 'audit_position', 'audit_running']

@@ -27,7 +27,7 @@ CREATE FUNCTION role_rights() RETURNS TABLE (role text, rights text)
 LANGUAGE sql IMMUTABLE SET search_path = public, pg_temp AS $$
     VALUES
         ('oms_engine', 'USAGE ON SCHEMA public'),
-        ('oms_engine', 'INSERT ON app_user, instrument, calendar_session, price_bar,
+        ('oms_engine', 'INSERT ON app_user, instrument, fx_rate, calendar_session, price_bar,
             corporate_action, engine_state, engine_status, sip_plan'),
         ('oms_engine', 'INSERT (user_id, run_id, name, status, strategy, parameters, broker, paper,
             account_type, calendar, currency, tick_at, pnl_method, initial_cash),
