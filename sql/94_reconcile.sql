@@ -236,7 +236,7 @@ COMMENT ON TYPE order_difference IS
 CREATE FUNCTION order_difference_ours(o orders) RETURNS jsonb
 LANGUAGE sql STABLE
 RETURN jsonb_strip_nulls(jsonb_build_object(
-    'status', o.status, 'symbol', o.symbol, 'side', o.side,
+    'status', o.status, 'status_reason', o.status_reason, 'symbol', o.symbol, 'side', o.side,
     'quantity', trim_scale(o.quantity)::text, 'filled', trim_scale(o.filled_quantity)::text,
     'limit_price', trim_scale(o.limit_price)::text, 'stop_price', trim_scale(o.stop_price)::text,
     'account', o.account, 'broker_order_id', o.broker_order_id, 'perm_id', o.perm_id));
