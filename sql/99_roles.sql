@@ -69,6 +69,7 @@ LANGUAGE sql IMMUTABLE SET search_path = public, pg_temp AS $$
         ('oms_engine', 'INSERT (user_id, run_id, execution_id, amount, currency, event_at)
             ON execution_commission'),
         ('oms_engine', 'INSERT, UPDATE (acknowledged_at, acknowledged_by) ON alert'),
+        ('oms_engine', 'INSERT ON reconciliation, reconciliation_difference'),
         ('oms_connector', 'USAGE ON SCHEMA public'),
         ('oms_connector', 'SELECT ON instrument, calendar_session, broker_account, broker_lease,
             broker_command'),

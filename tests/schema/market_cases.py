@@ -18,9 +18,7 @@ PLACE = (
     "INSERT INTO orders (user_id, run_id, order_id, symbol, side, quantity, order_type, "
     "limit_price, logical_time"
 )
-BOOK = (
-    "INSERT INTO execution (user_id, run_id, order_id, execution_id, quantity, price, event_at"
-)
+BOOK = "INSERT INTO execution (user_id, run_id, order_id, execution_id, quantity, price, event_at"
 CHARGE = (
     "INSERT INTO execution_commission (user_id, run_id, execution_id, amount, currency, event_at"
 )

@@ -74,26 +74,22 @@ _COMMANDS = [
     _attack("a submit of what the gate refused", _command("SUBMIT", "o_rejected"), AGREES),
     _attack("a submit of what is cancelled", _command("SUBMIT", "o_canceled"), AGREES),
     _attack(
-        "a submit of what is worked, elsewhere", _command("SUBMIT", "o_routed", account="'A2'"),
+        "a submit of what is worked, elsewhere",
+        _command("SUBMIT", "o_routed", account="'A2'"),
         AGREES,
     ),
     _attack(
         "a submit of what waits, elsewhere", _command("SUBMIT", "o_waits", account="'A2'"), AGREES
     ),
+    _attack("a submit of other terms", _command("SUBMIT", "o_lost", quantity="1000"), AGREES),
+    _attack("a second submit", _command("SUBMIT", "o_waits"), "broker_command_submit_once"),
     _attack(
-        "a submit of other terms", _command("SUBMIT", "o_lost", quantity="1000"), AGREES
-    ),
-    _attack(
-        "a second submit", _command("SUBMIT", "o_waits"), "broker_command_submit_once"
-    ),
-    _attack(
-        "a second submit of what was sent", _command("SUBMIT", "o_sent"),
+        "a second submit of what was sent",
+        _command("SUBMIT", "o_sent"),
         "broker_command_submit_once",
     ),
     _attack("a cancel of what is worked", _command("CANCEL", "o_routed"), AGREES),
-    _attack(
-        "a second cancel", _command("CANCEL", "o_canceling"), "broker_command_once_a_version"
-    ),
+    _attack("a second cancel", _command("CANCEL", "o_canceling"), "broker_command_once_a_version"),
     _attack(
         "a cancel of another version", _command("CANCEL", "o_canceling", "version + 1"), AGREES
     ),
@@ -115,9 +111,7 @@ _COMMANDS = [
         _command("MODIFY", "o_partly", "version + 1", quantity="4"),
         AGREES,
     ),
-    _attack(
-        "a change of the version seen", _command("MODIFY", "o_routed", quantity="11"), AGREES
-    ),
+    _attack("a change of the version seen", _command("MODIFY", "o_routed", quantity="11"), AGREES),
     _attack(
         "a second change",
         _command("MODIFY", "o_modifying", "version + 1", quantity="11"),
@@ -164,13 +158,13 @@ _COMMANDS = [
     ),
     _attack(
         "other terms for what waits",
-        _outcome("o_waits", "payload = payload || '{\"quantity\": \"1000\"}'"),
+        _outcome("o_waits", 'payload = payload || \'{"quantity": "1000"}\''),
         AGREES,
         DENIED,
     ),
     _attack(
         "other terms for what went",
-        _outcome("o_sent", "payload = payload || '{\"quantity\": \"1000\"}'"),
+        _outcome("o_sent", 'payload = payload || \'{"quantity": "1000"}\''),
         AGREES,
         DENIED,
     ),
@@ -255,13 +249,9 @@ _ORDERS = [
         _order("o_lost", "account = 'A3'"),
         TERMS,
     ),
-    _attack(
-        "of no account", _order("o_lost", "account = NULL"), TERMS
-    ),
+    _attack("of no account", _order("o_lost", "account = NULL"), TERMS),
     _attack("another broker", _order("o_waits", "broker = 'paper'"), TERMS, DENIED),
-    _attack(
-        "a filled order's terms", _order("o_filled", "quantity = 20"), "orders_closed_fixed"
-    ),
+    _attack("a filled order's terms", _order("o_filled", "quantity = 20"), "orders_closed_fixed"),
     _attack(
         "a filled order's reason", _order("o_filled", "status_reason = 'x'"), "orders_closed_fixed"
     ),
@@ -326,9 +316,7 @@ _ORDERS = [
         "VALUES (:'ann', :'live', 'AAPL', 'BUY', 1000000, true)",
         "orders_account_unless_paper",
     ),
-    _attack(
-        "recovered again", _recovered("o_routed"), "orders_pkey"
-    ),
+    _attack("recovered again", _recovered("o_routed"), "orders_pkey"),
     _attack(
         "one order in two runs",
         "UPDATE strategy_run SET status = 'STOPPING' WHERE run_id = :'deals'; "
@@ -366,17 +354,13 @@ _EXECUTIONS = [
     _attack("another user's fill", book("o_fays", "U.01", 3, run=":'fay', :'fays'"), SAID),
     _attack("a fill booked twice", book("o_filled", "F.01", 10), "execution_pkey"),
     _attack("a fill booked twice by another name", book("o_filled", "F.01x", 10), SAID),
-    _attack(
-        "a negative fill", book("o_routed", "U.01", -3), "execution_quantity_positive"
-    ),
+    _attack("a negative fill", book("o_routed", "U.01", -3), "execution_quantity_positive"),
     _attack(
         "a fill with a commission",
         f"{BOOK}, commission) VALUES (:'dan', :'deals', :'o_routed', 'U.01', 3, 20, :'t1', 1)",
         SAID,
     ),
-    _attack(
-        "a fill of no order", book("nobody", "U.01", 3), "execution_belongs_to_order"
-    ),
+    _attack("a fill of no order", book("nobody", "U.01", 3), "execution_belongs_to_order"),
     _attack(
         "a complete fill of which nobody heard",
         f"{BOOK}, symbol, side, commission_currency, logical_time, recorded_at) VALUES "
@@ -417,9 +401,7 @@ _EXECUTIONS = [
         SAID,
     ),
     *(
-        _attack(
-            f"{verb} executions", f"{verb} execution {rest}", "execution_append_only", DENIED
-        )
+        _attack(f"{verb} executions", f"{verb} execution {rest}", "execution_append_only", DENIED)
         for verb, rest in (
             ("UPDATE", "SET price = 1 WHERE user_id = :'dan'"),
             ("DELETE FROM", "WHERE user_id = :'dan'"),
@@ -497,33 +479,40 @@ _CALLS = [
         for name, rest in (("order_cancel", ""), ("order_modify", ", 2, 11"))
         for attack in (
             _attack(
-                f"{name} of another user's run", _call(name, "dan", "fays", "o_fays", rest),
+                f"{name} of another user's run",
+                _call(name, "dan", "fays", "o_fays", rest),
                 "orders_belongs_to_run",
             ),
             _attack(
-                f"{name} of another run's order", _call(name, "dan", "deals", "o_fays", rest),
+                f"{name} of another run's order",
+                _call(name, "dan", "deals", "o_fays", rest),
                 "order_is_of_run",
             ),
             _attack(
-                f"{name} of no order", _call(name, "dan", "deals", "nobody", rest),
+                f"{name} of no order",
+                _call(name, "dan", "deals", "nobody", rest),
                 "order_is_of_run",
             ),
             _attack(
-                f"{name} in a run that has ended", _call(name, "ann", "stopped", "resting", rest),
+                f"{name} in a run that has ended",
+                _call(name, "ann", "stopped", "resting", rest),
                 "orders_run_is_running",
             ),
         )
     ),
     _attack(
-        "a change of what was not seen", _call("order_modify", "dan", "deals", "o_routed", ", 1"),
+        "a change of what was not seen",
+        _call("order_modify", "dan", "deals", "o_routed", ", 1"),
         "orders_version_seen",
     ),
     _attack(
-        "a change of what is yet to be", _call("order_modify", "dan", "deals", "o_routed", ", 3"),
+        "a change of what is yet to be",
+        _call("order_modify", "dan", "deals", "o_routed", ", 3"),
         "orders_version_seen",
     ),
     _attack(
-        "a change of what is filled", _call("order_modify", "dan", "deals", "o_filled", ", 2, 20"),
+        "a change of what is filled",
+        _call("order_modify", "dan", "deals", "o_filled", ", 2, 20"),
         TERMS,
     ),
     _attack(

@@ -59,8 +59,7 @@ def _trade(quantity: int, broker: str, number: int = 1) -> str:
 # A connector has taken what was sent.
 _CLAIM = f"UPDATE broker_command SET claimed_by = :'nobody', claimed_at = now() {_KEY}"
 _MODIFY = (
-    "SELECT order_modify(user_id, run_id, order_id, version, new_quantity => 3) "
-    f"FROM orders {_KEY}"
+    f"SELECT order_modify(user_id, run_id, order_id, version, new_quantity => 3) FROM orders {_KEY}"
 )
 
 
