@@ -21,6 +21,7 @@ from cli import (
     equity,
     errors,
     order,
+    pnl,
     position,
     replay,
     report,
@@ -71,6 +72,7 @@ app.command("tick", rich_help_panel=_RUNS)(tick.tick)
 app.command("replay", rich_help_panel=_RUNS)(replay.replay)
 app.command("schedule", rich_help_panel=_RUNS)(schedule.schedule)
 app.command("equity", rich_help_panel=_LOOK)(equity.equity)
+app.command("pnl", rich_help_panel=_LOOK)(pnl.pnl)
 app.command("report", rich_help_panel=_LOOK)(report.report)
 app.command("audit", rich_help_panel=_LOOK)(audit.audit)
 app.command("bench", rich_help_panel=_LOOK)(bench.bench)

@@ -135,6 +135,12 @@ def start(
             "--tick-at", metavar="WHEN", help="OPEN or CLOSE: when the schedule ticks it."
         ),
     ] = "CLOSE",
+    pnl_method: Annotated[
+        str,
+        typer.Option(
+            "--pnl-method", metavar="METHOD", help="How profits are told: AVERAGE cost or FIFO."
+        ),
+    ] = "AVERAGE",
     dsn: Dsn = None,
     as_json: Json = False,
 ) -> None:
@@ -168,6 +174,7 @@ def start(
         account_type=account_type.upper(),
         currency=currency.upper(),
         tick_at=tick_at.upper(),
+        pnl_method=pnl_method.upper(),
     )
     with acting(dsn) as conn:
         user_id = reads.find_user(conn, user).user_id

@@ -252,6 +252,7 @@ RULES: dict[str, Rule] = {
             "sip_plan_missed_policy_known",
             "sip_plan_status_known",
             "strategy_run_account_type_known",
+            "strategy_run_pnl_method_known",
             "strategy_run_status_known",
             "strategy_run_tick_at_known",
         ),

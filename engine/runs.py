@@ -97,7 +97,8 @@ class Terms:
 
     ``parameters`` are the strategy's, ``paper`` the paper broker's settings, ``calendar`` is a
     code of exchange_calendars, ``account_type`` CASH or MARGIN, ``tick_at`` OPEN or CLOSE: the
-    moment of a session at which the schedule ticks.
+    moment of a session at which the schedule ticks; ``pnl_method`` AVERAGE or FIFO: how its
+    profits are told.
     """
 
     strategy: str = "sip"
@@ -109,6 +110,7 @@ class Terms:
     account_type: str = "CASH"
     currency: str = "USD"
     tick_at: str = "CLOSE"
+    pnl_method: str = "AVERAGE"
 
 
 def create_run(conn: Connection, user_id: UUID, terms: Terms, *, run_id: UUID | None = None) -> Run:
@@ -122,8 +124,9 @@ def create_run(conn: Connection, user_id: UUID, terms: Terms, *, run_id: UUID | 
     with translated():
         row = conn.execute(
             f"""INSERT INTO strategy_run (user_id, run_id, name, strategy, parameters, paper,
-                    initial_cash, calendar, account_type, currency, tick_at)
-                VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s) RETURNING {_COLUMNS}""",
+                    initial_cash, calendar, account_type, currency, tick_at,
+                    pnl_method)
+                VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s) RETURNING {_COLUMNS}""",
             [
                 user_id,
                 run_id or uuid4(),
@@ -136,6 +139,7 @@ def create_run(conn: Connection, user_id: UUID, terms: Terms, *, run_id: UUID | 
                 terms.account_type,
                 terms.currency,
                 terms.tick_at,
+                terms.pnl_method,
             ],
         ).fetchone()
     assert row is not None
