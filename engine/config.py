@@ -34,7 +34,7 @@ def home() -> Path:
 
 
 def log_folder() -> Path:
-    """Return the folder for log files, OMS_LOG or ``log`` in ``home()``; it need not exist."""
+    """The folder for log files: OMS_LOG, else ``log`` in ``home()``; it may not exist yet."""
     chosen = os.environ.get("OMS_LOG")
     return Path(chosen).expanduser().absolute() if chosen else home() / "log"
 

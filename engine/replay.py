@@ -28,7 +28,7 @@ from engine.errors import BadInput, Retryable, RuleViolation, StrategyFailed, tr
 from engine.market.model import Bar
 from engine.market.view import look
 from engine.reference import Reference
-from engine.runs import find_run, lock_run, require_aware, require_running
+from engine.runs import PAPER, find_run, lock_run, require_aware, require_running
 from engine.tick import run_tick
 from engine.work import Desk, NeedsSteps, Work, strategies_of
 
@@ -68,6 +68,7 @@ def replay(
     ``progress`` is called after every batch with the number of ticks it held. Raises what
     ``run_tick`` raises; ticks before the one that failed stay.
     """
+    _require_paper(conn, user_id, run_id)
     seen = written = 0
     with _Lane(conn, user_id, run_id) as lane:
         for ticks in _batches(feed, batch):
@@ -76,6 +77,15 @@ def replay(
             progress(len(ticks))
         written += lane.land()
     return Replayed(written, seen - written)
+
+
+def _require_paper(conn: Connection, user_id: UUID, run_id: UUID) -> None:
+    """Raise BadInput for a run whose orders would go to a broker."""
+    row = conn.execute(
+        "SELECT broker FROM strategy_run WHERE user_id = %s AND run_id = %s", [user_id, run_id]
+    ).fetchone()
+    if row is not None and row[0] != PAPER:
+        raise BadInput(f"run {run_id} trades at a broker; past prices go through paper runs")
 
 
 class _Lane:

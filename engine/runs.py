@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
@@ -18,6 +18,9 @@ from engine.ids import user_id_of
 from engine.market.calendar import require_calendar
 from engine.paper.costs import PaperSettings
 from engine.strategies.registry import make
+
+# The broker that is our own book; any other has accounts, and a connector between.
+PAPER = "paper"
 
 # Decimals of the quantities and prices that orders and executions hold.
 DECIMALS_MAX = 8
@@ -97,8 +100,9 @@ class Terms:
 
     ``parameters`` are the strategy's, ``paper`` the paper broker's settings, ``calendar`` is a
     code of exchange_calendars, ``account_type`` CASH or MARGIN, ``tick_at`` OPEN or CLOSE: the
-    moment of a session at which the schedule ticks; ``pnl_method`` AVERAGE or FIFO: how its
-    profits are told.
+    moment of a session at which the schedule ticks. ``accounts`` are the accounts at a broker that
+    its orders go to, in order of preference; none: the paper book. ``pnl_method`` is AVERAGE or
+    FIFO.
     """
 
     strategy: str = "sip"
@@ -110,6 +114,7 @@ class Terms:
     account_type: str = "CASH"
     currency: str = "USD"
     tick_at: str = "CLOSE"
+    accounts: Sequence[str] = ()
     pnl_method: str = "AVERAGE"
 
 
@@ -121,12 +126,12 @@ def create_run(conn: Connection, user_id: UUID, terms: Terms, *, run_id: UUID | 
     """
     made = make(terms.strategy, terms.parameters)
     settings = paper_settings(terms.paper)
-    with translated():
+    with translated(), conn.transaction():
         row = conn.execute(
             f"""INSERT INTO strategy_run (user_id, run_id, name, strategy, parameters, paper,
-                    initial_cash, calendar, account_type, currency, tick_at,
-                    pnl_method)
-                VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s) RETURNING {_COLUMNS}""",
+                    initial_cash, calendar, account_type, currency, tick_at, pnl_method, broker)
+                VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)
+                RETURNING {_COLUMNS}""",
             [
                 user_id,
                 run_id or uuid4(),
@@ -140,10 +145,33 @@ def create_run(conn: Connection, user_id: UUID, terms: Terms, *, run_id: UUID | 
                 terms.currency,
                 terms.tick_at,
                 terms.pnl_method,
+                _broker_of(conn, user_id, terms.accounts),
             ],
         ).fetchone()
-    assert row is not None
-    return run_of(row)
+        assert row is not None
+        run = run_of(row)
+        conn.execute(
+            """INSERT INTO run_route (user_id, run_id, preference, account)
+               SELECT %s, %s, a.preference, a.account
+               FROM unnest(%s::text[]) WITH ORDINALITY AS a (account, preference)""",
+            [user_id, run.run_id, list(terms.accounts)],
+        )
+    return run
+
+
+def _broker_of(conn: Connection, user_id: UUID, accounts: Sequence[str]) -> str:
+    """The kind of broker that the preferred account is at. Raises BadInput for an unknown one."""
+    if not accounts:
+        return PAPER
+    known: dict[str, str] = dict(
+        conn.execute(
+            "SELECT account, broker FROM broker_account WHERE user_id = %s", [user_id]
+        ).fetchall()
+    )
+    for account in accounts:
+        if account not in known:
+            raise BadInput(f"there is no account {account}; `oms account add` makes one")
+    return known[accounts[0]]
 
 
 def start_run(conn: Connection, user_id: UUID, run_id: UUID) -> Run:
@@ -162,10 +190,12 @@ def start_run(conn: Connection, user_id: UUID, run_id: UUID) -> Run:
 def fail_run(conn: Connection, user_id: UUID, run_id: UUID, error: str, at: datetime) -> Run:
     """End a run in ERROR, the error in engine_status and in the ledger (RUN_FAILED, RUN_ERROR).
 
+    A run that has sent orders is STOPPING until they are settled, and ERROR then.
+
     ``at`` is the wall clock. Raises RunNotRunning when it has ended already.
     """
     with translated(), conn.transaction():
-        lock_run(conn, user_id, run_id)
+        run = lock_run(conn, user_id, run_id)
         conn.execute(
             """INSERT INTO engine_status AS s (user_id, run_id, last_error, error_at)
                VALUES (%(user)s, %(run)s, %(error)s, %(at)s)
@@ -178,7 +208,15 @@ def fail_run(conn: Connection, user_id: UUID, run_id: UUID, error: str, at: date
                VALUES (%s, %s, run_last_time(%s, %s), 'RUN_FAILED', %s)""",
             [user_id, run_id, user_id, run_id, Jsonb({"error": error})],
         )
-        return set_status(conn, user_id, run_id, "ERROR")
+        # What a broker works is asked back first; the run ends when the last order is settled.
+        waits = (
+            run.broker != PAPER
+            and conn.execute(
+                """SELECT FROM broker_command WHERE user_id = %s AND run_id = %s LIMIT 1""",
+                [user_id, run_id],
+            ).fetchone()
+        )
+        return set_status(conn, user_id, run_id, "STOPPING" if waits else "ERROR")
 
 
 def delete_run(conn: Connection, user_id: UUID, run_id: UUID) -> None:

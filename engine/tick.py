@@ -36,8 +36,9 @@ from engine.errors import (
 )
 from engine.market.view import Prices, View, look
 from engine.orders import write
+from engine.outbox import wake
 from engine.reference import Reference
-from engine.runs import Run, fail_run, lock_run, require_aware, require_running
+from engine.runs import PAPER, Run, fail_run, lock_run, require_aware, require_running
 from engine.strategies.base import Intent, PlaceOrder, SipDue
 from engine.work import (
     FILL_ROUNDS_MAX,
@@ -165,6 +166,8 @@ class _Planned:
         books: Books,
         due: tuple[date, tuple[SipDue, ...]] | None = None,
     ) -> TickResult:
+        if run.broker != PAPER:
+            raise NeedsSteps  # its orders wait for a broker
         reference = kept.reference(conn, run)
         view = self._look(run, reference)
         # What was read is of the session that was stored then, which may be an earlier one.
@@ -198,6 +201,8 @@ class _Planned:
         work = Work(desk, strategy_of(desk.run), view)
         result = work.tick(self.intents)
         desk.write_out(None if self.now is None else view)
+        if work.sent:
+            wake(desk.conn)
         return result
 
 
@@ -237,6 +242,8 @@ def try_execute_sip(
             conn, user_id, run_id, logical_time, prices, market_open=market_open, now=now
         )
         work.invest()
+        if work.sent:
+            wake(conn)
         return work.placed
 
 
@@ -258,6 +265,8 @@ def place_orders(
             conn, user_id, run_id, logical_time, prices, symbols={o.symbol for o in orders}
         )
         work.carry_out(orders)
+        if work.sent:
+            wake(conn)
         return work.executed
 
 

@@ -27,9 +27,11 @@ from engine.db.connect import Connection
 from engine.errors import (
     AlreadyHappened,
     BadInput,
+    HistoryIsFixed,
     InvalidValue,
     StrategyFailed,
     TimeMovesForward,
+    UnknownReference,
     translated,
 )
 from engine.ids import ORDERS_PER_TICK_MAX, order_id_of, run_salt
@@ -42,13 +44,14 @@ from engine.orders.model import Fill, Order, OrderType, Side, TimeInForce
 from engine.paper.book import Moment, Outcome, match_all
 from engine.quantities import EXACT
 from engine.reference import Reference
-from engine.runs import Run
+from engine.runs import PAPER, Run
 from engine.strategies.base import (
     Announce,
     CancelOrder,
     Context,
     Intent,
     Intents,
+    ModifyOrder,
     Parameters,
     PlaceOrder,
     Remember,
@@ -204,6 +207,8 @@ class Work:
         self.view = view
         self.placed = 0
         self.executed = 0
+        # Whether there may be something for a broker's connector.
+        self.sent = False
         self._unpaid: dict[UUID, str] = {}
         self._plans = isinstance(strategy, Sip)
         self._context: Context | None = None
@@ -222,7 +227,7 @@ class Work:
         if self.books.last_tick is None:
             self._record_start()
             wanted += self.ask("on_start", self.strategy.on_start)
-        for fill in self._match_resting():
+        for fill in self._news():
             wanted += self.ask_about_fill(fill)
         if self._has("on_bar"):
             for symbol in sorted(self.view.bars):
@@ -354,11 +359,13 @@ class Work:
         """Anything but an order."""
         match intent:
             case CancelOrder(order_id):
-                if order_id not in self.books.orders:
-                    raise BadInput(f"there is no open order {order_id} to cancel")
-                moved = [write.Move(order_id, "CANCELED", "STRATEGY")]
+                self.sent = self.run.broker != PAPER
                 with self._step():
-                    write.move_orders(self.conn, self.run, self.view.logical_time, moved)
+                    self._cancel(order_id)
+            case ModifyOrder(order_id, quantity, limit_price, stop_price):
+                self.sent = True
+                with self._step():
+                    self._modify(order_id, quantity, limit_price, stop_price)
             case Remember(state):
                 self.books.state = dict(state)
                 self.books.remembered = True
@@ -370,6 +377,36 @@ class Work:
                 self.desk.agenda.told(subject)
             case _:
                 raise BadInput(f"{intent!r} is no intent")
+
+    def _cancel(self, order_id: UUID) -> None:
+        try:
+            with translated():
+                write.cancel_order(
+                    self.conn, self.run, order_id, "STRATEGY", self.view.logical_time
+                )
+        except UnknownReference as error:
+            raise BadInput(f"there is no order {order_id} to cancel") from error
+
+    def _modify(
+        self,
+        order_id: UUID,
+        quantity: Decimal | None,
+        limit_price: Decimal | None,
+        stop_price: Decimal | None,
+    ) -> None:
+        try:
+            with translated():
+                write.modify_order(
+                    self.conn,
+                    self.run,
+                    order_id,
+                    None,
+                    quantity=quantity,
+                    limit_price=limit_price,
+                    stop_price=stop_price,
+                )
+        except (UnknownReference, HistoryIsFixed) as error:
+            raise BadInput(f"order {order_id} can't be modified: {error}") from error
 
     @cached_property
     def _numbered(self) -> int:
@@ -401,6 +438,12 @@ class Work:
             "initial_cash": str(self.run.initial_cash),
         }
         self._record(ledger.Event("RUN_STARTED", "", facts))
+
+    def _news(self) -> list[Fill]:
+        """What was filled since the last tick: by the broker, or now by our own book."""
+        if self.run.broker != PAPER:
+            return write.fills_since_tick(self.conn, self.run)
+        return self._match_resting()
 
     def _match_resting(self) -> list[Fill]:
         """Show what rests the bars that it hasn't seen: those from after the last tick."""
@@ -473,8 +516,11 @@ class Work:
         keys = [place.client_order_id for place in wanted]
         with self._step():
             rejected = write.insert_orders(self.conn, self.run, orders, references, keys)
+        self.sent = self.run.broker != PAPER
         taken = [order for order in orders if order.order_id not in rejected]
-        fills = self._settle(self._match(taken, self.view.bars))
+        fills = []
+        if self.run.broker == PAPER:
+            fills = self._settle(self._match(taken, self.view.bars))
         self._record_occasions(wanted, orders, rejected | self._unpaid)
         return fills
 

@@ -268,7 +268,7 @@ COMMENT ON COLUMN orders.filled_notional IS 'Sum of quantity x price of its exec
 COMMENT ON COLUMN orders.avg_fill_price IS 'Volume-weighted average price, 10 decimals.';
 COMMENT ON COLUMN orders.reserved_cash IS 'Cash that an open buy order holds back.';
 COMMENT ON COLUMN orders.account IS 'Where it goes; NULL on paper.';
-COMMENT ON COLUMN orders.version IS 'Counts its changes; who changes it names the one he saw.';
+COMMENT ON COLUMN orders.version IS 'Counts the changes of an order at a broker; who changes it names the one he saw.';
 COMMENT ON COLUMN orders.purpose IS
     'FLATTEN: it closes a position for safety''s sake and never leads to another.';
 COMMENT ON COLUMN orders.recovered IS 'Made up from what a broker said of an order unknown to us.';
@@ -366,7 +366,7 @@ DECLARE
 BEGIN
     PERFORM run_lock(OLD.user_id, OLD.run_id, 'orders', 'RUNNING',
                      CASE WHEN OLD.broker = 'paper' THEN 'RUNNING' ELSE 'STOPPING' END);
-    NEW.version := OLD.version + 1;
+    NEW.version := OLD.version + CASE WHEN OLD.broker = 'paper' THEN 0 ELSE 1 END;
     -- At a real broker even a filled order may trade on: an overfill is real exposure.
     IF OLD.status IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED') AND NEW.status = OLD.status
        AND (OLD.broker = 'paper'

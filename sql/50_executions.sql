@@ -59,6 +59,9 @@ DECLARE
     o   orders;
 BEGIN
     run := run_lock(NEW.user_id, NEW.run_id, 'execution', 'RUNNING', 'STOPPING');
+    IF run.status <> 'RUNNING' AND run.broker = 'paper' THEN
+        PERFORM run_lock(NEW.user_id, NEW.run_id, 'execution', 'RUNNING');
+    END IF;
     SELECT * INTO o FROM orders
     WHERE user_id = NEW.user_id AND run_id = NEW.run_id AND order_id = NEW.order_id;
     IF NOT FOUND THEN
@@ -73,8 +76,6 @@ BEGIN
     END IF;
     IF o.broker <> 'paper' THEN
         PERFORM execution_check_broker(NEW, o);
-    ELSIF run.status <> 'RUNNING' THEN
-        PERFORM run_lock(NEW.user_id, NEW.run_id, 'execution', 'RUNNING');
     END IF;
     NEW.symbol := o.symbol;
     NEW.side := o.side;

@@ -422,7 +422,8 @@ COMMENT ON FUNCTION orders_may_reroute IS
 
 -- Cancels an order of any broker. Returns what it came to: CANCELED at once, PENDING_CANCEL where
 -- the broker has it, CANCEL_IGNORED where there is nothing left to cancel.
-CREATE FUNCTION order_cancel(of_user uuid, of_run uuid, of_order uuid, why text DEFAULT 'USER')
+CREATE FUNCTION order_cancel(of_user uuid, of_run uuid, of_order uuid, why text DEFAULT 'USER',
+                             at timestamptz DEFAULT NULL)
 RETURNS text LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 DECLARE
     o     orders;
@@ -438,7 +439,7 @@ BEGIN
     ELSIF o.status IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED', 'PENDING_CANCEL') THEN
         -- The second of two cancels, or one that a fill has overtaken: a fact, no fault.
         INSERT INTO event_ledger (user_id, run_id, logical_time, event_type, subject, payload)
-        VALUES (of_user, of_run, run_last_time(of_user, of_run), 'CANCEL_IGNORED',
+        VALUES (of_user, of_run, coalesce(at, run_last_time(of_user, of_run)), 'CANCEL_IGNORED',
                 of_order || '@' || o.version, jsonb_build_object('status', o.status, 'why', why))
         ON CONFLICT DO NOTHING;
         RETURN 'CANCEL_IGNORED';
@@ -455,7 +456,7 @@ BEGIN
             later := 'PENDING_CANCEL';
         END IF;
     END IF;
-    UPDATE orders SET status = later, status_reason = why
+    UPDATE orders SET status = later, status_reason = why, status_at = coalesce(at, status_at)
     WHERE user_id = of_user AND run_id = of_run AND order_id = of_order;
     RETURN later;
 END $$;

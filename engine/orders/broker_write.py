@@ -49,21 +49,23 @@ def order_states(
            WHERE o.user_id = %(user)s AND o.order_id = ANY (%(orders)s) AND o.broker <> 'paper'""",
         parameters,
     ).fetchall()
-    states = {
-        row[0]: OrderState(
-            *row[:3],
-            side=Side(row[3]),
-            status=row[4],
-            terms=Terms(*row[5:8]),
-            filled=row[8],
-            purpose=row[9],
-            recovered=row[10],
-            pending_reconcile=row[11],
-            negative_price_allowed=row[12],
-            closed_at=row[13],
+    states = {}
+    for order_id, run_id, symbol, side, status, quantity, limit_price, stop_price, *more in rows:
+        filled, purpose, recovered, pending_reconcile, negative_price_allowed, closed_at = more
+        states[order_id] = OrderState(
+            order_id,
+            run_id,
+            symbol,
+            Side(side),
+            status,
+            Terms(quantity, limit_price, stop_price),
+            filled,
+            purpose,
+            recovered,
+            pending_reconcile,
+            negative_price_allowed,
+            closed_at,
         )
-        for row in rows
-    }
     _add_executions(conn, states, parameters)
     _add_ids(conn, states, parameters)
     return states
@@ -145,7 +147,8 @@ def recover_order(
     symbol, side = str(heard.payload["symbol"]), Side(heard.payload["side"])
     quantity = heard.amount("quantity") or Decimal(0)
     conn.execute(
-        """INSERT INTO orders (user_id, run_id, order_id, account, symbol, side, quantity, recovered)
+        """INSERT INTO orders (user_id, run_id, order_id, account, symbol, side, quantity,
+                               recovered)
            VALUES (%s, %s, %s, %s, %s, %s, %s, true)""",
         [user_id, run_id, order_id, account, symbol, str(side), quantity],
     )

@@ -12,7 +12,7 @@ from engine.db.connect import Connection
 from engine.ids import ORDERS_PER_TICK_MAX, SALT_BITS, order_id_of
 from engine.market.model import Split
 from engine.market.view import View
-from engine.orders.model import Fill, Order
+from engine.orders.model import Fill, Order, Side
 from engine.runs import Run
 
 
@@ -140,6 +140,75 @@ def move_orders(conn: Connection, run: Run, logical_time: datetime, moves: Seque
             run.run_id,
         ],
     )
+
+
+def cancel_order(
+    conn: Connection, run: Run, order_id: UUID, reason: str, at: datetime | None = None
+) -> str:
+    """Cancel an order of any broker, at logical time ``at`` (default: where the run stands).
+
+    Returns CANCELED; PENDING_CANCEL where its broker has it; CANCEL_IGNORED where there is nothing
+    left to cancel. Raises UnknownReference for an order that the run doesn't have.
+    """
+    row = conn.execute(
+        "SELECT order_cancel(%s, %s, %s, %s, %s)", [run.user_id, run.run_id, order_id, reason, at]
+    ).fetchone()
+    assert row is not None
+    return str(row[0])
+
+
+def modify_order(
+    conn: Connection,
+    run: Run,
+    order_id: UUID,
+    version: int | None,
+    *,
+    quantity: Decimal | None = None,
+    limit_price: Decimal | None = None,
+    stop_price: Decimal | None = None,
+) -> str:
+    """Ask for other terms of an order at a broker; ``version`` is the one that was looked at.
+
+    ``None`` leaves a term as it is, a version ``None`` takes the order as it is now. Returns
+    MODIFIED where it hadn't gone yet, PENDING_MODIFY where its broker must agree, or why the gate
+    refuses. Raises HistoryIsFixed where it can't be modified or has changed since, and
+    UnknownReference for an order that the run doesn't have.
+    """
+    if version is None:
+        found = conn.execute(
+            "SELECT version FROM orders WHERE user_id = %s AND run_id = %s AND order_id = %s",
+            [run.user_id, run.run_id, order_id],
+        ).fetchone()
+        version = found[0] if found else 1
+    row = conn.execute(
+        "SELECT order_modify(%s, %s, %s, %s, %s, %s, %s)",
+        [run.user_id, run.run_id, order_id, version, quantity, limit_price, stop_price],
+    ).fetchone()
+    assert row is not None
+    return str(row[0])
+
+
+def fills_since_tick(conn: Connection, run: Run) -> list[Fill]:
+    """What a broker has filled since the run's last tick, in the order in which it was booked."""
+    rows = conn.execute(
+        """SELECT e.order_id, e.execution_id, e.symbol, e.side, e.quantity, e.price, e.commission,
+                  e.event_at
+           FROM event_ledger l
+           JOIN execution e ON e.user_id = l.user_id AND e.run_id = l.run_id
+                           AND e.execution_id = substr(l.subject, 38)
+           WHERE l.user_id = %(user)s AND l.run_id = %(run)s AND l.event_type = 'EXECUTION'
+             AND e.reverses IS NULL
+             AND l.seq > coalesce((SELECT t.seq FROM event_ledger t
+                                   WHERE t.user_id = %(user)s AND t.run_id = %(run)s
+                                     AND t.event_type = 'TICK'
+                                   ORDER BY t.logical_time DESC LIMIT 1), 0)
+           ORDER BY l.seq""",
+        {"user": run.user_id, "run": run.run_id},
+    ).fetchall()
+    return [
+        Fill(order_id, execution_id, symbol, Side(side), *rest)
+        for order_id, execution_id, symbol, side, *rest in rows
+    ]
 
 
 def count_orders_at(conn: Connection, run: Run, logical_time: datetime) -> int:

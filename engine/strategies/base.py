@@ -169,9 +169,22 @@ def _json(given: Mapping[str, Any], what: str) -> dict[str, Any]:
 
 @dataclass(frozen=True, slots=True)
 class CancelOrder:
-    """Cancel an open order of this run."""
+    """Cancel an order of this run; where there is nothing left to cancel, that is noted."""
 
     order_id: UUID
+
+
+@dataclass(frozen=True, slots=True)
+class ModifyOrder:
+    """Ask for other terms of an order at a broker; ``None`` leaves a term as it is.
+
+    ``quantity`` is the whole, what is filled included. What was filled and the order's id stay.
+    """
+
+    order_id: UUID
+    quantity: Decimal | None = None
+    limit_price: Decimal | None = None
+    stop_price: Decimal | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +211,7 @@ class Announce:
         )
 
 
-Intent = PlaceOrder | CancelOrder | Remember | Announce
+Intent = PlaceOrder | CancelOrder | ModifyOrder | Remember | Announce
 Intents = Iterable[Intent] | None
 
 
@@ -206,9 +219,9 @@ class Strategy:
     """Base of every strategy. Override the hooks you need; each returns intents or ``None``.
 
     Order of calls in a tick: ``on_start`` (first tick only), ``on_fill`` for resting orders that
-    the tick's prices filled, ``on_bar`` per symbol in alphabetical order, ``on_tick``, then
-    ``on_fill`` for what these orders filled. ``on_stop`` is called when the run is stopped and
-    may place nothing any more.
+    the tick's prices filled (at a broker: for what it has filled since the last tick), ``on_bar``
+    per symbol in alphabetical order, ``on_tick``, then ``on_fill`` for what these orders filled.
+    ``on_stop`` is called when the run is stopped and may place nothing any more.
     """
 
     Parameters: ClassVar[type[Parameters]] = Parameters

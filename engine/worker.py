@@ -1,0 +1,118 @@
+"""The engine's side of the boundary: takes in what brokers say, and looks after what waits.
+
+One worker or many (``Part``); each may die at any moment, since whatever it does is one
+transaction. A notification wakes it, a poll makes sure.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from datetime import datetime
+from uuid import UUID
+
+from engine.clock import Clock, utc_now
+from engine.db.connect import Connection, connected
+from engine.errors import DatabaseUnavailable, EngineError, Retryable
+from engine.inbox import Applied, Part, apply_batch, waiting
+from engine.log import tell
+from engine.outbox import EVENTS, wake
+from engine.stop import settle_stopping
+
+POLL_SECONDS = 1.0
+# Between two looks at what time alone brings about: silence, staleness, runs that have settled.
+WATCH_SECONDS = 5.0
+RETRY_SECONDS = 1.0
+
+Watch = Callable[[Connection, UUID, datetime], object]
+
+
+def work_through(conn: Connection, part: Part = Part()) -> int:  # noqa: B008
+    """Apply all that waits in every inbox; returns how many words that were."""
+    taken = 0
+    for user_id, account in waiting(conn):
+        while (done := _apply(conn, user_id, account, part)).events:
+            taken += done.events
+        wake(conn)
+    return taken
+
+
+def _apply(conn: Connection, user_id: UUID, account: str, part: Part) -> Applied:
+    while True:
+        try:
+            return apply_batch(conn, user_id, account, part=part)
+        except Retryable:
+            continue
+
+
+def users_at_brokers(conn: Connection) -> list[UUID]:
+    """The users who have accounts at brokers."""
+    rows = conn.execute("SELECT DISTINCT user_id FROM broker_account").fetchall()
+    return [user_id for (user_id,) in rows]
+
+
+def look_after(conn: Connection, now: datetime, watches: tuple[Watch, ...]) -> None:
+    """What time alone brings about, user by user; one user's trouble is not another's."""
+    for user_id in users_at_brokers(conn):
+        for watch in watches:
+            try:
+                watch(conn, user_id, now)
+            except DatabaseUnavailable:
+                raise
+            except EngineError as error:
+                tell("WATCH_FAILED", user_id=user_id, watch=watch.__name__, error=str(error))
+    wake(conn)
+
+
+def settle(conn: Connection, user_id: UUID, now: datetime) -> None:
+    """End what was asked to stop and is settled."""
+    for run_id in settle_stopping(conn, user_id):
+        tell("RUN_SETTLED", run_id=run_id, at=now)
+
+
+WATCHES: tuple[Watch, ...] = (settle,)
+
+
+def serve(
+    dsn: str,
+    stopped: threading.Event,
+    *,
+    part: Part = Part(),  # noqa: B008
+    clock: Clock = utc_now,
+    watches: tuple[Watch, ...] = WATCHES,
+    report: Callable[[int], None] = lambda words: None,
+) -> None:
+    """Work until ``stopped`` is set; a batch under way is finished first.
+
+    A database that went away is asked for again, every second.
+    """
+    while not stopped.is_set():
+        try:
+            with connected(dsn) as conn:
+                conn.execute(f"LISTEN {EVENTS}")
+                _serve(conn, stopped, part, clock, watches, report)
+        except (DatabaseUnavailable, EngineError) as error:
+            tell("WORKER_WAITS", error=str(error))
+            stopped.wait(RETRY_SECONDS)
+
+
+def _serve(
+    conn: Connection,
+    stopped: threading.Event,
+    part: Part,
+    clock: Clock,
+    watches: tuple[Watch, ...],
+    report: Callable[[int], None],
+) -> None:
+    watched = 0.0
+    while not stopped.is_set():
+        words = work_through(conn, part)
+        if words:
+            report(words)
+        if time.monotonic() - watched >= WATCH_SECONDS:
+            look_after(conn, clock(), watches)
+            watched = time.monotonic()
+        # One notification is as good as many: everything that waits is taken at once.
+        for _ in conn.notifies(timeout=POLL_SECONDS, stop_after=1):
+            pass
