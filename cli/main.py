@@ -24,6 +24,7 @@ from cli import (
     equity,
     errors,
     order,
+    pnl,
     position,
     replay,
     report,
@@ -78,6 +79,7 @@ app.command("schedule", rich_help_panel=_RUNS)(schedule.schedule)
 app.command("work", rich_help_panel=_BROKERS)(work.work)
 app.command("connect", rich_help_panel=_BROKERS)(connect.connect)
 app.command("equity", rich_help_panel=_LOOK)(equity.equity)
+app.command("pnl", rich_help_panel=_LOOK)(pnl.pnl)
 app.command("report", rich_help_panel=_LOOK)(report.report)
 app.command("audit", rich_help_panel=_LOOK)(audit.audit)
 app.command("bench", rich_help_panel=_LOOK)(bench.bench)
