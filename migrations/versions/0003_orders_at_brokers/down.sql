@@ -6,6 +6,8 @@ DROP VIEW audit_mark;
 
 DROP VIEW audit_cash;
 
+DROP VIEW order_refusal;
+
 DROP VIEW pnl_daily;
 
 DROP VIEW position_pnl;
@@ -18,9 +20,13 @@ DROP TRIGGER orders_m_send ON orders;
 
 DROP TRIGGER orders_m_send_move ON orders;
 
+DROP TRIGGER orders_m_send_terms ON orders;
+
 DROP TRIGGER orders_m_record_terms ON orders;
 
 DROP TRIGGER orders_b_pass_gate ON orders;
+
+DROP TRIGGER orders_m_send_rerouted ON orders;
 
 ALTER TABLE strategy_run
     DROP CONSTRAINT strategy_run_pnl_method_known,
@@ -34,11 +40,20 @@ ALTER TABLE orders
 ALTER TABLE execution
     DROP CONSTRAINT execution_quantity_positive;
 
-DROP INDEX orders_at_broker_idx;
+ALTER TABLE risk_limit
+    DROP CONSTRAINT risk_limit_of_account,
+    DROP CONSTRAINT risk_limit_kind_known,
+    DROP CONSTRAINT risk_limit_has_what_its_kind_needs,
+    DROP CONSTRAINT risk_limit_window_in_range,
+    DROP CONSTRAINT risk_limit_days_in_range;
+
+DROP INDEX orders_id_once_at_brokers;
 
 DROP INDEX execution_reversed_once;
 
 DROP INDEX event_ledger_books_idx;
+
+DROP INDEX orders_recent_idx;
 
 -- Cash is not guarded by who writes it but proven, whoever does: it may change only by what the
 -- EXECUTION events say that it does not yet have (50_executions.sql).
@@ -715,6 +730,50 @@ BEGIN
     RETURN next_seq - first_seq;
 END $$;
 
+-- A limit is removed and made again, not moved to somebody else; an ended run takes no more.
+CREATE OR REPLACE FUNCTION risk_limit_guard_write() RETURNS trigger
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
+    IF NEW.run_id IS NOT NULL THEN
+        PERFORM run_lock(NEW.user_id, NEW.run_id, 'risk_limit', 'CREATED', 'RUNNING', 'STOPPING');
+    END IF;
+    IF TG_OP = 'INSERT' THEN
+        NEW.created_at := now();
+        NEW.symbol := upper(btrim(NEW.symbol));
+    ELSE
+        PERFORM row_check_keeps_run(OLD.user_id, OLD.run_id, NEW.user_id, NEW.run_id, 'risk_limit');
+    END IF;
+    RETURN NEW;
+END $$;
+
+CREATE OR REPLACE FUNCTION orders_pass_gate() RETURNS trigger
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+DECLARE
+    run     record;
+    held    numeric;
+    refusal record;
+BEGIN
+    SELECT r.cash, r.account_type INTO run FROM strategy_run r
+    WHERE r.user_id = NEW.user_id AND r.run_id = NEW.run_id;
+    IF NEW.reference_price IS NULL AND orders_validation_code(NEW) IS NULL
+       AND orders_price_code(NEW) IS NULL THEN
+        NEW.reference_price := orders_known_price(NEW);
+    END IF;
+    SELECT p.quantity INTO held FROM position p
+    WHERE p.user_id = NEW.user_id AND p.run_id = NEW.run_id AND p.symbol = NEW.symbol;
+    refusal := orders_gate(NEW, run.account_type,
+                           EXISTS (SELECT FROM risk_limit l WHERE l.user_id = NEW.user_id),
+                           run.cash - run_reserved_cash(NEW.user_id, NEW.run_id),
+                           coalesce(held, 0) + orders_open_quantity(NEW));
+    IF refusal.code IS NOT NULL THEN
+        NEW.status := 'REJECTED';
+        NEW.reject_source := refusal.source;
+        NEW.reject_code := refusal.code;
+        NEW.status_reason := coalesce(refusal.reason, NEW.status_reason);
+    END IF;
+    RETURN NEW;
+END $$;
+
 -- Named one by one, since other people's tables may be in the schema too.
 CREATE OR REPLACE FUNCTION our_relations() RETURNS text[]
 LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
@@ -768,11 +827,151 @@ LANGUAGE sql IMMUTABLE SET search_path = public, pg_temp AS $$
         ('oms_auditor', 'USAGE ON SCHEMA public')
 $$;
 
+DROP FUNCTION orders_send_rerouted;
+
+DROP FUNCTION orders_to_reroute;
+
+DROP FUNCTION account_is_up;
+
+DROP FUNCTION orders_stale;
+
+DROP FUNCTION reconcile_cash;
+
+DROP FUNCTION reconcile_positions;
+
+DROP FUNCTION account_told;
+
+DROP FUNCTION account_executions;
+
+DROP FUNCTION reconcile_executions;
+
+DROP FUNCTION reconcile_contracts;
+
+DROP FUNCTION orders_derived;
+
+DROP FUNCTION reconcile_strangers;
+
+DROP FUNCTION account_run;
+
+DROP FUNCTION reconcile_working;
+
+DROP FUNCTION order_compare;
+
+DROP FUNCTION order_asked_for;
+
+DROP FUNCTION order_compare_status;
+
+DROP FUNCTION order_is_alike;
+
+DROP FUNCTION order_has_terms;
+
+DROP FUNCTION order_status_at_broker;
+
+DROP FUNCTION reconcile_missing;
+
+DROP FUNCTION order_difference_ours;
+
+DROP FUNCTION command_is_settled;
+
+DROP FUNCTION snapshot_overtaken;
+
+DROP FUNCTION snapshot_orders;
+
+DROP FUNCTION snapshot_facts;
+
+DROP FUNCTION snapshot_newest;
+
+DROP FUNCTION inflight_breaches;
+
+DROP FUNCTION orders_gate;
+
+DROP FUNCTION orders_refusal;
+
+DROP FUNCTION user_is_limited;
+
+DROP FUNCTION orders_broken_limit;
+
+DROP FUNCTION orders_only_shrinks;
+
+DROP FUNCTION orders_breaks_rule;
+
+DROP FUNCTION orders_measure_order;
+
+DROP FUNCTION orders_measure_books;
+
+DROP FUNCTION run_exposure;
+
+DROP FUNCTION orders_hours_code;
+
+DROP FUNCTION orders_would_wash;
+
+DROP FUNCTION orders_measure_flow;
+
+DROP FUNCTION orders_in_scope;
+
+DROP FUNCTION orders_recent;
+
+DROP FUNCTION orders_market_price;
+
+DROP FUNCTION orders_moment;
+
+DROP FUNCTION flatten_positions;
+
+DROP FUNCTION breakers_tripped;
+
+DROP FUNCTION account_latency;
+
+DROP FUNCTION breaker_setting;
+
+DROP FUNCTION run_equity_peak;
+
+DROP FUNCTION run_equity_before;
+
+DROP FUNCTION system_halt_lift;
+
+DROP FUNCTION system_halt_place;
+
+DROP FUNCTION halt_lift;
+
+DROP FUNCTION halt_enforce;
+
+DROP FUNCTION halt_place;
+
+DROP FUNCTION halt_cancel_orders;
+
+DROP FUNCTION halt_lock_runs;
+
+DROP FUNCTION orders_halted;
+
+DROP FUNCTION trading_halt_guard_write;
+
+DROP FUNCTION boundary_refuse_delete;
+
+DROP FUNCTION broker_event_check_update;
+
+DROP FUNCTION broker_command_check_update;
+
+DROP FUNCTION connector_alert;
+
+DROP FUNCTION commands_done;
+
+DROP FUNCTION commands_throttled;
+
+DROP FUNCTION commands_claim;
+
+DROP FUNCTION command_is_due;
+
+DROP FUNCTION lease_release;
+
+DROP FUNCTION lease_renew;
+
+DROP FUNCTION lease_take;
+
+DROP FUNCTION lease_refuse;
+
 DROP FUNCTION orders_ask_back;
 
 DROP FUNCTION orders_record_terms;
-
-DROP FUNCTION order_modify_send;
 
 DROP FUNCTION order_modify_refusal;
 
@@ -780,9 +979,21 @@ DROP FUNCTION order_modify;
 
 DROP FUNCTION order_cancel;
 
+DROP FUNCTION broker_command_move_order;
+
+DROP FUNCTION broker_command_never_arrived;
+
+DROP FUNCTION broker_command_prove;
+
+DROP FUNCTION broker_command_is_true;
+
 DROP FUNCTION orders_may_reroute;
 
+DROP FUNCTION orders_may_change_unsent;
+
 DROP FUNCTION orders_follows_command;
+
+DROP FUNCTION orders_send_terms;
 
 DROP FUNCTION orders_send_move;
 
@@ -791,6 +1002,8 @@ DROP FUNCTION orders_send;
 DROP FUNCTION orders_meet_hours;
 
 DROP FUNCTION account_hours;
+
+DROP FUNCTION broker_event_is_of_order;
 
 DROP FUNCTION order_of_broker;
 
@@ -812,13 +1025,33 @@ DROP FUNCTION execution_commission_payload;
 
 DROP FUNCTION execution_commission_prepare_insert;
 
-DROP FUNCTION execution_family;
+DROP FUNCTION execution_is_newer;
 
 DROP FUNCTION execution_check_broker;
+
+DROP FUNCTION execution_said_by_broker;
 
 DROP FUNCTION orders_account;
 
 DROP FUNCTION fx_rate_at;
+
+DROP TABLE reconciliation_difference;
+
+DROP TABLE reconciliation;
+
+DROP TABLE limit_kind;
+
+DROP TABLE flatten_request;
+
+DROP TABLE circuit_breaker;
+
+DROP TABLE breaker_kind;
+
+DROP TABLE equity_peak;
+
+DROP TABLE trading_halt;
+
+DROP TABLE system_halt;
 
 DROP TABLE alert;
 
@@ -855,6 +1088,12 @@ ALTER TABLE orders
 ALTER TABLE execution
     DROP COLUMN reverses;
 
+ALTER TABLE risk_limit
+    DROP COLUMN account,
+    DROP COLUMN seconds,
+    DROP COLUMN valid_from,
+    DROP COLUMN valid_to;
+
 ALTER TABLE strategy_run
     ADD CONSTRAINT strategy_run_cash_not_negative_in_cash_account
         CHECK (cash >= 0 OR account_type <> 'CASH' OR initial_cash < 0);
@@ -872,6 +1111,99 @@ ALTER TABLE execution
 -- What positions and cash follow: the few events after books_seq, or all of a run in an audit.
 CREATE INDEX event_ledger_books_idx ON event_ledger (user_id, run_id, seq)
     WHERE event_type IN ('EXECUTION', 'SPLIT_APPLIED');
+
+ALTER TABLE risk_limit
+    ADD CONSTRAINT risk_limit_kind_known CHECK (kind IN (
+        'MAX_POSITION', 'MAX_ORDER_QUANTITY', 'MAX_ORDER_NOTIONAL',
+        'FORBIDDEN_SYMBOL', 'ALLOWED_SYMBOL')),
+    ADD CONSTRAINT risk_limit_has_what_its_kind_needs CHECK (
+        CASE WHEN kind IN ('FORBIDDEN_SYMBOL', 'ALLOWED_SYMBOL')
+        THEN symbol IS NOT NULL AND limit_value IS NULL
+        ELSE limit_value >= 0 AND limit_value < 1e20 AND limit_value IS NOT NULL END);
+
+COMMENT ON TABLE risk_limit IS 'Limits that every order of a user, or of one run, must meet.';
+
+COMMENT ON COLUMN risk_limit.limit_value IS
+    'Units (MAX_POSITION, MAX_ORDER_QUANTITY) or currency (MAX_ORDER_NOTIONAL).';
+
+-- The first limit that an order breaks, with the limit and the value, or no row.
+CREATE FUNCTION orders_broken_limit(o orders, price numeric, exposure numeric)
+RETURNS TABLE (code text, limit_value numeric, value numeric)
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    WITH here AS (
+        SELECT l.kind, l.symbol, l.limit_value FROM risk_limit l
+        WHERE l.user_id = o.user_id AND (l.run_id IS NULL OR l.run_id = o.run_id)
+    ), broken AS (
+        SELECT 'FORBIDDEN_SYMBOL' AS code, NULL::numeric AS limit_value, NULL::numeric AS value
+        FROM here h WHERE h.kind = 'FORBIDDEN_SYMBOL' AND h.symbol = o.symbol
+        UNION ALL
+        SELECT 'SYMBOL_NOT_ALLOWED', NULL, NULL
+        FROM here h WHERE h.kind = 'ALLOWED_SYMBOL'
+        HAVING count(*) > 0 AND NOT bool_or(h.symbol = o.symbol)
+        UNION ALL
+        SELECT h.kind, h.limit_value, v.value
+        FROM here h
+        CROSS JOIN (SELECT exposure + CASE WHEN o.side = 'BUY' THEN o.quantity
+                                           ELSE -o.quantity END AS position) a
+        CROSS JOIN LATERAL (SELECT CASE
+            WHEN h.kind = 'MAX_ORDER_QUANTITY' THEN o.quantity
+            WHEN h.kind = 'MAX_ORDER_NOTIONAL' THEN o.quantity * abs(price)
+            WHEN h.kind = 'MAX_POSITION' THEN abs(a.position) END AS value) v
+        WHERE h.kind IN ('MAX_ORDER_QUANTITY', 'MAX_ORDER_NOTIONAL', 'MAX_POSITION')
+          AND (h.symbol IS NULL OR h.symbol = o.symbol)
+          -- What can't be valued can't be shown to be within a limit.
+          AND (v.value > h.limit_value OR v.value IS NULL)
+          -- Out of a position that is too large one may always get, but not out at the other side.
+          AND (h.kind <> 'MAX_POSITION' OR v.value > abs(exposure) OR a.position * exposure < 0)
+    )
+    SELECT b.code, b.limit_value, b.value FROM broken b ORDER BY b.code, b.limit_value LIMIT 1
+$$;
+
+COMMENT ON FUNCTION orders_broken_limit IS 'The first risk_limit that an order breaks, or no row.';
+
+-- The gate: why an order may not be taken, given the cash and the holding that it meets.
+CREATE FUNCTION orders_gate(o orders, account_type text, limited boolean, free_cash numeric,
+                            exposure numeric, OUT source text, OUT code text, OUT reason text)
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+DECLARE
+    price  numeric := coalesce(o.limit_price, o.stop_price, o.reference_price);
+    broken record;
+BEGIN
+    code := orders_validation_code(o);
+    IF code IS NULL AND least(o.limit_price, o.stop_price, o.reference_price) <= 0 THEN
+        code := orders_price_code(o);
+    END IF;
+    IF code IS NOT NULL THEN
+        source := 'VALIDATION';
+        RETURN;
+    END IF;
+    IF limited THEN
+        SELECT * INTO broken FROM orders_broken_limit(o, price, exposure);
+        IF FOUND THEN
+            code := broken.code;
+            reason := coalesce('limit ' || trim_scale(broken.limit_value) || ', would be '
+                               || coalesce(trim_scale(broken.value)::text, 'unknown'), o.symbol);
+        END IF;
+    END IF;
+    IF code IS NOT NULL OR account_type <> 'CASH' THEN
+        NULL;
+    ELSIF o.side = 'SELL' AND o.quantity > exposure THEN
+        code := 'INSUFFICIENT_POSITION';
+        reason := format('holds %s, would sell %s', trim_scale(exposure), trim_scale(o.quantity));
+    ELSIF o.side = 'BUY' AND o.quantity * price > free_cash THEN
+        code := 'INSUFFICIENT_CASH';
+        reason := format('has %s, needs %s', trim_scale(free_cash),
+                         trim_scale(o.quantity * price));
+    END IF;
+    IF code IS NOT NULL THEN
+        source := 'RISK';
+        reason := code || ': ' || reason;
+    END IF;
+END $$;
+
+COMMENT ON FUNCTION orders_gate IS
+    'Why an order is refused, or NULLs: limited is whether its user has limits, free_cash what '
+    'open orders leave, exposure the holding and open orders of its side.';
 
 CREATE TRIGGER orders_b_pass_gate BEFORE INSERT ON orders
     FOR EACH ROW WHEN (NEW.status <> ALL ('{REJECTED,FILLED}'))

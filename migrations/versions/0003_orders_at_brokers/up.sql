@@ -20,7 +20,15 @@ ALTER TABLE strategy_run
 ALTER TABLE execution
     DROP CONSTRAINT execution_quantity_positive;
 
+ALTER TABLE risk_limit
+    DROP CONSTRAINT risk_limit_kind_known,
+    DROP CONSTRAINT risk_limit_has_what_its_kind_needs;
+
 DROP INDEX event_ledger_books_idx;
+
+DROP FUNCTION orders_gate;
+
+DROP FUNCTION orders_broken_limit;
 
 -- Accounts at brokers: who trades where, how fast, in which hours. The paper book needs none.
 
@@ -251,10 +259,10 @@ END $$;
 
 -- Where a run's orders go: accounts in order of preference. Not needed on paper.
 CREATE TABLE run_route (
-    user_id    uuid     NOT NULL,
-    run_id     uuid     NOT NULL,
-    preference smallint NOT NULL DEFAULT 1,
-    account    text     NOT NULL,
+    user_id    uuid    NOT NULL,
+    run_id     uuid    NOT NULL,
+    preference integer NOT NULL DEFAULT 1,
+    account    text    NOT NULL,
     CONSTRAINT run_route_pkey PRIMARY KEY (user_id, run_id, preference),
     CONSTRAINT run_route_account_once UNIQUE (user_id, run_id, account),
     CONSTRAINT run_route_belongs_to_run FOREIGN KEY (user_id, run_id)
@@ -281,15 +289,20 @@ ALTER TABLE orders
 ALTER TABLE orders
     ADD CONSTRAINT orders_to_account FOREIGN KEY (user_id, account)
         REFERENCES broker_account (user_id, account),
-    ADD CONSTRAINT orders_account_unless_paper CHECK ((account IS NULL) = (broker = 'paper')),
+    ADD CONSTRAINT orders_account_unless_paper CHECK (
+        CASE WHEN broker <> 'paper' THEN account IS NOT NULL
+        ELSE num_nonnulls(account, broker_order_id, perm_id) = 0
+        AND NOT recovered AND NOT pending_reconcile END),
     ADD CONSTRAINT orders_purpose_known CHECK (purpose = 'FLATTEN');
 
--- What a broker returns is our order's id alone: the inbox looks up whose it is.
-CREATE INDEX orders_at_broker_idx ON orders (user_id, order_id) WHERE broker <> 'paper';
+-- What a broker returns is our order's id alone: the inbox looks up whose it is, so this prevents
+-- two runs from having the same order at a broker.
+CREATE UNIQUE INDEX orders_id_once_at_brokers ON orders (user_id, order_id) WHERE broker <> 'paper';
 
 COMMENT ON COLUMN orders.account IS 'Where it goes; NULL on paper.';
 
-COMMENT ON COLUMN orders.version IS 'Counts the changes of an order at a broker; who changes it names the one he saw.';
+COMMENT ON COLUMN orders.version IS
+    'Counts the changes of an order at a broker; who changes it names the one he saw.';
 
 COMMENT ON COLUMN orders.purpose IS
     'FLATTEN: it closes a position for safety''s sake and never leads to another.';
@@ -422,7 +435,7 @@ BEGIN
 END $$;
 
 CREATE OR REPLACE FUNCTION orders_keeps_terms(was orders, now_is orders) RETURNS boolean
-LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 BEGIN
     IF (now_is.user_id, now_is.run_id, now_is.order_id, now_is.client_order_id, now_is.broker,
         now_is.symbol, now_is.side, now_is.order_type, now_is.time_in_force, now_is.trail_percent,
@@ -431,7 +444,7 @@ BEGIN
        (was.user_id, was.run_id, was.order_id, was.client_order_id, was.broker,
         was.symbol, was.side, was.order_type, was.time_in_force, was.trail_percent,
         was.logical_time, was.recorded_at, was.purpose, was.recovered)
-       OR now_is.account IS DISTINCT FROM was.account AND NOT orders_may_reroute(was)
+       OR now_is.account IS DISTINCT FROM was.account AND NOT orders_may_reroute(was, now_is)
        OR now_is.expire_at IS DISTINCT FROM was.expire_at AND was.expire_at IS NOT NULL
        OR now_is.triggered_at IS DISTINCT FROM was.triggered_at AND was.triggered_at IS NOT NULL
        OR now_is.status = was.status
@@ -446,20 +459,23 @@ BEGIN
            AND (now_is.stop_price IS NOT DISTINCT FROM was.stop_price
                 OR orders_stop_tightens(was, now_is.stop_price))
         OR orders_follows_split(was, now_is)
-        OR was.broker <> 'paper' AND orders_follows_command(was, now_is);
+        OR was.broker <> 'paper' AND (orders_follows_command(was, now_is)
+                                      OR orders_may_change_unsent(was, now_is));
 END $$;
 
 COMMENT ON FUNCTION orders_keeps_terms IS
     'Whether an update leaves alone what was asked for, or restates it for a split or a command.';
 
 -- What a paper order may not do although the table of moves, which is for every broker, allows it:
--- come back from its end. Our own book has no late messages.
+-- come back from its end. Our own book has no late messages. Nor does an order come back that we
+-- refused ourselves: no broker has ever heard of it.
 CREATE OR REPLACE FUNCTION orders_check_move() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 BEGIN
     IF NOT EXISTS (SELECT FROM order_transition
                    WHERE from_status = OLD.status AND to_status = NEW.status)
-       OR (NEW.broker = 'paper' AND OLD.status IN ('FILLED', 'CANCELED', 'EXPIRED', 'REJECTED')) THEN
+       OR NEW.broker = 'paper' AND OLD.status IN ('FILLED', 'CANCELED', 'EXPIRED', 'REJECTED')
+       OR OLD.status = 'REJECTED' AND OLD.reject_source <> 'BROKER' THEN
         RAISE EXCEPTION 'order % cannot go from % to %', OLD.order_id, OLD.status, NEW.status
             USING ERRCODE = '23T01', CONSTRAINT = 'orders_status_transition', TABLE = 'orders',
                   COLUMN = 'status', HINT = 'order_transition lists the allowed moves.';
@@ -514,9 +530,6 @@ BEGIN
             USING ERRCODE = '23T05', CONSTRAINT = 'execution_order_is_open', TABLE = 'execution',
                   HINT = 'Only an open order trades; place another.';
     END IF;
-    IF o.broker <> 'paper' THEN
-        PERFORM execution_check_broker(NEW, o);
-    END IF;
     NEW.symbol := o.symbol;
     NEW.side := o.side;
     NEW.logical_time := coalesce(NEW.logical_time, run_last_time(NEW.user_id, NEW.run_id));
@@ -527,47 +540,67 @@ BEGIN
     RETURN NEW;
 END $$;
 
--- The proof of an execution at a broker: the broker said so, in the inbox, where only connectors
--- write. What it takes back it must have said too, by a bust or by a newer revision of the same id.
-CREATE FUNCTION execution_check_broker(e execution, o orders) RETURNS void
+-- The proof of an execution at a broker: the broker said so of this order, in the inbox, where only
+-- connectors write. What it takes back it must have said too, by a bust or by a newer revision of
+-- the same id. Commissions are told apart. It is asked with the execution's event (82_books.sql),
+-- however row and event came.
+CREATE FUNCTION execution_said_by_broker(e execution) RETURNS boolean
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+DECLARE
+    o orders;
+BEGIN
+    SELECT * INTO o FROM orders
+    WHERE user_id = e.user_id AND run_id = e.run_id AND order_id = e.order_id;
+    IF e.commission <> 0 THEN
+        RETURN false;
+    ELSIF e.reverses IS NULL THEN
+        RETURN EXISTS (
+            SELECT FROM broker_event b
+            WHERE b.user_id = o.user_id AND b.account = o.account
+              AND b.execution_id = e.execution_id AND b.kind = 'EXECUTION'
+              AND broker_event_is_of_order(b, o) AND b.payload ->> 'side' = o.side
+              AND (b.payload ->> 'quantity')::numeric = e.quantity
+              AND (b.payload ->> 'price')::numeric = e.price);
+    END IF;
+    RETURN EXISTS (
+        SELECT FROM execution t
+        WHERE t.user_id = e.user_id AND t.run_id = e.run_id AND t.execution_id = e.reverses
+          AND t.order_id = e.order_id AND t.quantity = -e.quantity AND t.price = e.price
+          AND t.reverses IS NULL)
+       AND (EXISTS (SELECT FROM broker_event b
+                    WHERE b.user_id = o.user_id AND b.account = o.account
+                      AND b.execution_id = e.reverses AND b.kind = 'BUST')
+            OR EXISTS (SELECT FROM broker_event b
+                       WHERE b.user_id = o.user_id AND b.account = o.account
+                         AND b.kind = 'EXECUTION' AND broker_event_is_of_order(b, o)
+                         AND execution_is_newer(b.execution_id, e.reverses)));
+END $$;
+
+COMMENT ON FUNCTION execution_said_by_broker IS
+    'Whether an order''s broker has reported an execution, or what a reversal takes back.';
+
+CREATE FUNCTION execution_check_broker(e execution) RETURNS void
 LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
 BEGIN
-    IF e.reverses IS NULL THEN
-        IF EXISTS (SELECT FROM broker_event b
-                   WHERE b.user_id = o.user_id AND b.account = o.account
-                     AND b.execution_id = e.execution_id AND b.kind = 'EXECUTION'
-                     AND (b.payload ->> 'quantity')::numeric = e.quantity
-                     AND (b.payload ->> 'price')::numeric = e.price) THEN
-            RETURN;
-        END IF;
-    ELSIF EXISTS (SELECT FROM execution t
-                  WHERE t.user_id = e.user_id AND t.run_id = e.run_id
-                    AND t.execution_id = e.reverses AND t.order_id = e.order_id
-                    AND t.quantity = -e.quantity AND t.price = e.price AND t.reverses IS NULL)
-          AND EXISTS (SELECT FROM broker_event b
-                      WHERE b.user_id = o.user_id AND b.account = o.account
-                        AND (b.kind = 'BUST' AND b.execution_id = e.reverses
-                             OR b.kind = 'EXECUTION' AND b.execution_id <> e.reverses
-                                AND b.order_ref = o.order_id::text
-                                AND execution_family(b.execution_id)
-                                    = execution_family(e.reverses))) THEN
-        RETURN;
+    IF NOT coalesce(execution_said_by_broker(e), false) THEN
+        RAISE EXCEPTION 'no broker has said that execution % of order % happened', e.execution_id,
+            e.order_id
+            USING ERRCODE = '23T08', CONSTRAINT = 'execution_said_by_broker', TABLE = 'execution',
+                  HINT = 'Executions at a broker come from its connector''s broker_event rows.';
     END IF;
-    RAISE EXCEPTION 'no broker has said that execution % of order % happened', e.execution_id,
-        e.order_id
-        USING ERRCODE = '23T08', CONSTRAINT = 'execution_said_by_broker', TABLE = 'execution',
-              HINT = 'Executions at a broker come from its connector''s broker_event rows.';
 END $$;
 
 COMMENT ON FUNCTION execution_check_broker IS
     'Refuses an execution, or a reversal, that the order''s broker has not reported.';
 
 -- Source: IB's execution ids; those that differ only after the last dot are revisions of one.
-CREATE FUNCTION execution_family(execution_id text) RETURNS text
+CREATE FUNCTION execution_is_newer(execution_id text, than text) RETURNS boolean
 LANGUAGE sql IMMUTABLE
-RETURN regexp_replace(execution_id, '\.[^.]*$', '');
+RETURN regexp_replace(execution_id, '\.[^.]*$', '') = regexp_replace(than, '\.[^.]*$', '')
+       AND (length(execution_id), execution_id COLLATE "C") > (length(than), than COLLATE "C");
 
-COMMENT ON FUNCTION execution_family IS 'What the revisions of one execution id have in common.';
+COMMENT ON FUNCTION execution_is_newer IS
+    'Whether an execution id is a later revision of the same execution as another.';
 
 -- What was not yet told to the ledger is told: cash and positions follow the events (82_books.sql).
 -- Orders follow their executions. It has the owner's rights, so that nobody else needs a right to
@@ -651,7 +684,7 @@ CREATE TABLE execution_commission (
     CONSTRAINT execution_commission_rate_positive
         CHECK (rate > 0 AND decimal_in_range(rate, 1e9, 10)),
     CONSTRAINT execution_commission_cost_follows CHECK (cost = round(amount * rate, 10)),
-    CONSTRAINT execution_commission_event_at_in_range_too CHECK (time_in_range(event_at))
+    CONSTRAINT execution_commission_event_at_in_range CHECK (time_in_range(event_at))
 );
 
 COMMENT ON TABLE execution_commission IS 'Commissions that brokers reported; append-only.';
@@ -662,7 +695,8 @@ COMMENT ON COLUMN execution_commission.amount IS
 COMMENT ON COLUMN execution_commission.rate IS
     'What one unit of currency cost in the run''s at event_at; 1 if it is the run''s.';
 
-COMMENT ON COLUMN execution_commission.cost IS 'In the run''s currency: amount x rate, 10 decimals.';
+COMMENT ON COLUMN execution_commission.cost IS
+    'In the run''s currency: amount x rate, 10 decimals.';
 
 COMMENT ON COLUMN execution_commission.event_at IS 'When the broker says that it happened.';
 
@@ -690,7 +724,8 @@ BEGIN
     NEW.rate := CASE WHEN NEW.currency = run.currency THEN 1
                      ELSE fx_rate_at(NEW.currency, run.currency, NEW.event_at) END;
     IF NEW.rate IS NULL THEN
-        RAISE EXCEPTION 'there is no rate from % to % at %', NEW.currency, run.currency, NEW.event_at
+        RAISE EXCEPTION 'there is no rate from % to % at %', NEW.currency, run.currency,
+            NEW.event_at
             USING ERRCODE = 'foreign_key_violation', CONSTRAINT = 'execution_commission_has_rate',
                   TABLE = 'execution_commission', COLUMN = 'rate',
                   HINT = 'Import the rate: oms data fx FILE.';
@@ -976,7 +1011,11 @@ BEGIN
             WHERE o.user_id = of_user AND o.run_id = of_run
               AND o.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
             ORDER BY o.symbol LIMIT 1),
-           (SELECT true FROM risk_limit k WHERE k.user_id = of_user LIMIT 1),
+           -- What user_is_limited says, in line.
+           coalesce((SELECT true FROM risk_limit k WHERE k.user_id = of_user LIMIT 1),
+                    (SELECT true FROM trading_halt h
+                     WHERE h.user_id = of_user AND h.lifted_at IS NULL LIMIT 1),
+                    (SELECT true FROM system_halt s WHERE s.lifted_at IS NULL LIMIT 1)),
            (SELECT m.logical_time FROM mtm_ledger m
             WHERE m.user_id = of_user AND m.run_id = of_run ORDER BY m.logical_time DESC LIMIT 1)
     INTO cash, previous, newest, symbols, held, marks, marked, waiting, limited, last_mark
@@ -1066,7 +1105,10 @@ BEGIN
         ELSIF e.event_type = 'EXECUTION' THEN
             IF (e.x).price IS NULL THEN
                 PERFORM event_refuse(e, NULL);
-            ELSIF (e.x).price <= 0 OR (e.x).commission <> 0 THEN
+            ELSIF run.broker <> 'paper' THEN
+                PERFORM execution_check_broker(e.x);
+            END IF;
+            IF (e.x).price <= 0 OR (e.x).commission <> 0 THEN
                 PERFORM execution_check_money(e.x, run.currency);
             END IF;
             i := coalesce(array_position(symbols, (e.x).symbol), cardinality(symbols) + 1);
@@ -1087,8 +1129,11 @@ BEGIN
                 refusal := orders_gate(
                     e.o, run.account_type, limited, cash - reserved,
                     coalesce(held[array_position(symbols, (e.o).symbol)], 0)
-                    + CASE WHEN waiting THEN orders_open_quantity(e.o) ELSE 0 END);
-                IF refusal.code IS NOT NULL OR (e.o).broker <> run.broker THEN
+                    + CASE WHEN waiting THEN orders_open_quantity(e.o) ELSE 0 END,
+                    cash, symbols, held, marks);
+                IF refusal.code IS NOT NULL OR (e.o).broker <> run.broker
+                   -- A broker fills what was sent to it; nothing is born filled there.
+                   OR run.broker <> 'paper' THEN
                     PERFORM event_refuse(e, coalesce(refusal.code, 'BROKER'));
                 END IF;
             ELSIF (e.o).status IS NULL THEN
@@ -1415,7 +1460,7 @@ CREATE TABLE broker_command (
     user_id       uuid        NOT NULL,
     account       text        NOT NULL,
     command_id    uuid        NOT NULL DEFAULT gen_random_uuid(),
-    priority      smallint    NOT NULL DEFAULT 2,
+    priority      integer     NOT NULL DEFAULT 2,
     kind          text        NOT NULL,
     run_id        uuid,
     order_id      uuid,
@@ -1440,6 +1485,9 @@ CREATE TABLE broker_command (
              THEN num_nonnulls(run_id, order_id, order_version) = 3 ELSE true END),
     CONSTRAINT broker_command_claimed_before_sent
         CHECK (sent_at IS NULL OR claimed_by IS NOT NULL),
+    CONSTRAINT broker_command_withdrawn_unclaimed
+        CHECK ((outcome = 'WITHDRAWN') = (claimed_by IS NULL)),
+    CONSTRAINT broker_command_sent_has_time CHECK (outcome <> 'SENT' OR sent_at IS NOT NULL),
     CONSTRAINT broker_command_done_has_outcome CHECK ((done_at IS NULL) = (outcome IS NULL)),
     CONSTRAINT broker_command_outcome_known
         CHECK (outcome IN ('SENT', 'WITHDRAWN', 'UNKNOWN', 'NEVER_ARRIVED', 'ARRIVED', 'REFUSED')),
@@ -1449,6 +1497,11 @@ CREATE TABLE broker_command (
 -- This prevents an order from being submitted twice at one account, whatever goes wrong.
 CREATE UNIQUE INDEX broker_command_submit_once
     ON broker_command (user_id, account, order_id) WHERE kind = 'SUBMIT';
+
+-- This prevents one move of an order from being sent twice.
+CREATE UNIQUE INDEX broker_command_once_a_version
+    ON broker_command (user_id, run_id, order_id, order_version)
+    WHERE kind = ANY ('{MODIFY,CANCEL}');
 
 -- What a connector has yet to do, in its order.
 CREATE INDEX broker_command_waiting_idx
@@ -1487,7 +1540,7 @@ CREATE TABLE broker_event (
     number          bigint      NOT NULL,
     holder          uuid        NOT NULL,
     kind            text        NOT NULL,
-    priority        smallint    NOT NULL DEFAULT 2,
+    priority        integer     NOT NULL DEFAULT 2,
     order_ref       text,
     broker_order_id bigint,
     perm_id         bigint,
@@ -1658,6 +1711,16 @@ END $$;
 COMMENT ON FUNCTION order_of_broker IS
     'The order that a broker''s reference and ids mean, and whether its id has been reused.';
 
+CREATE FUNCTION broker_event_is_of_order(b broker_event, o orders) RETURNS boolean
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    RETURN b.order_ref = o.order_id::text OR o.order_id = (
+        order_of_broker(b.user_id, b.account, b.order_ref, b.perm_id, b.broker_order_id,
+                        b.event_at)).order_id;
+END $$;
+
+COMMENT ON FUNCTION broker_event_is_of_order IS 'Whether a broker''s words are about an order.';
+
 -- Whether an account trades now, and when next. Hours of its own win over its calendar; a calendar
 -- of which no sessions are known closes nothing.
 CREATE FUNCTION account_hours(of_user uuid, of_account text, at timestamptz,
@@ -1726,7 +1789,8 @@ CREATE TRIGGER orders_c_meet_hours BEFORE INSERT ON orders
     FOR EACH ROW WHEN (NEW.status = 'NEW' AND NEW.broker <> 'paper' AND NOT NEW.recovered)
     EXECUTE FUNCTION orders_meet_hours();
 
--- An order that lives at a broker is on its way with the row itself: whoever inserts it has sent it.
+-- An order that lives at a broker is on its way with the row itself: to insert it is to send it. It
+-- has the owner's rights, as its like below, so that the engine needs none to what is waiting.
 CREATE FUNCTION orders_send() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
 BEGIN
@@ -1779,34 +1843,205 @@ CREATE TRIGGER orders_m_send_move AFTER UPDATE ON orders
         AND NEW.status = ANY ('{PENDING_CANCEL,PENDING_MODIFY,CANCELED,EXPIRED,REJECTED}'))
     EXECUTE FUNCTION orders_send_move();
 
--- The proof of new terms: a command that was given in due form asks for just these.
+-- What has not gone goes with the new terms; what never reached one account goes to the next.
+CREATE FUNCTION orders_send_terms() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+BEGIN
+    IF NEW.account <> OLD.account THEN
+        INSERT INTO broker_command (user_id, account, priority, kind, run_id, order_id,
+                                    order_version, payload, not_before)
+        VALUES (NEW.user_id, NEW.account, CASE WHEN NEW.purpose = 'FLATTEN' THEN 0 ELSE 2 END,
+                'SUBMIT', NEW.run_id, NEW.order_id, NEW.version, orders_command_payload(NEW),
+                CASE WHEN NEW.status_reason = 'OUT_OF_SESSION'
+                     THEN (account_hours(NEW.user_id, NEW.account, clock_timestamp())).opens_at
+                     END);
+    ELSE
+        UPDATE broker_command SET payload = orders_command_payload(NEW)
+        WHERE user_id = NEW.user_id AND account = NEW.account AND order_id = NEW.order_id
+          AND kind = 'SUBMIT' AND claimed_by IS NULL AND done_at IS NULL;
+    END IF;
+    RETURN NULL;
+END $$;
+
+COMMENT ON FUNCTION orders_send_terms IS
+    'Trigger: what waits in the outbox follows its order, to another account too.';
+
+CREATE TRIGGER orders_m_send_terms AFTER UPDATE ON orders
+    FOR EACH ROW WHEN (NEW.broker <> 'paper'
+        AND (NEW.quantity, NEW.limit_price, NEW.stop_price, NEW.trail_amount, NEW.account)
+            IS DISTINCT FROM
+            (OLD.quantity, OLD.limit_price, OLD.stop_price, OLD.trail_amount, OLD.account))
+    EXECUTE FUNCTION orders_send_terms();
+
+-- The proof of new terms: the last command that a connector took to modify it asks for just these.
 CREATE FUNCTION orders_follows_command(was orders, now_is orders) RETURNS boolean
 LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
-    SELECT now_is.reference_price IS NOT DISTINCT FROM was.reference_price AND EXISTS (
-        SELECT FROM broker_command c
+    SELECT now_is.reference_price IS NOT DISTINCT FROM was.reference_price AND coalesce((
+        SELECT (c.payload ->> 'quantity')::numeric = now_is.quantity
+               AND (c.payload ->> 'limit_price')::numeric IS NOT DISTINCT FROM now_is.limit_price
+               AND (c.payload ->> 'stop_price')::numeric IS NOT DISTINCT FROM now_is.stop_price
+               AND (c.payload ->> 'trail_amount')::numeric IS NOT DISTINCT FROM now_is.trail_amount
+        FROM broker_command c
         WHERE c.user_id = was.user_id AND c.run_id = was.run_id AND c.order_id = was.order_id
-          AND (c.kind = 'MODIFY' AND c.sent_at IS NOT NULL
-               OR c.kind = 'SUBMIT' AND c.claimed_by IS NULL)
-          AND (c.payload ->> 'quantity')::numeric = now_is.quantity
-          AND (c.payload ->> 'limit_price')::numeric IS NOT DISTINCT FROM now_is.limit_price
-          AND (c.payload ->> 'stop_price')::numeric IS NOT DISTINCT FROM now_is.stop_price
-          AND (c.payload ->> 'trail_amount')::numeric IS NOT DISTINCT FROM now_is.trail_amount)
+          AND c.kind = 'MODIFY' AND c.claimed_by IS NOT NULL
+        ORDER BY c.order_version DESC LIMIT 1), false)
 $$;
 
 COMMENT ON FUNCTION orders_follows_command IS
-    'Whether an order''s new terms are those of a command, sent to modify it or not yet gone.';
+    'Whether an order''s new terms are those of the last command to modify it that went.';
 
--- Another account takes over only what certainly never reached the first.
-CREATE FUNCTION orders_may_reroute(was orders) RETURNS boolean
+-- What no connector has taken yet has its terms changed at once, if the gate lets it.
+CREATE FUNCTION orders_may_change_unsent(was orders, now_is orders) RETURNS boolean
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
+    IF was.status NOT IN ('NEW', 'PENDING')
+       OR (now_is.status, now_is.account, now_is.reference_price, now_is.trail_amount)
+          IS DISTINCT FROM (was.status, was.account, was.reference_price, was.trail_amount) THEN
+        RETURN false;
+    END IF;
+    -- A connector that wants to take it waits for us or is seen by us.
+    PERFORM FROM broker_command
+    WHERE user_id = was.user_id AND account = was.account AND order_id = was.order_id
+      AND kind = 'SUBMIT' AND claimed_by IS NULL AND done_at IS NULL FOR NO KEY UPDATE;
+    RETURN FOUND AND order_modify_refusal(was, now_is) IS NULL;
+END $$;
+
+COMMENT ON FUNCTION orders_may_change_unsent IS
+    'Whether an order has not gone and the gate lets it have its new terms.';
+
+-- Another of its run's accounts takes over only what certainly never reached the first.
+CREATE FUNCTION orders_may_reroute(was orders, now_is orders) RETURNS boolean
 LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
     SELECT was.status IN ('NEW', 'PENDING') AND was.filled_quantity = 0 AND EXISTS (
         SELECT FROM broker_command c
         WHERE c.user_id = was.user_id AND c.account = was.account AND c.order_id = was.order_id
-          AND c.kind = 'SUBMIT' AND c.outcome IN ('WITHDRAWN', 'NEVER_ARRIVED'))
+          AND c.kind = 'SUBMIT' AND c.outcome IN ('WITHDRAWN', 'NEVER_ARRIVED')) AND EXISTS (
+        SELECT FROM run_route r
+        WHERE r.user_id = was.user_id AND r.run_id = was.run_id AND r.account = now_is.account)
 $$;
 
 COMMENT ON FUNCTION orders_may_reroute IS
-    'Whether an order certainly never reached the account that it was for.';
+    'Whether an order certainly never reached its account and its run has a route to the other.';
+
+-- The outbox says what the orders say, whoever writes it: a SUBMIT is of an order that waits to be
+-- sent, a CANCEL of one that has moved so, a MODIFY of one that the gate lets have its new terms.
+CREATE FUNCTION broker_command_is_true(c broker_command) RETURNS boolean
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+DECLARE
+    o      orders;
+    wanted orders;
+BEGIN
+    IF c.kind NOT IN ('SUBMIT', 'MODIFY', 'CANCEL') THEN
+        RETURN true;
+    END IF;
+    SELECT * INTO o FROM orders
+    WHERE user_id = c.user_id AND run_id = c.run_id AND order_id = c.order_id
+      AND account = c.account;
+    wanted := o;
+    IF c.kind = 'MODIFY' THEN
+        wanted.quantity := (c.payload ->> 'quantity')::numeric;
+        wanted.limit_price := (c.payload ->> 'limit_price')::numeric;
+        wanted.stop_price := (c.payload ->> 'stop_price')::numeric;
+        wanted.version := o.version + 1;
+        -- What waits is changed itself, and what was never sent has nothing to change.
+        IF NOT o.recovered AND NOT EXISTS (
+            SELECT FROM broker_command s
+            WHERE s.user_id = c.user_id AND s.account = c.account AND s.order_id = c.order_id
+              AND s.kind = 'SUBMIT' AND s.claimed_by IS NOT NULL
+              AND coalesce(s.outcome NOT IN ('NEVER_ARRIVED', 'REFUSED'), true)) THEN
+            RETURN false;
+        END IF;
+    END IF;
+    RETURN o.order_id IS NOT NULL
+       AND (c.order_version, c.payload) = (wanted.version, orders_command_payload(wanted))
+       AND CASE WHEN c.kind = 'CANCEL' THEN o.status = 'PENDING_CANCEL'
+                WHEN c.kind = 'SUBMIT' THEN o.status IN ('NEW', 'PENDING') AND NOT o.recovered
+                ELSE o.status IN ('NEW', 'PENDING', 'PENDING_SUBMIT', 'ROUTED', 'PARTIALLY_FILLED')
+                     AND order_modify_refusal(o, wanted) IS NULL END;
+END $$;
+
+COMMENT ON FUNCTION broker_command_is_true IS
+    'Whether an order bears out a command about it; for a MODIFY the gate is asked.';
+
+CREATE FUNCTION broker_command_prove() RETURNS trigger
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
+    IF TG_OP = 'INSERT' THEN
+        IF num_nonnulls(NEW.claimed_by, NEW.claimed_at, NEW.sent_at, NEW.done_at, NEW.outcome) > 0
+        THEN
+            RAISE EXCEPTION 'a new command waits: nobody can have taken or sent it'
+                USING ERRCODE = '23T08', CONSTRAINT = 'broker_command_begins_waiting',
+                      TABLE = 'broker_command', COLUMN = 'claimed_by',
+                      HINT = 'Leave out what a connector will write.';
+        ELSIF NEW.kind IN ('SUBMIT', 'MODIFY') THEN
+            PERFORM run_lock(NEW.user_id, NEW.run_id, 'broker_command', 'RUNNING');
+        END IF;
+    ELSIF NEW.outcome = 'NEVER_ARRIVED' AND NEW.kind = 'SUBMIT'
+          AND OLD.outcome IS DISTINCT FROM NEW.outcome
+          AND NOT broker_command_never_arrived(NEW) THEN
+        RAISE EXCEPTION 'nothing that the broker said shows that % never arrived', NEW.command_id
+            USING ERRCODE = '23T08', CONSTRAINT = 'broker_command_outcome_said_by_broker',
+                  TABLE = 'broker_command', COLUMN = 'outcome',
+                  HINT = 'Ask for a SNAPSHOT; what it does not tell of never arrived.';
+    END IF;
+    IF TG_OP = 'INSERT' AND NOT coalesce(broker_command_is_true(NEW), false)
+       OR TG_OP = 'UPDATE' AND NEW.payload <> OLD.payload
+          AND NOT (NEW.kind = 'SUBMIT' AND NEW.claimed_by IS NULL AND NEW.payload = (
+              SELECT orders_command_payload(o) FROM orders o
+              WHERE o.user_id = NEW.user_id AND o.run_id = NEW.run_id
+                AND o.order_id = NEW.order_id)) THEN
+        RAISE EXCEPTION 'no order bears out the % of order %', NEW.kind, NEW.order_id
+            USING ERRCODE = '23T08', CONSTRAINT = 'broker_command_agrees_with_order',
+                  TABLE = 'broker_command', COLUMN = 'payload',
+                  HINT = 'Write the order, or call order_cancel() or order_modify().';
+    END IF;
+    RETURN NEW;
+END $$;
+
+COMMENT ON FUNCTION broker_command_prove IS
+    'Trigger: a command is what its order says, and never arrived only if the broker shows it.';
+
+-- A submit that may have gone out is given up only if the broker, asked afterwards, tells nothing
+-- of its order.
+CREATE FUNCTION broker_command_never_arrived(c broker_command) RETURNS boolean
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT EXISTS (SELECT FROM broker_event e
+                   WHERE e.user_id = c.user_id AND e.account = c.account
+                     AND e.kind = 'SNAPSHOT' AND e.received_at >= c.claimed_at)
+       AND NOT EXISTS (SELECT FROM broker_event e
+                       WHERE e.user_id = c.user_id AND e.account = c.account
+                         AND e.order_ref = c.order_id::text
+                         AND e.kind NOT IN ('THROTTLED', 'SEND_FAILED'))
+       AND NOT EXISTS (SELECT FROM broker_event e
+                       WHERE e.user_id = c.user_id AND e.account = c.account
+                         AND e.kind = 'SNAPSHOT' AND e.received_at >= c.claimed_at
+                         AND strpos(e.payload::text, c.order_id::text) > 0)
+$$;
+
+COMMENT ON FUNCTION broker_command_never_arrived IS
+    'Whether a SNAPSHOT since a command was claimed shows that its order is not at the broker.';
+
+CREATE TRIGGER broker_command_b_prove BEFORE INSERT ON broker_command
+    FOR EACH ROW EXECUTE FUNCTION broker_command_prove();
+
+CREATE TRIGGER broker_command_b_prove_change BEFORE UPDATE ON broker_command
+    FOR EACH ROW WHEN ((NEW.payload, NEW.outcome) IS DISTINCT FROM (OLD.payload, OLD.outcome))
+    EXECUTE FUNCTION broker_command_prove();
+
+-- To ask a broker for new terms is to move the order.
+CREATE FUNCTION broker_command_move_order() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+BEGIN
+    UPDATE orders SET status = 'PENDING_MODIFY'
+    WHERE user_id = NEW.user_id AND run_id = NEW.run_id AND order_id = NEW.order_id;
+    RETURN NULL;
+END $$;
+
+COMMENT ON FUNCTION broker_command_move_order IS
+    'Trigger: an order that is to be modified is PENDING_MODIFY.';
+
+CREATE TRIGGER broker_command_m_move_order AFTER INSERT ON broker_command
+    FOR EACH ROW WHEN (NEW.kind = 'MODIFY') EXECUTE FUNCTION broker_command_move_order();
 
 -- Cancels an order of any broker. Returns what it came to: CANCELED at once, PENDING_CANCEL where
 -- the broker has it, CANCEL_IGNORED where there is nothing left to cancel.
@@ -1893,7 +2128,16 @@ BEGIN
         ON CONFLICT DO NOTHING;
         RETURN refusal;
     END IF;
-    RETURN order_modify_send(was, wanted);
+    IF orders_may_change_unsent(was, wanted) THEN
+        UPDATE orders SET quantity = wanted.quantity, limit_price = wanted.limit_price,
+                          stop_price = wanted.stop_price
+        WHERE user_id = of_user AND run_id = of_run AND order_id = of_order;
+        RETURN 'MODIFIED';
+    END IF;
+    INSERT INTO broker_command (user_id, account, kind, run_id, order_id, order_version, payload)
+    VALUES (of_user, was.account, 'MODIFY', of_run, of_order, was.version + 1,
+            orders_command_payload(wanted));
+    RETURN 'PENDING_MODIFY';
 END $$;
 
 COMMENT ON FUNCTION order_modify IS
@@ -1917,7 +2161,7 @@ BEGIN
     -- What is left of it would be ordered anew; what it holds back today does not count.
     wanted.quantity := wanted.quantity - was.filled_quantity;
     refusal := orders_gate(
-        wanted, run.account_type, EXISTS (SELECT FROM risk_limit l WHERE l.user_id = was.user_id),
+        wanted, run.account_type, user_is_limited(was.user_id),
         run.cash - run_reserved_cash(was.user_id, was.run_id) + was.reserved_cash,
         coalesce(held, 0) + orders_open_quantity(was)
         - (was.quantity - was.filled_quantity)
@@ -1926,29 +2170,6 @@ BEGIN
 END $$;
 
 COMMENT ON FUNCTION order_modify_refusal IS 'Why an order may not have new terms, or NULL.';
-
-CREATE FUNCTION order_modify_send(was orders, wanted orders) RETURNS text
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
-BEGIN
-    UPDATE broker_command SET payload = orders_command_payload(wanted)
-    WHERE user_id = was.user_id AND account = was.account AND order_id = was.order_id
-      AND kind = 'SUBMIT' AND claimed_by IS NULL AND done_at IS NULL;
-    IF FOUND THEN
-        UPDATE orders SET quantity = wanted.quantity, limit_price = wanted.limit_price,
-                          stop_price = wanted.stop_price
-        WHERE user_id = was.user_id AND run_id = was.run_id AND order_id = was.order_id;
-        RETURN 'MODIFIED';
-    END IF;
-    INSERT INTO broker_command (user_id, account, kind, run_id, order_id, order_version, payload)
-    VALUES (was.user_id, was.account, 'MODIFY', was.run_id, was.order_id, was.version + 1,
-            orders_command_payload(wanted));
-    UPDATE orders SET status = 'PENDING_MODIFY'
-    WHERE user_id = was.user_id AND run_id = was.run_id AND order_id = was.order_id;
-    RETURN 'PENDING_MODIFY';
-END $$;
-
-COMMENT ON FUNCTION order_modify_send IS
-    'Changes what has not gone yet, or sends the change of what has.';
 
 -- New terms are told, so that the ledger always knows what is worked.
 CREATE FUNCTION orders_record_terms() RETURNS trigger
@@ -1996,9 +2217,2404 @@ END $$;
 COMMENT ON FUNCTION orders_ask_back IS
     'Cancels a run''s orders at its brokers; refuses STOPPED while one is not settled.';
 
+-- What a connector may do: hold its account, take commands, say what became of them. It has these
+-- functions, which have the owner's rights, and INSERT on the inbox; no right to any order.
+
+-- What is no new order is looked for by itself, so that ten thousand waiting orders don't hide it.
+CREATE INDEX broker_command_waiting_other_idx ON broker_command (user_id, account, priority)
+    WHERE done_at IS NULL AND kind <> 'SUBMIT';
+
+-- --- The lease ------------------------------------------------------------------------------
+
+CREATE FUNCTION lease_refuse(of_user uuid, of_account text) RETURNS void
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+DECLARE
+    lease broker_lease;
+BEGIN
+    SELECT * INTO lease FROM broker_lease WHERE user_id = of_user AND account = of_account;
+    RAISE EXCEPTION 'account % is not held by this connector: %', of_account,
+        CASE WHEN lease.account IS NULL THEN 'nobody has taken it'
+             WHEN lease.expires_at <= clock_timestamp()
+             THEN format('the lease of %s ended at %s', lease.holder_name, lease.expires_at)
+             ELSE format('%s holds it until %s', lease.holder_name, lease.expires_at) END
+        USING ERRCODE = '23T21', CONSTRAINT = 'broker_lease_is_held', TABLE = 'broker_lease',
+              HINT = 'Stop this connector; start it again when the account is free.';
+END $$;
+
+COMMENT ON FUNCTION lease_refuse IS 'Refuses what only the holder of an account''s lease may do.';
+
+-- One statement: of two that come at once, the second waits for the first and then sees its row.
+CREATE FUNCTION lease_take(of_user uuid, of_account text, by_holder uuid, by_name text,
+                           seconds integer)
+RETURNS timestamptz LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+DECLARE
+    lease broker_lease;
+    until timestamptz;
+BEGIN
+    INSERT INTO broker_lease AS l (user_id, account, holder, holder_name, taken_at, expires_at)
+    VALUES (of_user, of_account, by_holder, by_name, clock_timestamp(),
+            clock_timestamp() + make_interval(secs => seconds))
+    ON CONFLICT (user_id, account) DO UPDATE
+        SET holder = by_holder, holder_name = by_name, taken_at = clock_timestamp(),
+            expires_at = clock_timestamp() + make_interval(secs => seconds), connected = false
+        WHERE l.holder = by_holder OR l.expires_at <= clock_timestamp()
+    RETURNING l.expires_at INTO until;
+    IF until IS NULL THEN
+        SELECT * INTO lease FROM broker_lease WHERE user_id = of_user AND account = of_account;
+        RAISE EXCEPTION 'account % is held by % until %', of_account, lease.holder_name,
+            lease.expires_at
+            USING ERRCODE = '23T20', CONSTRAINT = 'broker_lease_one_holder', TABLE = 'broker_lease',
+                  HINT = 'One connector an account: stop that one, or wait until its lease ends.';
+    END IF;
+    RETURN until;
+END $$;
+
+COMMENT ON FUNCTION lease_take IS
+    'Takes an account for a connector, if nobody holds it or his lease has ended; returns until '
+    'when.';
+
+-- Also after its end, for as long as nobody else has taken it: its row is what excludes others.
+CREATE FUNCTION lease_renew(of_user uuid, of_account text, by_holder uuid, seconds integer,
+                            is_connected boolean, heard_at timestamptz, skew interval)
+RETURNS timestamptz LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+DECLARE
+    until timestamptz;
+BEGIN
+    UPDATE broker_lease
+    SET expires_at = clock_timestamp() + make_interval(secs => seconds), connected = is_connected,
+        last_heard_at = greatest(last_heard_at, heard_at), clock_skew = coalesce(skew, clock_skew)
+    WHERE user_id = of_user AND account = of_account AND holder = by_holder
+    RETURNING expires_at INTO until;
+    IF until IS NULL THEN
+        PERFORM lease_refuse(of_user, of_account);
+    END IF;
+    RETURN until;
+END $$;
+
+COMMENT ON FUNCTION lease_renew IS
+    'Holds an account for longer and tells how the connection is; refuses whom it was taken from.';
+
+-- The row stays, so that people see when the broker was last heard.
+CREATE FUNCTION lease_release(of_user uuid, of_account text, by_holder uuid) RETURNS void
+LANGUAGE sql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+    UPDATE broker_lease SET expires_at = clock_timestamp(), connected = false
+    WHERE user_id = of_user AND account = of_account AND holder = by_holder
+$$;
+
+COMMENT ON FUNCTION lease_release IS 'Ends a connector''s lease, so that another can follow.';
+
+-- --- Commands -------------------------------------------------------------------------------
+
+-- Whether a command's turn has come. An order's commands go one after the other; behind one that
+-- may or may not have arrived nothing goes but a cancel, since a broker might take the change of
+-- an order that it doesn't know for a new one.
+CREATE FUNCTION command_is_due(c broker_command) RETURNS boolean
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    RETURN c.done_at IS NULL AND c.claimed_by IS NULL
+       AND (c.not_before IS NULL OR c.not_before <= clock_timestamp())
+       AND NOT EXISTS (
+           SELECT FROM broker_command e
+           WHERE e.user_id = c.user_id AND e.run_id = c.run_id AND e.order_id = c.order_id
+             AND e.order_version < c.order_version
+             AND (e.done_at IS NULL OR e.outcome = 'UNKNOWN' AND c.kind <> 'CANCEL'));
+END $$;
+
+COMMENT ON FUNCTION command_is_due IS 'Whether a command may be claimed now.';
+
+CREATE FUNCTION commands_claim(of_user uuid, of_account text, by_holder uuid, at_most integer,
+                               orders_at_most integer)
+RETURNS SETOF broker_command
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+BEGIN
+    -- Whoever wants to take the lease waits for us.
+    PERFORM FROM broker_lease
+    WHERE user_id = of_user AND account = of_account AND holder = by_holder
+      AND expires_at > clock_timestamp()
+    FOR NO KEY UPDATE;
+    IF NOT FOUND THEN
+        PERFORM lease_refuse(of_user, of_account);
+    END IF;
+    RETURN QUERY
+    WITH new_orders AS (
+        SELECT c.command_id, c.priority, c.kind, c.created_at FROM broker_command c
+        WHERE c.user_id = of_user AND c.account = of_account AND c.kind = 'SUBMIT'
+          AND c.done_at IS NULL AND c.claimed_by IS NULL AND command_is_due(c)
+        ORDER BY c.priority, c.created_at
+        LIMIT least(at_most, orders_at_most) FOR UPDATE SKIP LOCKED
+    ), others AS (
+        SELECT c.command_id, c.priority, c.kind, c.created_at FROM broker_command c
+        WHERE c.user_id = of_user AND c.account = of_account AND c.kind <> 'SUBMIT'
+          AND c.done_at IS NULL AND c.claimed_by IS NULL AND command_is_due(c)
+        ORDER BY c.priority, c.kind <> 'CANCEL', c.created_at
+        LIMIT at_most FOR UPDATE SKIP LOCKED
+    ), chosen AS (
+        SELECT a.command_id FROM (TABLE new_orders UNION ALL TABLE others) a
+        ORDER BY a.priority, a.kind <> 'CANCEL', a.created_at, a.command_id
+        LIMIT at_most
+    ), claimed AS (
+        UPDATE broker_command b SET claimed_by = by_holder, claimed_at = clock_timestamp()
+        FROM chosen
+        WHERE b.user_id = of_user AND b.account = of_account AND b.command_id = chosen.command_id
+        RETURNING b.*
+    )
+    SELECT c.* FROM claimed c
+    ORDER BY c.priority, c.kind <> 'CANCEL', c.created_at, c.command_id;
+END $$;
+
+COMMENT ON FUNCTION commands_claim IS
+    'Gives the holder of an account its next commands: by priority, cancels first, then by age; '
+    'each once; at most so many, and so many new orders among them.';
+
+-- What waits though its turn has come: the throttle's queue.
+CREATE FUNCTION commands_throttled(of_user uuid, of_account text, at_most integer)
+RETURNS TABLE (command_id uuid, kind text, order_id uuid, place bigint)
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = public, pg_temp AS $$
+    SELECT q.command_id, q.kind, q.order_id, q.place
+    FROM (SELECT c.command_id, c.kind, c.order_id,
+                 row_number() OVER (ORDER BY c.priority, c.kind <> 'CANCEL', c.created_at,
+                                             c.command_id) - 1 AS place
+          FROM broker_command c
+          WHERE c.user_id = of_user AND c.account = of_account AND c.done_at IS NULL
+            AND c.claimed_by IS NULL AND command_is_due(c)) q
+    WHERE q.order_id IS NOT NULL
+      AND NOT EXISTS (
+          SELECT FROM broker_event e
+          WHERE e.user_id = of_user AND e.account = of_account AND e.kind = 'THROTTLED'
+            AND e.order_ref = q.order_id::text
+            AND e.payload ->> 'command_id' = q.command_id::text)
+    ORDER BY q.place LIMIT at_most
+$$;
+
+COMMENT ON FUNCTION commands_throttled IS
+    'Commands about orders that wait for the throttle and have no THROTTLED event yet, each with '
+    'its place in the queue, from 0.';
+
+-- It needs no lease: what was sent was sent, whoever holds the account now. A repeat, after a
+-- commit of which nobody heard, changes nothing.
+CREATE FUNCTION commands_done(of_user uuid, of_account text, by_holder uuid, commands uuid[],
+                              sent timestamptz[], outcomes text[])
+RETURNS void LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+DECLARE
+    strange uuid;
+BEGIN
+    SELECT d.command_id INTO strange FROM unnest(commands) AS d (command_id)
+    LEFT JOIN broker_command c
+        ON c.user_id = of_user AND c.account = of_account AND c.command_id = d.command_id
+    WHERE c.claimed_by IS DISTINCT FROM by_holder LIMIT 1;
+    IF FOUND THEN
+        RAISE EXCEPTION 'command % was not claimed by this connector', strange
+            USING ERRCODE = '23T21', CONSTRAINT = 'broker_command_done_by_claimer',
+                  TABLE = 'broker_command', COLUMN = 'claimed_by',
+                  HINT = 'Who claims a command says what became of it.';
+    END IF;
+    UPDATE broker_command c
+    SET sent_at = d.sent_at, done_at = clock_timestamp(), outcome = d.outcome
+    FROM unnest(commands, sent, outcomes) AS d (command_id, sent_at, outcome)
+    WHERE c.user_id = of_user AND c.account = of_account AND c.command_id = d.command_id
+      AND c.done_at IS NULL;
+END $$;
+
+COMMENT ON FUNCTION commands_done IS
+    'Says of claimed commands when they were sent, if they were, and what became of them.';
+
+CREATE FUNCTION connector_alert(of_user uuid, of_account text, of_code text, of_message text)
+RETURNS void LANGUAGE sql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+    INSERT INTO alert (user_id, code, subject, account, message)
+    VALUES (of_user, of_code, of_account, of_account, of_message)
+    ON CONFLICT (user_id, code, subject) WHERE acknowledged_at IS NULL DO NOTHING
+$$;
+
+COMMENT ON FUNCTION connector_alert IS 'Raises an alert about an account, unless it is open yet.';
+
+-- --- Neither outbox nor inbox is edited -----------------------------------------------------
+
+CREATE FUNCTION broker_command_check_update() RETURNS trigger
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
+    IF (NEW.user_id, NEW.account, NEW.command_id, NEW.priority, NEW.kind, NEW.run_id,
+        NEW.order_id, NEW.order_version, NEW.not_before, NEW.created_at)
+       IS DISTINCT FROM
+       (OLD.user_id, OLD.account, OLD.command_id, OLD.priority, OLD.kind, OLD.run_id,
+        OLD.order_id, OLD.order_version, OLD.not_before, OLD.created_at)
+       -- An order that waits may be given new terms; what a connector has seen is fixed.
+       OR NEW.payload <> OLD.payload
+          AND (OLD.claimed_by IS NOT NULL OR NEW.claimed_by IS NOT NULL
+               OR OLD.done_at IS NOT NULL OR NEW.done_at IS NOT NULL) THEN
+        RAISE EXCEPTION 'command % stays as it was written', OLD.command_id
+            USING ERRCODE = '23T09', CONSTRAINT = 'broker_command_terms_fixed',
+                  TABLE = 'broker_command', HINT = 'Withdraw it, and write another one.';
+    END IF;
+    IF OLD.claimed_by IS NOT NULL
+       AND (NEW.claimed_by, NEW.claimed_at) IS DISTINCT FROM (OLD.claimed_by, OLD.claimed_at)
+       OR OLD.sent_at IS NOT NULL AND NEW.sent_at IS DISTINCT FROM OLD.sent_at
+       OR OLD.done_at IS NOT NULL AND NEW.done_at IS DISTINCT FROM OLD.done_at
+       -- Of what was sent, or perhaps sent, the broker says whether it arrived.
+       OR OLD.outcome IS NOT NULL AND NEW.outcome IS DISTINCT FROM OLD.outcome
+          AND NOT (OLD.outcome IN ('SENT', 'UNKNOWN')
+                   AND coalesce(NEW.outcome, '') IN ('ARRIVED', 'NEVER_ARRIVED')) THEN
+        RAISE EXCEPTION 'what became of command % is said once', OLD.command_id
+            USING ERRCODE = '23T09', CONSTRAINT = 'broker_command_said_once',
+                  TABLE = 'broker_command', COLUMN = 'outcome',
+                  HINT = 'Only SENT and UNKNOWN turn into ARRIVED or NEVER_ARRIVED.';
+    END IF;
+    RETURN NEW;
+END $$;
+
+COMMENT ON FUNCTION broker_command_check_update IS
+    'Trigger: a command stays as it is, but for the payload of one that nobody has taken; claim, '
+    'sending and outcome are written once.';
+
+CREATE FUNCTION broker_event_check_update() RETURNS trigger
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
+    IF (NEW.user_id, NEW.account, NEW.number, NEW.holder, NEW.kind, NEW.priority, NEW.order_ref,
+        NEW.broker_order_id, NEW.perm_id, NEW.execution_id, NEW.payload, NEW.event_at,
+        NEW.received_at)
+       IS DISTINCT FROM
+       (OLD.user_id, OLD.account, OLD.number, OLD.holder, OLD.kind, OLD.priority, OLD.order_ref,
+        OLD.broker_order_id, OLD.perm_id, OLD.execution_id, OLD.payload, OLD.event_at,
+        OLD.received_at) THEN
+        RAISE EXCEPTION 'what the broker said (% of account %) stays as it was said', OLD.number,
+            OLD.account
+            USING ERRCODE = '23T09', CONSTRAINT = 'broker_event_append_only',
+                  TABLE = 'broker_event', HINT = 'History is only added to.';
+    END IF;
+    IF (NEW.applied_at, NEW.finding, NEW.code, NEW.note)
+       IS DISTINCT FROM (OLD.applied_at, OLD.finding, OLD.code, OLD.note)
+       -- HELD waits for a person, who then decides.
+       AND (NEW.applied_at IS NULL
+            OR OLD.applied_at IS NOT NULL AND OLD.finding IS DISTINCT FROM 'HELD') THEN
+        RAISE EXCEPTION 'event % of account % is applied once', OLD.number, OLD.account
+            USING ERRCODE = '23T09', CONSTRAINT = 'broker_event_applied_once',
+                  TABLE = 'broker_event', COLUMN = 'applied_at',
+                  HINT = 'What was found is said once, with applied_at; only HELD may change.';
+    END IF;
+    RETURN NEW;
+END $$;
+
+COMMENT ON FUNCTION broker_event_check_update IS
+    'Trigger: an event stays as it is; what it turned out to be is written once.';
+
+-- Rows of an account go with it; those that an order's run owns also with that. A cascade comes
+-- when the row that it follows is gone already.
+CREATE FUNCTION boundary_refuse_delete() RETURNS trigger
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
+    IF TG_OP = 'DELETE' THEN
+        IF NOT EXISTS (SELECT FROM broker_account
+                       WHERE user_id = OLD.user_id AND account = OLD.account)
+           OR to_jsonb(OLD) ->> 'run_id' IS NOT NULL
+              AND NOT EXISTS (SELECT FROM orders
+                              WHERE user_id = OLD.user_id
+                                AND run_id = (to_jsonb(OLD) ->> 'run_id')::uuid
+                                AND order_id = (to_jsonb(OLD) ->> 'order_id')::uuid) THEN
+            RETURN OLD;
+        END IF;
+    END IF;
+    RAISE EXCEPTION '% of % is not possible: it is history', TG_OP, TG_ARGV[0]
+        USING ERRCODE = '23T09', CONSTRAINT = TG_ARGV[0] || '_kept', TABLE = TG_ARGV[0],
+              HINT = 'History is only added to; it goes with its account.';
+END $$;
+
+COMMENT ON FUNCTION boundary_refuse_delete IS
+    'Trigger: what was said to a broker and by it goes only with its account or its run. '
+    'Argument: the logical table name.';
+
+CREATE TRIGGER broker_command_a_check_update BEFORE UPDATE ON broker_command
+    FOR EACH ROW EXECUTE FUNCTION broker_command_check_update();
+
+CREATE TRIGGER broker_command_z_refuse_delete BEFORE DELETE ON broker_command
+    FOR EACH ROW EXECUTE FUNCTION boundary_refuse_delete('broker_command');
+
+CREATE TRIGGER broker_command_z_refuse_truncate BEFORE TRUNCATE ON broker_command
+    FOR EACH STATEMENT EXECUTE FUNCTION boundary_refuse_delete('broker_command');
+
+CREATE TRIGGER broker_event_a_check_update BEFORE UPDATE ON broker_event
+    FOR EACH ROW EXECUTE FUNCTION broker_event_check_update();
+
+CREATE TRIGGER broker_event_z_refuse_delete BEFORE DELETE ON broker_event
+    FOR EACH ROW EXECUTE FUNCTION boundary_refuse_delete('broker_event');
+
+CREATE TRIGGER broker_event_z_refuse_truncate BEFORE TRUNCATE ON broker_event
+    FOR EACH STATEMENT EXECUTE FUNCTION boundary_refuse_delete('broker_event');
+
+-- Safety: what stops trading, and what is left when it has stopped. A halt is a row: the gate looks
+-- at it before every order, so that it holds at once, in every process and after every restart.
+
+-- Halts of everything: seen by the gate of every user. Their copies in trading_halt carry them out,
+-- user by user.
+CREATE TABLE system_halt (
+    halt_id       uuid        NOT NULL DEFAULT gen_random_uuid(),
+    name          text        NOT NULL,
+    trading_state text        NOT NULL,
+    reason        text        NOT NULL,
+    placed_by     text        NOT NULL,
+    placed_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
+    lifted_at     timestamptz,
+    lifted_by     text,
+    CONSTRAINT system_halt_pkey PRIMARY KEY (halt_id),
+    CONSTRAINT system_halt_state_known CHECK (trading_state IN ('REDUCING', 'HALTED')),
+    CONSTRAINT system_halt_name_format
+        CHECK (name ~ '^[A-Za-z0-9][A-Za-z0-9._:-]*$' AND length(name) <= 100),
+    CONSTRAINT system_halt_words_short
+        CHECK (length(reason) <= 500 AND length(placed_by) <= 100 AND length(lifted_by) <= 100),
+    CONSTRAINT system_halt_lifted_by_somebody CHECK ((lifted_at IS NULL) = (lifted_by IS NULL))
+);
+
+-- This prevents a second halt of a name, and is all that the gate reads.
+CREATE UNIQUE INDEX system_halt_open_once ON system_halt (name) WHERE lifted_at IS NULL;
+
+COMMENT ON TABLE system_halt IS 'Halts of everything, whoever it belongs to.';
+
+COMMENT ON COLUMN system_halt.trading_state IS
+    'HALTED: no new orders. REDUCING: only what makes a position smaller.';
+
+CREATE TABLE trading_halt (
+    user_id       uuid        NOT NULL,
+    halt_id       uuid        NOT NULL DEFAULT gen_random_uuid(),
+    name          text        NOT NULL,
+    scope         text        NOT NULL,
+    run_id        uuid,
+    account       text,
+    trading_state text        NOT NULL DEFAULT 'HALTED',
+    cancels       boolean     NOT NULL DEFAULT true,
+    reason        text        NOT NULL,
+    placed_by     text        NOT NULL,
+    placed_at     timestamptz NOT NULL DEFAULT clock_timestamp(),
+    lifted_at     timestamptz,
+    lifted_by     text,
+    CONSTRAINT trading_halt_pkey PRIMARY KEY (user_id, halt_id),
+    CONSTRAINT trading_halt_belongs_to_user
+        FOREIGN KEY (user_id) REFERENCES app_user (user_id) ON DELETE CASCADE,
+    CONSTRAINT trading_halt_of_run FOREIGN KEY (user_id, run_id)
+        REFERENCES strategy_run (user_id, run_id) ON DELETE CASCADE,
+    CONSTRAINT trading_halt_of_account FOREIGN KEY (user_id, account)
+        REFERENCES broker_account (user_id, account) ON DELETE CASCADE,
+    CONSTRAINT trading_halt_scope_known CHECK (scope IN ('RUN', 'ACCOUNT', 'USER', 'EVERYTHING')),
+    CONSTRAINT trading_halt_names_its_scope
+        CHECK ((run_id IS NOT NULL) = (scope = 'RUN')
+               AND (account IS NOT NULL) = (scope = 'ACCOUNT')),
+    CONSTRAINT trading_halt_state_known CHECK (trading_state IN ('REDUCING', 'HALTED')),
+    CONSTRAINT trading_halt_name_format
+        CHECK (name ~ '^[A-Za-z0-9][A-Za-z0-9._:-]*$' AND length(name) <= 100),
+    CONSTRAINT trading_halt_words_short
+        CHECK (length(reason) <= 500 AND length(placed_by) <= 100 AND length(lifted_by) <= 100),
+    CONSTRAINT trading_halt_lifted_by_somebody CHECK ((lifted_at IS NULL) = (lifted_by IS NULL))
+);
+
+-- This prevents a second halt of a name, and is all that the gate reads.
+CREATE UNIQUE INDEX trading_halt_open_once ON trading_halt (user_id, name)
+    WHERE lifted_at IS NULL;
+
+COMMENT ON TABLE trading_halt IS 'What was halted, why, by whom, and when it was lifted.';
+
+COMMENT ON COLUMN trading_halt.name IS 'By which it is lifted; one open halt a name.';
+
+COMMENT ON COLUMN trading_halt.scope IS
+    'RUN, ACCOUNT, USER, or EVERYTHING: the copy of a system_halt at this user.';
+
+COMMENT ON COLUMN trading_halt.trading_state IS
+    'HALTED: no new orders. REDUCING: only what makes a position smaller.';
+
+COMMENT ON COLUMN trading_halt.cancels IS
+    'Whether working orders were cancelled, too, or only new ones are refused.';
+
+CREATE FUNCTION trading_halt_guard_write() RETURNS trigger
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
+    IF TG_OP = 'INSERT' THEN
+        NEW.placed_at := clock_timestamp();
+        IF NEW.lifted_at IS NULL THEN
+            RETURN NEW;
+        END IF;
+    ELSIF TG_OP = 'UPDATE' THEN
+        IF OLD.lifted_at IS NULL
+           AND (NEW.user_id, NEW.halt_id, NEW.name, NEW.scope, NEW.run_id, NEW.account,
+                NEW.trading_state, NEW.cancels, NEW.reason, NEW.placed_by, NEW.placed_at)
+               IS NOT DISTINCT FROM
+               (OLD.user_id, OLD.halt_id, OLD.name, OLD.scope, OLD.run_id, OLD.account,
+                OLD.trading_state, OLD.cancels, OLD.reason, OLD.placed_by, OLD.placed_at) THEN
+            NEW.lifted_at := clock_timestamp();
+            RETURN NEW;
+        END IF;
+    ELSIF NOT EXISTS (SELECT FROM app_user WHERE user_id = OLD.user_id)
+          OR OLD.run_id IS NOT NULL AND NOT EXISTS (
+              SELECT FROM strategy_run WHERE user_id = OLD.user_id AND run_id = OLD.run_id)
+          OR OLD.account IS NOT NULL AND NOT EXISTS (
+              SELECT FROM broker_account WHERE user_id = OLD.user_id AND account = OLD.account) THEN
+        RETURN OLD;
+    END IF;
+    RAISE EXCEPTION '% of a halt is not possible: it is history', TG_OP
+        USING ERRCODE = '23T09', CONSTRAINT = 'trading_halt_lifted_once', TABLE = 'trading_halt',
+              HINT = 'Place it with halt_place(), lift it by name with halt_lift().';
+END $$;
+
+COMMENT ON FUNCTION trading_halt_guard_write IS
+    'Trigger: a halt stays as it was placed; it is lifted once, and goes with what it halted.';
+
+CREATE TRIGGER trading_halt_a_guard_write BEFORE INSERT OR UPDATE OR DELETE ON trading_halt
+    FOR EACH ROW EXECUTE FUNCTION trading_halt_guard_write();
+
+CREATE TRIGGER trading_halt_z_refuse_truncate BEFORE TRUNCATE ON trading_halt
+    FOR EACH STATEMENT EXECUTE FUNCTION history_refuse_change('trading_halt', 'kept');
+
+-- The strongest halt that an order is under, unless it is one that the halt lets pass: an order
+-- that only shrinks a position passes REDUCING, a safety order that does so passes every halt.
+CREATE FUNCTION orders_halted(o orders, exposure numeric, OUT code text, OUT reason text)
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+DECLARE
+    halt record;
+BEGIN
+    SELECT h.name, h.trading_state, h.reason INTO halt
+    FROM (SELECT t.name, t.trading_state, t.reason FROM trading_halt t
+          WHERE t.user_id = o.user_id AND t.lifted_at IS NULL
+            AND (t.run_id IS NULL OR t.run_id = o.run_id)
+            AND (t.account IS NULL OR t.account = o.account)
+          UNION ALL
+          SELECT s.name, s.trading_state, s.reason FROM system_halt s WHERE s.lifted_at IS NULL) h
+    ORDER BY h.trading_state, h.name LIMIT 1;
+    IF FOUND AND NOT (orders_only_shrinks(o, exposure)
+                      AND (halt.trading_state = 'REDUCING' OR o.purpose IS NOT NULL)) THEN
+        code := CASE WHEN halt.trading_state = 'HALTED' THEN 'HALTED' ELSE 'REDUCE_ONLY' END;
+        reason := halt.name || ': ' || halt.reason;
+    END IF;
+END $$;
+
+COMMENT ON FUNCTION orders_halted IS 'HALTED or REDUCE_ONLY where a halt refuses an order.';
+
+-- The runs that a halt is about, their rows locked, so that a tick under way is waited for and the
+-- next one sees the halt.
+CREATE FUNCTION halt_lock_runs(of_user uuid, of_run uuid, of_account text) RETURNS uuid[]
+LANGUAGE sql SET search_path = public, pg_temp AS $$
+    SELECT coalesce(array_agg(locked.run_id), '{}')
+    FROM (SELECT r.run_id FROM strategy_run r
+          WHERE r.user_id = of_user AND r.status IN ('RUNNING', 'STOPPING')
+            AND (of_run IS NULL OR r.run_id = of_run)
+            AND (of_account IS NULL OR EXISTS (
+                SELECT FROM run_route t
+                WHERE t.user_id = of_user AND t.run_id = r.run_id AND t.account = of_account))
+          ORDER BY r.run_id FOR NO KEY UPDATE) locked
+$$;
+
+COMMENT ON FUNCTION halt_lock_runs IS 'Locks the live runs of a user, run or account.';
+
+-- Cancels the working orders that a halt does not let be; safety orders are left to work. Under
+-- REDUCING those stay which make a position smaller, as long as together they do.
+CREATE FUNCTION halt_cancel_orders(of_user uuid, of_run uuid, of_account text, state text,
+                                   why text)
+RETURNS integer LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+DECLARE
+    doomed uuid;
+    count  integer := 0;
+BEGIN
+    FOR doomed IN
+        SELECT w.order_id
+        FROM (SELECT o.order_id, o.side, o.status, o.purpose, coalesce(p.quantity, 0) AS held,
+                     sum(o.quantity - o.filled_quantity)
+                         OVER (PARTITION BY o.symbol, o.side
+                               ORDER BY o.recorded_at, o.order_id) AS open
+              FROM orders o
+              LEFT JOIN position p ON p.user_id = o.user_id AND p.run_id = o.run_id
+                                  AND p.symbol = o.symbol
+              WHERE o.user_id = of_user AND o.run_id = of_run
+                AND (of_account IS NULL OR o.account = of_account)
+                AND o.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')) w
+        WHERE w.status <> 'PENDING_CANCEL' AND w.purpose IS NULL
+          AND NOT (state = 'REDUCING'
+                   AND w.open <= CASE WHEN w.side = 'SELL' THEN w.held ELSE -w.held END)
+        ORDER BY w.order_id
+    LOOP
+        PERFORM order_cancel(of_user, of_run, doomed, why);
+        count := count + 1;
+    END LOOP;
+    RETURN count;
+END $$;
+
+COMMENT ON FUNCTION halt_cancel_orders IS
+    'Cancels what a halt of a run, or of an account, does not let work; returns how many.';
+
+-- Places a halt, or returns the open one of that name: twice is once. The working orders are
+-- cancelled and the runs told in the same transaction.
+CREATE FUNCTION halt_place(of_user uuid, halt_name text, halt_scope text, of_run uuid,
+                           of_account text, state text, why text, who text,
+                           cancel_orders boolean DEFAULT true)
+RETURNS trading_halt LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+DECLARE
+    runs uuid[] := halt_lock_runs(of_user, of_run, of_account);
+    run  uuid;
+    halt trading_halt;
+BEGIN
+    INSERT INTO trading_halt (user_id, name, scope, run_id, account, trading_state, cancels,
+                              reason, placed_by)
+    VALUES (of_user, halt_name, halt_scope, of_run, of_account, state, cancel_orders, why, who)
+    ON CONFLICT DO NOTHING RETURNING * INTO halt;
+    IF NOT FOUND THEN
+        SELECT * INTO halt FROM trading_halt
+        WHERE user_id = of_user AND name = halt_name AND lifted_at IS NULL;
+        IF (halt.scope, halt.run_id, halt.account) IS DISTINCT FROM (halt_scope, of_run, of_account)
+           OR halt.trading_state = 'REDUCING' AND state = 'HALTED' THEN
+            RAISE EXCEPTION 'the open halt % is of other scope, or lets more pass', halt_name
+                USING ERRCODE = 'unique_violation', CONSTRAINT = 'trading_halt_open_once',
+                      TABLE = 'trading_halt', COLUMN = 'name',
+                      HINT = 'Place this one under another name.';
+        END IF;
+        RETURN halt;
+    END IF;
+    FOREACH run IN ARRAY runs LOOP
+        IF cancel_orders THEN
+            PERFORM halt_cancel_orders(of_user, run, of_account, state, 'HALT ' || halt_name);
+        END IF;
+        INSERT INTO event_ledger (user_id, run_id, event_type, subject, payload)
+        VALUES (of_user, run, 'KILL_SWITCH', halt.halt_id,
+                jsonb_build_object('name', halt_name, 'scope', halt_scope, 'reason', why,
+                                   'trading_state', state, 'by', who));
+    END LOOP;
+    RETURN halt;
+END $$;
+
+COMMENT ON FUNCTION halt_place IS
+    'Halts a run, account or user and cancels what works; returns the open halt of the name.';
+
+-- What works although it is halted: a run that started meanwhile, or a machine that died between.
+CREATE FUNCTION halt_enforce(of_user uuid) RETURNS integer
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+DECLARE
+    halt  trading_halt;
+    run   uuid;
+    count integer := 0;
+BEGIN
+    FOR halt IN SELECT * FROM trading_halt
+                WHERE user_id = of_user AND lifted_at IS NULL AND cancels ORDER BY name
+    LOOP
+        FOREACH run IN ARRAY halt_lock_runs(of_user, halt.run_id, halt.account) LOOP
+            count := count + halt_cancel_orders(of_user, run, halt.account, halt.trading_state,
+                                                'HALT ' || halt.name);
+        END LOOP;
+    END LOOP;
+    RETURN count;
+END $$;
+
+COMMENT ON FUNCTION halt_enforce IS
+    'Cancels again what works under a user''s open halts; returns how many orders.';
+
+-- Lifts the open halt of a name, and no other way lifts one. Returns nothing where there is none.
+CREATE FUNCTION halt_lift(of_user uuid, halt_name text, who text)
+RETURNS SETOF trading_halt
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+DECLARE
+    halt trading_halt;
+    run  uuid;
+    runs uuid[];
+BEGIN
+    SELECT * INTO halt FROM trading_halt
+    WHERE user_id = of_user AND name = halt_name AND lifted_at IS NULL;
+    IF NOT FOUND THEN
+        RETURN;
+    ELSIF halt.scope = 'EVERYTHING' AND EXISTS (
+        SELECT FROM system_halt WHERE name = halt_name AND lifted_at IS NULL) THEN
+        RAISE EXCEPTION 'halt % is of everything', halt_name
+            USING ERRCODE = '23T09', CONSTRAINT = 'trading_halt_of_everything',
+                  TABLE = 'trading_halt', HINT = 'Lift it for everybody, with system_halt_lift().';
+    END IF;
+    runs := halt_lock_runs(of_user, halt.run_id, halt.account);
+    UPDATE trading_halt SET lifted_at = clock_timestamp(), lifted_by = who
+    WHERE user_id = of_user AND halt_id = halt.halt_id AND lifted_at IS NULL
+    RETURNING * INTO halt;
+    IF NOT FOUND THEN
+        RETURN;
+    END IF;
+    FOREACH run IN ARRAY runs LOOP
+        INSERT INTO event_ledger (user_id, run_id, event_type, subject, payload)
+        VALUES (of_user, run, 'HALT_LIFTED', halt.halt_id,
+                jsonb_build_object('name', halt_name, 'by', who));
+    END LOOP;
+    RETURN NEXT halt;
+END $$;
+
+COMMENT ON FUNCTION halt_lift IS 'Lifts the open halt of a name; returns it, or no row.';
+
+CREATE FUNCTION system_halt_place(halt_name text, state text, why text, who text)
+RETURNS system_halt LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+DECLARE
+    halt system_halt;
+BEGIN
+    INSERT INTO system_halt (name, trading_state, reason, placed_by)
+    VALUES (halt_name, state, why, who) ON CONFLICT DO NOTHING;
+    SELECT * INTO halt FROM system_halt WHERE name = halt_name AND lifted_at IS NULL;
+    IF halt.trading_state = 'REDUCING' AND state = 'HALTED' THEN
+        RAISE EXCEPTION 'the open halt % lets more pass', halt_name
+            USING ERRCODE = 'unique_violation', CONSTRAINT = 'system_halt_open_once',
+                  TABLE = 'system_halt', COLUMN = 'name',
+                  HINT = 'Place this one under another name.';
+    END IF;
+    RETURN halt;
+END $$;
+
+COMMENT ON FUNCTION system_halt_place IS
+    'Halts everything: new orders at once; halt_place() then cancels what works, user by user.';
+
+CREATE FUNCTION system_halt_lift(halt_name text, who text) RETURNS SETOF system_halt
+LANGUAGE sql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+    UPDATE system_halt SET lifted_at = clock_timestamp(), lifted_by = who
+    WHERE name = halt_name AND lifted_at IS NULL RETURNING *
+$$;
+
+COMMENT ON FUNCTION system_halt_lift IS
+    'Lifts a halt of everything by its name; halt_lift() then tells the runs, user by user.';
+
+-- What loss is measured from: the equity at the last mark before the session that a moment is in,
+-- or that came before it; the initial cash for a run without such a mark.
+CREATE FUNCTION run_equity_before(of_user uuid, of_run uuid, at timestamptz) RETURNS numeric
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+DECLARE
+    run  record;
+    mark numeric;
+BEGIN
+    SELECT r.calendar, r.initial_cash INTO run FROM strategy_run r
+    WHERE r.user_id = of_user AND r.run_id = of_run;
+    SELECT m.equity INTO mark FROM mtm_ledger m
+    WHERE m.user_id = of_user AND m.run_id = of_run
+      AND m.logical_time < coalesce((calendar_session_at(run.calendar, at)).open_at,
+                                    date_trunc('day', at, 'UTC'))
+    ORDER BY m.logical_time DESC LIMIT 1;
+    RETURN coalesce(mark, run.initial_cash);
+END $$;
+
+COMMENT ON FUNCTION run_equity_before IS
+    'A run''s equity at the last mark before the session of a moment.';
+
+-- The highest mark so far, so that nobody has to read all of them for every order.
+CREATE TABLE equity_peak (
+    user_id uuid        NOT NULL,
+    run_id  uuid        NOT NULL,
+    equity  numeric     NOT NULL,
+    as_of   timestamptz NOT NULL,
+    CONSTRAINT equity_peak_pkey PRIMARY KEY (user_id, run_id),
+    CONSTRAINT equity_peak_belongs_to_run FOREIGN KEY (user_id, run_id)
+        REFERENCES strategy_run (user_id, run_id) ON DELETE CASCADE,
+    CONSTRAINT equity_peak_equity_in_range CHECK (abs(equity) < 1e40),
+    CONSTRAINT equity_peak_as_of_in_range CHECK (time_in_range(as_of))
+) WITH (fillfactor = 50);
+
+COMMENT ON TABLE equity_peak IS
+    'The highest equity of a run''s marks up to a logical time; follows from mtm_ledger.';
+
+COMMENT ON COLUMN equity_peak.as_of IS 'Logical time of the last mark that was looked at.';
+
+CREATE FUNCTION run_equity_peak(of_user uuid, of_run uuid, before timestamptz) RETURNS numeric
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+DECLARE
+    known equity_peak;
+    newer record;
+    peak  numeric;
+BEGIN
+    SELECT * INTO known FROM equity_peak WHERE user_id = of_user AND run_id = of_run;
+    SELECT max(m.equity) AS equity, max(m.logical_time) AS as_of, count(*) AS marks INTO newer
+    FROM mtm_ledger m
+    WHERE m.user_id = of_user AND m.run_id = of_run AND m.logical_time < before
+      AND m.logical_time > coalesce(known.as_of, '-infinity');
+    peak := greatest(known.equity, newer.equity,
+                     (SELECT r.initial_cash FROM strategy_run r
+                      WHERE r.user_id = of_user AND r.run_id = of_run));
+    IF newer.marks >= 100 THEN
+        INSERT INTO equity_peak AS p (user_id, run_id, equity, as_of)
+        VALUES (of_user, of_run, peak, newer.as_of)
+        ON CONFLICT (user_id, run_id) DO UPDATE
+        SET equity = excluded.equity, as_of = excluded.as_of;
+    END IF;
+    RETURN peak;
+END $$;
+
+COMMENT ON FUNCTION run_equity_peak IS
+    'The highest equity of a run''s marks before a moment, at least its initial cash.';
+
+-- Circuit breakers: what stops trading by itself. A kind without a row has its default; a default
+-- of NULL is off.
+CREATE TABLE breaker_kind (
+    kind      text    NOT NULL,
+    threshold numeric,
+    seconds   integer,
+    unit      text    NOT NULL,
+    log_code  text    NOT NULL,
+    why       text    NOT NULL,
+    CONSTRAINT breaker_kind_pkey PRIMARY KEY (kind),
+    CONSTRAINT breaker_kind_threshold_in_range CHECK (threshold >= 0 AND threshold < 1e20)
+);
+
+COMMENT ON TABLE breaker_kind IS 'The circuit breakers, and at what they trip unless told.';
+
+COMMENT ON COLUMN breaker_kind.seconds IS 'The window that they look at; NULL: none.';
+
+INSERT INTO breaker_kind (kind, threshold, seconds, unit, log_code, why) VALUES
+    ('DAILY_LOSS', NULL, NULL, 'currency', 'CIRCUIT_BREAKER',
+     'A run has lost so much since the last mark of the previous session.'),
+    ('REJECT_STORM', 20, 60, 'orders', 'REJECT_STORM', 'The broker refused so many orders.'),
+    ('LATENCY', 5000, 300, 'milliseconds', 'LATENCY_HIGH',
+     'One submit in twenty waits longer for its first answer.'),
+    ('STALE_PRICE', NULL, NULL, 'seconds', 'STALE_PRICE',
+     'What is held has had no new price for so long, while its exchange is open.'),
+    ('HEARTBEAT', NULL, NULL, 'seconds', 'HEARTBEAT_LOST',
+     'Nothing was heard of the broker for the account''s heartbeat_seconds.');
+
+CREATE TABLE circuit_breaker (
+    user_id    uuid        NOT NULL,
+    breaker_id uuid        NOT NULL DEFAULT gen_random_uuid(),
+    account    text,
+    kind       text        NOT NULL,
+    threshold  numeric,
+    seconds    integer,
+    created_at timestamptz NOT NULL DEFAULT now(),
+    CONSTRAINT circuit_breaker_pkey PRIMARY KEY (user_id, breaker_id),
+    CONSTRAINT circuit_breaker_belongs_to_user
+        FOREIGN KEY (user_id) REFERENCES app_user (user_id) ON DELETE CASCADE,
+    CONSTRAINT circuit_breaker_of_account FOREIGN KEY (user_id, account)
+        REFERENCES broker_account (user_id, account) ON DELETE CASCADE,
+    CONSTRAINT circuit_breaker_kind_known FOREIGN KEY (kind) REFERENCES breaker_kind (kind),
+    CONSTRAINT circuit_breaker_threshold_in_range CHECK (threshold >= 0 AND threshold < 1e20),
+    CONSTRAINT circuit_breaker_seconds_in_range CHECK (seconds BETWEEN 1 AND 86400),
+    CONSTRAINT circuit_breaker_heartbeat_of_account CHECK (kind <> 'HEARTBEAT'),
+    CONSTRAINT circuit_breaker_kind_once
+        UNIQUE NULLS NOT DISTINCT (user_id, kind, account)
+);
+
+COMMENT ON TABLE circuit_breaker IS 'At what a user''s, or an account''s, circuit breakers trip.';
+
+COMMENT ON COLUMN circuit_breaker.account IS 'NULL: every account without a row of its own.';
+
+COMMENT ON COLUMN circuit_breaker.threshold IS 'In the unit of breaker_kind; NULL: off.';
+
+COMMENT ON COLUMN circuit_breaker.seconds IS 'The window; NULL: that of breaker_kind.';
+
+CREATE FUNCTION breaker_setting(of_user uuid, of_account text, of_kind text,
+                                OUT threshold numeric, OUT seconds integer)
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT CASE WHEN b.breaker_id IS NULL THEN k.threshold ELSE b.threshold END,
+           coalesce(b.seconds, k.seconds)
+    FROM breaker_kind k
+    LEFT JOIN circuit_breaker b ON b.user_id = of_user AND b.kind = k.kind
+         AND (b.account IS NULL OR b.account = of_account)
+    WHERE k.kind = of_kind
+    ORDER BY b.account IS NULL LIMIT 1
+$$;
+
+COMMENT ON FUNCTION breaker_setting IS
+    'At what a breaker trips: the account''s row, else the user''s, else the default.';
+
+-- From the wire to the first answer, of the submits of a window; the slowest of twenty.
+CREATE FUNCTION account_latency(of_user uuid, of_account text, after timestamptz,
+                                until timestamptz, OUT orders bigint, OUT p95 numeric)
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT count(*), (array_agg(w.waited ORDER BY w.waited))[ceil(count(*) * 0.95)::integer]
+    FROM (SELECT extract(epoch FROM coalesce(
+                     (SELECT min(e.received_at) FROM broker_event e
+                      WHERE e.user_id = of_user AND e.account = of_account
+                        AND e.order_ref = c.order_id::text
+                        AND e.received_at >= c.sent_at
+                        AND e.kind IN ('ORDER_STATUS', 'EXECUTION', 'REJECTED')),
+                     until) - c.sent_at) * 1000 AS waited
+          FROM broker_command c
+          WHERE c.user_id = of_user AND c.account = of_account AND c.kind = 'SUBMIT'
+            AND c.sent_at > after AND c.sent_at <= until) w
+$$;
+
+COMMENT ON FUNCTION account_latency IS
+    'Milliseconds from submit to first answer that 95 of 100 submits of a window stayed within; '
+    'what has no answer yet has waited until now.';
+
+-- What trips now, one row each: what it is about, and how far it is.
+CREATE FUNCTION breakers_tripped(of_user uuid, at timestamptz)
+RETURNS TABLE (kind text, run_id uuid, account text, threshold numeric, value numeric)
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT 'DAILY_LOSS', r.run_id, NULL, s.threshold, v.loss
+    FROM strategy_run r
+    CROSS JOIN LATERAL breaker_setting(
+        of_user, (SELECT t.account FROM run_route t
+                  WHERE t.user_id = of_user AND t.run_id = r.run_id
+                  ORDER BY t.preference LIMIT 1), 'DAILY_LOSS') s
+    CROSS JOIN LATERAL (SELECT run_equity_before(of_user, r.run_id, at) - r.cash
+               - coalesce((SELECT sum(p.market_value) FROM position p
+                           WHERE p.user_id = of_user AND p.run_id = r.run_id), 0) AS loss) v
+    WHERE r.user_id = of_user AND r.status = 'RUNNING' AND v.loss >= s.threshold
+    UNION ALL
+    SELECT 'REJECT_STORM', NULL, a.account, s.threshold, v.rejects
+    FROM broker_account a
+    CROSS JOIN LATERAL breaker_setting(of_user, a.account, 'REJECT_STORM') s
+    CROSS JOIN LATERAL (SELECT count(*) AS rejects FROM orders o
+        WHERE o.user_id = of_user AND o.broker <> 'paper' AND o.account = a.account
+          AND o.reject_source = 'BROKER'
+          AND o.recorded_at > at - s.seconds * interval '1 second') v
+    WHERE a.user_id = of_user AND v.rejects >= s.threshold
+    UNION ALL
+    SELECT 'LATENCY', NULL, a.account, s.threshold, round(v.p95, 3)
+    FROM broker_account a
+    CROSS JOIN LATERAL breaker_setting(of_user, a.account, 'LATENCY') s
+    CROSS JOIN LATERAL account_latency(of_user, a.account,
+                                       at - s.seconds * interval '1 second', at) v
+    WHERE a.user_id = of_user AND v.orders >= 20 AND v.p95 > s.threshold
+    UNION ALL
+    SELECT 'STALE_PRICE', r.run_id, NULL, s.threshold, v.age
+    FROM strategy_run r
+    CROSS JOIN LATERAL breaker_setting(of_user, NULL, 'STALE_PRICE') s
+    CROSS JOIN LATERAL (SELECT extract(epoch FROM at - min(p.marked_at)) AS age FROM position p
+        WHERE p.user_id = of_user AND p.run_id = r.run_id AND p.quantity <> 0) v
+    WHERE r.user_id = of_user AND r.status = 'RUNNING' AND v.age > s.threshold
+      AND at < (calendar_session_at(r.calendar, at)).close_at
+    UNION ALL
+    SELECT 'HEARTBEAT', NULL, a.account, a.heartbeat_seconds, round(v.silence, 3)
+    FROM broker_account a
+    JOIN broker_lease e ON e.user_id = of_user AND e.account = a.account
+    CROSS JOIN LATERAL (SELECT extract(epoch FROM at - e.last_heard_at) AS silence) v
+    WHERE a.user_id = of_user AND v.silence > a.heartbeat_seconds
+      AND (e.connected OR (account_hours(of_user, a.account, at)).is_open)
+$$;
+
+COMMENT ON FUNCTION breakers_tripped IS
+    'The circuit breakers of a user that trip at a moment, with threshold and value.';
+
+-- Flatten: a request to close every position of a scope. One at a time a user, so that none can
+-- lead to another.
+CREATE TABLE flatten_request (
+    user_id     uuid        NOT NULL,
+    flatten_id  uuid        NOT NULL DEFAULT gen_random_uuid(),
+    scope       text        NOT NULL,
+    run_id      uuid,
+    account     text,
+    reason      text        NOT NULL,
+    asked_by    text        NOT NULL,
+    asked_at    timestamptz NOT NULL,
+    status      text        NOT NULL DEFAULT 'CANCELLING',
+    checked_at  timestamptz,
+    finished_at timestamptz,
+    summary     jsonb,
+    CONSTRAINT flatten_request_pkey PRIMARY KEY (user_id, flatten_id),
+    CONSTRAINT flatten_request_belongs_to_user
+        FOREIGN KEY (user_id) REFERENCES app_user (user_id) ON DELETE CASCADE,
+    CONSTRAINT flatten_request_of_run FOREIGN KEY (user_id, run_id)
+        REFERENCES strategy_run (user_id, run_id) ON DELETE CASCADE,
+    CONSTRAINT flatten_request_of_account FOREIGN KEY (user_id, account)
+        REFERENCES broker_account (user_id, account) ON DELETE CASCADE,
+    CONSTRAINT flatten_request_scope_known CHECK (scope IN ('RUN', 'ACCOUNT', 'USER')),
+    CONSTRAINT flatten_request_names_its_scope
+        CHECK ((run_id IS NOT NULL) = (scope = 'RUN')
+               AND (account IS NOT NULL) = (scope = 'ACCOUNT')),
+    CONSTRAINT flatten_request_status_known
+        CHECK (status IN ('CANCELLING', 'CHECKING', 'CLOSING', 'DONE', 'PARTIAL', 'ABORTED')),
+    CONSTRAINT flatten_request_finished_has_summary
+        CHECK ((finished_at IS NOT NULL) = (status IN ('DONE', 'PARTIAL', 'ABORTED'))
+               AND (finished_at IS NULL) = (summary IS NULL)),
+    CONSTRAINT flatten_request_summary_is_object CHECK (jsonb_typeof(summary) = 'object'),
+    CONSTRAINT flatten_request_words_short
+        CHECK (length(reason) <= 500 AND length(asked_by) <= 100)
+);
+
+-- This prevents a flatten from being asked for while one runs.
+CREATE UNIQUE INDEX flatten_request_one_at_a_time ON flatten_request (user_id)
+    WHERE finished_at IS NULL;
+
+COMMENT ON TABLE flatten_request IS 'Requests to close every position of a run, account or user.';
+
+COMMENT ON COLUMN flatten_request.status IS
+    'CANCELLING what works; CHECKING the margin; CLOSING; DONE; PARTIAL: something is still '
+    'exposed; ABORTED: the broker says that closing would violate the margin.';
+
+COMMENT ON COLUMN flatten_request.checked_at IS 'When the broker was asked what closing would do.';
+
+COMMENT ON COLUMN flatten_request.summary IS 'What was closed, what was not, and why.';
+
+-- What is open of a run, account by account: where a symbol was traded at one account only, what is
+-- held (splits have changed it since); at several, what each of them filled. closing is what open
+-- orders would close already.
+CREATE FUNCTION flatten_positions(of_user uuid, of_run uuid, of_account text)
+RETURNS TABLE (symbol text, account text, quantity numeric, closing numeric)
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    WITH filled AS (
+        SELECT o.symbol, o.account,
+               sum(CASE WHEN o.side = 'BUY' THEN o.filled_quantity
+                        ELSE -o.filled_quantity END) AS quantity
+        FROM orders o
+        WHERE o.user_id = of_user AND o.run_id = of_run AND o.filled_quantity <> 0
+        GROUP BY o.symbol, o.account
+    ), held AS (
+        SELECT p.symbol, f.account,
+               CASE WHEN count(*) OVER (PARTITION BY p.symbol) = 1 THEN p.quantity
+                    ELSE f.quantity END AS quantity
+        FROM position p
+        LEFT JOIN filled f ON f.symbol = p.symbol AND f.quantity <> 0
+        WHERE p.user_id = of_user AND p.run_id = of_run AND p.quantity <> 0
+    )
+    SELECT h.symbol, h.account, h.quantity, coalesce((
+        SELECT sum(o.quantity - o.filled_quantity) FROM orders o
+        WHERE o.user_id = of_user AND o.run_id = of_run AND o.symbol = h.symbol
+          AND o.account IS NOT DISTINCT FROM h.account
+          AND o.side = CASE WHEN h.quantity > 0 THEN 'SELL' ELSE 'BUY' END
+          AND o.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')), 0)
+    FROM held h
+    WHERE of_account IS NULL OR h.account = of_account
+    ORDER BY h.symbol, h.account
+$$;
+
+COMMENT ON FUNCTION flatten_positions IS
+    'What a run holds, by symbol and account, and what its open orders would close of it.';
+
+-- Risk: limits are rows, per user, run, account or symbol, and decided here when an order arrives,
+-- so that an order from psql meets them too. A refusal is stored on the order: source, code, limit
+-- and value. What only shrinks a position always passes those limits that exist to keep positions
+-- and losses small.
+
+CREATE TABLE limit_kind (
+    kind        text     NOT NULL,
+    place       smallint NOT NULL,
+    code        text     NOT NULL,
+    source      text     NOT NULL,
+    log_code    text     NOT NULL,
+    unit        text     NOT NULL,
+    lets_shrink boolean  NOT NULL,
+    why         text     NOT NULL,
+    CONSTRAINT limit_kind_pkey PRIMARY KEY (kind),
+    CONSTRAINT limit_kind_place_once UNIQUE (place)
+);
+
+COMMENT ON TABLE limit_kind IS 'The kinds of limits, and what an order is told that breaks one.';
+
+COMMENT ON COLUMN limit_kind.place IS 'Of several broken limits the first in this order is told.';
+
+COMMENT ON COLUMN limit_kind.code IS 'The reject_code of an order that breaks it.';
+
+COMMENT ON COLUMN limit_kind.log_code IS 'The event of the log line and of alerts.';
+
+COMMENT ON COLUMN limit_kind.unit IS 'What limit_value counts; empty where there is none.';
+
+COMMENT ON COLUMN limit_kind.lets_shrink IS
+    'Whether what only shrinks a position passes although the limit is broken.';
+
+INSERT INTO limit_kind (kind, place, code, source, log_code, unit, lets_shrink, why) VALUES
+    ('RESTRICTED_SYMBOL', 1, 'RESTRICTED_SYMBOL', 'COMPLIANCE', 'RESTRICTED_SYMBOL', '', false,
+     'Nothing of the symbol is traded from valid_from to valid_to.'),
+    ('TRADING_HOURS', 2, 'MARKET_CLOSED', 'COMPLIANCE', 'MARKET_CLOSED', '', false,
+     'Orders only while the exchange, or the account, is open; MARKET_HOLIDAY on a day without.'),
+    ('WASH_TRADE', 3, 'WASH_TRADE', 'COMPLIANCE', 'WASH_TRADE', '', false,
+     'No order that would trade with an open one of the same user.'),
+    ('FORBIDDEN_SYMBOL', 4, 'FORBIDDEN_SYMBOL', 'RISK', 'FORBIDDEN_SYMBOL', '', false,
+     'Nothing of the symbol is traded.'),
+    ('ALLOWED_SYMBOL', 5, 'SYMBOL_NOT_ALLOWED', 'RISK', 'SYMBOL_NOT_ALLOWED', '', false,
+     'Only symbols with such a row are traded.'),
+    ('DUPLICATE_INTENT', 6, 'DUPLICATE_INTENT', 'RISK', 'DUPLICATE_INTENT', 'seconds', false,
+     'Not the same order twice within so many seconds.'),
+    ('ORDER_RATE_MAX', 7, 'ORDER_RATE_MAX', 'RISK', 'ORDER_RATE_MAX', 'orders', false,
+     'So many orders in any window of the given seconds.'),
+    ('OPEN_ORDERS_MAX', 8, 'OPEN_ORDERS_MAX', 'RISK', 'OPEN_ORDERS_MAX', 'orders', false,
+     'So many orders open at a time.'),
+    ('MAX_ORDER_NOTIONAL', 9, 'MAX_ORDER_NOTIONAL', 'RISK', 'MAX_ORDER_NOTIONAL', 'currency',
+     false, 'So much money in one order.'),
+    ('MAX_ORDER_QUANTITY', 10, 'MAX_ORDER_QUANTITY', 'RISK', 'MAX_ORDER_QUANTITY', 'units', false,
+     'So many units in one order.'),
+    ('MAX_POSITION', 11, 'MAX_POSITION', 'RISK', 'POSITION_LIMIT', 'units', true,
+     'So many units held, long or short, if all open orders of the side fill.'),
+    ('PRICE_COLLAR', 12, 'PRICE_COLLAR', 'RISK', 'PRICE_COLLAR', 'percent', false,
+     'A limit or stop price at most so far from the last known price.'),
+    ('GROSS_EXPOSURE_MAX', 13, 'GROSS_EXPOSURE_MAX', 'RISK', 'GROSS_EXPOSURE_MAX', 'currency',
+     true, 'So much money in positions, long and short added, if open orders fill.'),
+    ('NET_EXPOSURE_MAX', 14, 'NET_EXPOSURE_MAX', 'RISK', 'NET_EXPOSURE_MAX', 'currency', true,
+     'So much money in positions, long less short, if open orders of a side fill.'),
+    ('CONCENTRATION_MAX', 15, 'CONCENTRATION_MAX', 'RISK', 'CONCENTRATION_MAX', 'percent', true,
+     'So much of the equity in one symbol.'),
+    ('LEVERAGE_MAX', 16, 'LEVERAGE_MAX', 'RISK', 'LEVERAGE_MAX', 'times equity', true,
+     'Gross exposure at most so many times the equity.'),
+    ('DAILY_LOSS_MAX', 17, 'DAILY_LOSS_MAX', 'RISK', 'DAILY_LOSS_MAX', 'currency', true,
+     'Nothing new once so much is lost since the last mark of the previous session.'),
+    ('DRAWDOWN_MAX', 18, 'DRAWDOWN_MAX', 'RISK', 'DRAWDOWN_MAX', 'percent', true,
+     'Nothing new once equity is so far below its highest mark.');
+
+ALTER TABLE risk_limit
+    ADD COLUMN account text,
+    ADD COLUMN seconds numeric,
+    ADD COLUMN valid_from date,
+    ADD COLUMN valid_to date;
+
+ALTER TABLE risk_limit
+    ADD CONSTRAINT risk_limit_of_account FOREIGN KEY (user_id, account)
+        REFERENCES broker_account (user_id, account) ON DELETE CASCADE,
+    ADD CONSTRAINT risk_limit_kind_known FOREIGN KEY (kind) REFERENCES limit_kind (kind),
+    ADD CONSTRAINT risk_limit_has_what_its_kind_needs CHECK (
+        CASE WHEN kind IN ('FORBIDDEN_SYMBOL', 'ALLOWED_SYMBOL', 'RESTRICTED_SYMBOL')
+        THEN symbol IS NOT NULL AND limit_value IS NULL
+        WHEN kind IN ('WASH_TRADE', 'TRADING_HOURS') THEN limit_value IS NULL
+        ELSE limit_value >= 0 AND limit_value < 1e20 AND limit_value IS NOT NULL END),
+    ADD CONSTRAINT risk_limit_window_in_range CHECK (
+        CASE WHEN kind = 'ORDER_RATE_MAX'
+        THEN seconds > 0 AND seconds <= 86400 AND seconds IS NOT NULL
+        WHEN kind = 'DUPLICATE_INTENT' THEN seconds IS NULL AND limit_value <= 86400
+        ELSE seconds IS NULL END),
+    ADD CONSTRAINT risk_limit_days_in_range CHECK (
+        CASE WHEN kind = 'RESTRICTED_SYMBOL' THEN coalesce(valid_from <= valid_to, true)
+        ELSE num_nonnulls(valid_from, valid_to) = 0 END);
+
+COMMENT ON TABLE risk_limit IS
+    'Limits that every order of a user, of one run, or for one account, must meet.';
+
+COMMENT ON COLUMN risk_limit.account IS
+    'The account whose orders it holds for; NULL: orders for any account, and on paper.';
+
+COMMENT ON COLUMN risk_limit.limit_value IS 'In the unit that limit_kind names.';
+
+COMMENT ON COLUMN risk_limit.seconds IS 'ORDER_RATE_MAX: the window in which orders are counted.';
+
+COMMENT ON COLUMN risk_limit.valid_from IS
+    'RESTRICTED_SYMBOL: first day (UTC) on which it holds; NULL: always did.';
+
+COMMENT ON COLUMN risk_limit.valid_to IS
+    'RESTRICTED_SYMBOL: last day (UTC) on which it holds; NULL: no end.';
+
+-- What a user has sent to brokers of late. Paper orders cost it nothing: they are found by the
+-- ledger's own key.
+CREATE INDEX orders_recent_idx ON orders (user_id, recorded_at) WHERE broker <> 'paper';
+
+-- A limit is removed and made again, not moved to somebody else; an ended run takes no more.
+CREATE OR REPLACE FUNCTION risk_limit_guard_write() RETURNS trigger
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
+    IF NEW.run_id IS NOT NULL THEN
+        PERFORM run_lock(NEW.user_id, NEW.run_id, 'risk_limit', 'CREATED', 'RUNNING', 'STOPPING');
+    END IF;
+    IF TG_OP = 'INSERT' THEN
+        NEW.created_at := now();
+        NEW.symbol := upper(btrim(NEW.symbol));
+        IF NEW.kind = 'ORDER_RATE_MAX' THEN
+            NEW.seconds := coalesce(NEW.seconds, 1);
+        END IF;
+    ELSE
+        PERFORM row_check_keeps_run(OLD.user_id, OLD.run_id, NEW.user_id, NEW.run_id, 'risk_limit');
+    END IF;
+    RETURN NEW;
+END $$;
+
+-- On which clock an order's windows, days and hours are counted: a replay's is the run's own, so
+-- that the same feed gives the same rows; at a broker it is the wall's.
+CREATE FUNCTION orders_moment(o orders) RETURNS timestamptz
+LANGUAGE sql STABLE
+RETURN CASE WHEN o.broker = 'paper' THEN o.logical_time ELSE now() END;
+
+COMMENT ON FUNCTION orders_moment IS 'The moment at which limits look at an order.';
+
+-- What a symbol costs as far as anybody here knows, whatever the order itself says of it.
+CREATE FUNCTION orders_market_price(o orders) RETURNS numeric
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT coalesce(
+        (SELECT k.price
+         FROM ((SELECT p.mark_price AS price, p.marked_at AS at FROM position p
+                WHERE p.user_id = o.user_id AND p.run_id = o.run_id AND p.symbol = o.symbol
+                  AND p.mark_price IS NOT NULL)
+               UNION ALL
+               (SELECT b.close, b.bar_end FROM price_bar b
+                WHERE b.symbol = o.symbol AND b.bar_end <= orders_moment(o)
+                ORDER BY b.bar_end DESC LIMIT 1)) k
+         ORDER BY k.at DESC LIMIT 1),
+        o.reference_price)
+$$;
+
+COMMENT ON FUNCTION orders_market_price IS
+    'The newest of a run''s mark and the last imported close; else the order''s reference price.';
+
+-- The user's orders of the last seconds that were not refused, without the order itself. Orders
+-- for brokers have an index of their own; those of a paper run are found in its ledger, or, where
+-- their statement has not told them yet, among the open ones.
+CREATE FUNCTION orders_recent(o orders, seconds numeric) RETURNS SETOF orders
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+DECLARE
+    after timestamptz := orders_moment(o) - seconds * interval '1 second';
+BEGIN
+    IF o.broker <> 'paper' THEN
+        RETURN QUERY SELECT * FROM orders w
+            WHERE w.user_id = o.user_id AND w.broker <> 'paper' AND w.recorded_at > after
+              AND w.reject_source IS DISTINCT FROM 'VALIDATION'
+              AND w.reject_source IS DISTINCT FROM 'RISK'
+              AND w.reject_source IS DISTINCT FROM 'COMPLIANCE'
+              AND w.order_id <> o.order_id;
+        RETURN;
+    END IF;
+    RETURN QUERY SELECT * FROM orders w
+        WHERE w.user_id = o.user_id AND w.run_id = o.run_id AND w.order_id <> o.order_id
+          AND w.order_id IN (
+              SELECT event_order_id(l.subject) FROM event_ledger l
+              WHERE l.user_id = o.user_id AND l.run_id = o.run_id
+                AND l.event_type = 'ORDER_PLACED'
+                AND l.logical_time > after AND l.logical_time <= o.logical_time
+              UNION
+              SELECT n.order_id FROM orders n
+              WHERE n.user_id = o.user_id AND n.run_id = o.run_id
+                AND n.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
+                AND n.logical_time > after AND n.logical_time <= o.logical_time);
+END $$;
+
+COMMENT ON FUNCTION orders_recent IS
+    'Orders that a user, or on paper the run, placed in the last seconds before an order.';
+
+CREATE FUNCTION orders_in_scope(w orders, l risk_limit) RETURNS boolean
+LANGUAGE sql IMMUTABLE
+RETURN (l.run_id IS NULL OR l.run_id = w.run_id)
+   AND (l.account IS NULL OR l.account = w.account)
+   AND (l.symbol IS NULL OR l.symbol = w.symbol);
+
+COMMENT ON FUNCTION orders_in_scope IS
+    'Whether a limit''s run, account and symbol are an order''s.';
+
+-- What counts orders: how many there are with this one, or how long ago the same was asked for.
+CREATE FUNCTION orders_measure_flow(o orders, l risk_limit) RETURNS numeric
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    IF l.kind = 'ORDER_RATE_MAX' THEN
+        RETURN 1 + (SELECT count(*) FROM orders_recent(o, l.seconds) w WHERE orders_in_scope(w, l));
+    ELSIF l.kind = 'OPEN_ORDERS_MAX' THEN
+        RETURN 1 + (SELECT count(*) FROM orders w
+                    WHERE w.user_id = o.user_id AND orders_in_scope(w, l)
+                      AND w.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
+                      AND w.order_id <> o.order_id);
+    END IF;
+    RETURN (SELECT min(CASE WHEN o.broker = 'paper'
+                            THEN extract(epoch FROM o.logical_time - w.logical_time)
+                            ELSE extract(epoch FROM now() - w.recorded_at) END)
+            FROM orders_recent(o, l.limit_value) w
+            WHERE orders_in_scope(w, l)
+              AND (w.symbol, w.side, w.quantity, w.order_type) =
+                  (o.symbol, o.side, o.quantity, o.order_type)
+              AND (w.limit_price, w.stop_price, w.trail_amount, w.trail_percent)
+                  IS NOT DISTINCT FROM
+                  (o.limit_price, o.stop_price, o.trail_amount, o.trail_percent));
+END $$;
+
+COMMENT ON FUNCTION orders_measure_flow IS
+    'Orders in a limit''s window or open, with this one; or seconds since the same order.';
+
+-- Whether an order would trade with an open one of the same user. A stop that was not reached yet
+-- is in nobody's way.
+CREATE FUNCTION orders_would_wash(o orders) RETURNS boolean
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT o.order_type IN ('MARKET', 'LIMIT') AND EXISTS (
+        SELECT FROM strategy_run r
+        JOIN orders w ON w.user_id = r.user_id AND w.run_id = r.run_id AND w.symbol = o.symbol
+        WHERE r.user_id = o.user_id AND (r.broker = 'paper') = (o.broker = 'paper')
+          AND w.side <> o.side AND w.order_id <> o.order_id
+          AND w.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
+          AND (w.order_type IN ('MARKET', 'LIMIT') OR w.triggered_at IS NOT NULL)
+          AND coalesce(CASE WHEN o.side = 'BUY' THEN w.limit_price <= o.limit_price
+                            ELSE w.limit_price >= o.limit_price END, true))
+$$;
+
+COMMENT ON FUNCTION orders_would_wash IS
+    'Whether an order crosses an open one of the same user, in any run or account.';
+
+-- MARKET_HOLIDAY on a day without a session, MARKET_CLOSED outside of one, NULL inside. A moment
+-- at which no session is known is closed: hours that can't be shown to be kept are not.
+CREATE FUNCTION orders_hours_code(o orders) RETURNS text
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+DECLARE
+    at    timestamptz := orders_moment(o);
+    place text;
+    day   record;
+BEGIN
+    SELECT coalesce((SELECT CASE WHEN a.opens_at IS NULL THEN a.calendar ELSE '' END
+                     FROM broker_account a
+                     WHERE a.user_id = o.user_id AND a.account = o.account), r.calendar)
+    INTO place FROM strategy_run r WHERE r.user_id = o.user_id AND r.run_id = o.run_id;
+    IF place = '' THEN
+        RETURN CASE WHEN NOT (account_hours(o.user_id, o.account, at)).is_open
+                    THEN 'MARKET_CLOSED' END;
+    END IF;
+    SELECT bool_or(at BETWEEN s.open_at AND s.close_at) AS is_open,
+           bool_or((s.open_at AT TIME ZONE 'UTC')::date = (at AT TIME ZONE 'UTC')::date
+                   OR (s.close_at AT TIME ZONE 'UTC')::date = (at AT TIME ZONE 'UTC')::date)
+               AS has_session
+    INTO day FROM calendar_session s
+    WHERE s.calendar = place
+      AND s.session_date BETWEEN (at AT TIME ZONE 'UTC')::date - 1
+                             AND (at AT TIME ZONE 'UTC')::date + 1;
+    RETURN CASE WHEN day.is_open THEN NULL
+                WHEN day.has_session THEN 'MARKET_CLOSED'
+                ELSE 'MARKET_HOLIDAY' END;
+END $$;
+
+COMMENT ON FUNCTION orders_hours_code IS
+    'MARKET_CLOSED or MARKET_HOLIDAY where an order comes outside of trading hours, or NULL.';
+
+-- What a run would have in the market if its open orders, and one more, all filled: of each symbol
+-- the worse of both sides. A symbol that nothing values makes all of it unknown (NULL).
+CREATE FUNCTION run_exposure(o orders, order_price numeric, symbols text[], held numeric[],
+                             marks numeric[],
+                             OUT gross numeric, OUT net numeric, OUT own numeric)
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    WITH open AS (
+        SELECT w.symbol, w.side, (w.quantity - w.filled_quantity)
+               * abs(coalesce(w.limit_price, w.stop_price, w.reference_price)) AS value
+        FROM orders w
+        WHERE w.user_id = o.user_id AND w.run_id = o.run_id AND w.order_id <> o.order_id
+          AND w.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
+        UNION ALL
+        SELECT o.symbol, o.side, o.quantity * abs(order_price)
+    ), each AS (
+        SELECT v.symbol, sum(v.held + v.buys) AS bought, sum(v.held - v.sells) AS sold,
+               bool_and(v.held + v.buys + v.sells IS NOT NULL) AS known
+        FROM (SELECT h.symbol, CASE WHEN h.units = 0 THEN 0 ELSE h.units * h.mark END AS held,
+                     0 AS buys, 0 AS sells
+              FROM unnest(symbols, held, marks) h (symbol, units, mark)
+              UNION ALL
+              SELECT w.symbol, 0, CASE WHEN w.side = 'BUY' THEN w.value ELSE 0 END,
+                     CASE WHEN w.side = 'SELL' THEN w.value ELSE 0 END
+              FROM open w) v
+        GROUP BY v.symbol
+    )
+    SELECT CASE WHEN bool_and(e.known) THEN sum(greatest(abs(e.bought), abs(e.sold))) END,
+           CASE WHEN bool_and(e.known)
+                THEN greatest(abs(sum(e.bought)), abs(sum(e.sold))) END,
+           sum(greatest(abs(e.bought), abs(e.sold)))
+               FILTER (WHERE e.symbol = o.symbol AND e.known)
+    FROM each e
+$$;
+
+COMMENT ON FUNCTION run_exposure IS
+    'Gross and net exposure of a run, and that in an order''s symbol, in currency, at worst.';
+
+-- What a limit of exposure or loss is held against.
+CREATE FUNCTION orders_measure_books(o orders, l risk_limit, price numeric, cash numeric,
+                                     symbols text[], held numeric[], marks numeric[])
+RETURNS numeric LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+DECLARE
+    equity  numeric;
+    highest numeric;
+    worst   record;
+BEGIN
+    SELECT orders_measure_books.cash
+           + coalesce(sum(CASE WHEN h.units = 0 THEN 0 ELSE h.units * h.mark END), 0)
+    INTO equity FROM unnest(symbols, held, marks) h (symbol, units, mark);
+    IF l.kind = 'DAILY_LOSS_MAX' THEN
+        RETURN run_equity_before(o.user_id, o.run_id, orders_moment(o)) - equity;
+    ELSIF l.kind = 'DRAWDOWN_MAX' THEN
+        highest := run_equity_peak(o.user_id, o.run_id, orders_moment(o));
+        RETURN CASE WHEN highest > 0 THEN round((highest - equity) / highest * 100, 8) ELSE 0 END;
+    END IF;
+    worst := run_exposure(o, price, symbols, held, marks);
+    RETURN CASE WHEN l.kind = 'GROSS_EXPOSURE_MAX' THEN worst.gross
+                WHEN l.kind = 'NET_EXPOSURE_MAX' THEN worst.net
+                WHEN equity <= 0 THEN NULL
+                WHEN l.kind = 'CONCENTRATION_MAX' THEN round(worst.own / equity * 100, 8)
+                WHEN l.kind = 'LEVERAGE_MAX' THEN round(worst.gross / equity, 8) END;
+END $$;
+
+COMMENT ON FUNCTION orders_measure_books IS
+    'Exposure, concentration, leverage, loss or drawdown of a run with an order; NULL: unknown.';
+
+-- What an order, its price and its position are held against.
+CREATE FUNCTION orders_measure_order(o orders, l risk_limit, price numeric, exposure numeric)
+RETURNS numeric LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+DECLARE
+    market numeric;
+BEGIN
+    IF l.kind = 'MAX_ORDER_QUANTITY' THEN
+        RETURN o.quantity;
+    ELSIF l.kind = 'MAX_ORDER_NOTIONAL' THEN
+        RETURN o.quantity * abs(price);
+    ELSIF l.kind = 'MAX_POSITION' THEN
+        RETURN abs(exposure + CASE WHEN o.side = 'BUY' THEN o.quantity ELSE -o.quantity END);
+    ELSIF coalesce(o.limit_price, o.stop_price) IS NULL THEN
+        RETURN 0;  -- no price that could be wrong
+    END IF;
+    market := orders_market_price(o);
+    RETURN (SELECT max(round(abs(asked - market) / nullif(abs(market), 0) * 100, 8))
+            FROM unnest(ARRAY[o.limit_price, o.stop_price]) asked);
+END $$;
+
+COMMENT ON FUNCTION orders_measure_order IS
+    'What a limit of an order''s size, position or price looks at; NULL: unknown.';
+
+-- Whether a limit without a number is broken.
+CREATE FUNCTION orders_breaks_rule(o orders, l risk_limit) RETURNS boolean
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+DECLARE
+    today date := (orders_moment(o) AT TIME ZONE 'UTC')::date;
+BEGIN
+    RETURN CASE
+        WHEN l.kind = 'RESTRICTED_SYMBOL'
+        THEN l.symbol = o.symbol AND today >= coalesce(l.valid_from, '-infinity')
+             AND today <= coalesce(l.valid_to, 'infinity')
+        WHEN l.kind = 'FORBIDDEN_SYMBOL' THEN l.symbol = o.symbol
+        WHEN l.kind = 'ALLOWED_SYMBOL'
+        THEN l.symbol <> o.symbol AND NOT EXISTS (
+            SELECT FROM risk_limit a
+            WHERE a.user_id = o.user_id AND a.kind = 'ALLOWED_SYMBOL' AND a.symbol = o.symbol
+              AND (a.run_id IS NULL OR a.run_id = o.run_id)
+              AND (a.account IS NULL OR a.account = o.account))
+        WHEN l.kind = 'WASH_TRADE'
+        THEN coalesce(l.symbol = o.symbol, true) AND orders_would_wash(o)
+        ELSE coalesce(l.symbol = o.symbol, true) AND orders_hours_code(o) IS NOT NULL END;
+END $$;
+
+COMMENT ON FUNCTION orders_breaks_rule IS
+    'Whether an order breaks a limit of symbols, hours or wash trades.';
+
+-- Whether an order does nothing but make a position smaller, whatever else of its side fills.
+CREATE FUNCTION orders_only_shrinks(o orders, exposure numeric) RETURNS boolean
+LANGUAGE sql IMMUTABLE
+RETURN CASE WHEN o.side = 'SELL' THEN o.quantity <= exposure ELSE o.quantity <= -exposure END;
+
+COMMENT ON FUNCTION orders_only_shrinks IS
+    'Whether an order only makes a position smaller; exposure as orders_gate has it.';
+
+-- The first limit that an order breaks, with the limit and the value, or no row. in_flight: of the
+-- limits that fills can break, only.
+CREATE FUNCTION orders_broken_limit(o orders, price numeric, exposure numeric, cash numeric,
+                                    symbols text[], held numeric[], marks numeric[],
+                                    in_flight boolean DEFAULT false)
+RETURNS TABLE (code text, source text, limit_value numeric, value numeric)
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+DECLARE
+    shrinks boolean := orders_only_shrinks(o, exposure);
+    it      record;
+    rule    limit_kind;
+    l       risk_limit;
+BEGIN
+    FOR it IN
+        SELECT r AS lim, k AS rule FROM risk_limit r JOIN limit_kind k ON k.kind = r.kind
+        WHERE r.user_id = o.user_id AND (r.run_id IS NULL OR r.run_id = o.run_id)
+          AND (r.account IS NULL OR r.account = o.account)
+          AND (r.symbol IS NULL OR r.symbol = o.symbol OR r.kind = 'ALLOWED_SYMBOL')
+          AND (NOT in_flight OR k.lets_shrink)
+        ORDER BY k.place, r.limit_value, r.limit_id
+    LOOP
+        l := it.lim;
+        rule := it.rule;
+        -- A safety order that only closes is not hindered by what is there to keep risk small.
+        CONTINUE WHEN shrinks AND (rule.lets_shrink AND l.kind <> 'MAX_POSITION'
+                                   OR o.purpose = 'FLATTEN' AND rule.source <> 'COMPLIANCE');
+        code := rule.code;
+        source := rule.source;
+        limit_value := l.limit_value;
+        value := NULL;
+        IF l.limit_value IS NULL THEN
+            CONTINUE WHEN NOT orders_breaks_rule(o, l);
+            code := CASE WHEN l.kind = 'TRADING_HOURS' THEN orders_hours_code(o) ELSE code END;
+        ELSIF l.kind = 'DUPLICATE_INTENT' THEN
+            value := orders_measure_flow(o, l);
+            CONTINUE WHEN value IS NULL OR value >= l.limit_value;
+        ELSE
+            value := CASE
+                WHEN l.kind IN ('ORDER_RATE_MAX', 'OPEN_ORDERS_MAX') THEN orders_measure_flow(o, l)
+                WHEN rule.lets_shrink AND l.kind <> 'MAX_POSITION'
+                THEN orders_measure_books(o, l, price, cash, symbols, held, marks)
+                ELSE orders_measure_order(o, l, price, exposure) END;
+            -- What can't be valued can't be shown to be within a limit. Out of a position that is
+            -- too large one may always get, but not out at the other side.
+            CONTINUE WHEN value <= l.limit_value
+                       OR l.kind = 'MAX_POSITION' AND value <= abs(exposure)
+                          AND (exposure + CASE WHEN o.side = 'BUY' THEN o.quantity
+                                               ELSE -o.quantity END) * exposure >= 0;
+        END IF;
+        RETURN NEXT;
+        RETURN;
+    END LOOP;
+END $$;
+
+COMMENT ON FUNCTION orders_broken_limit IS 'The first risk_limit that an order breaks, or no row.';
+
+-- Whether the gate has to look further than at the order itself: few users have limits, and
+-- nobody else pays for them.
+CREATE FUNCTION user_is_limited(of_user uuid) RETURNS boolean
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT coalesce((SELECT true FROM risk_limit l WHERE l.user_id = of_user LIMIT 1),
+                    (SELECT true FROM trading_halt h
+                     WHERE h.user_id = of_user AND h.lifted_at IS NULL LIMIT 1),
+                    (SELECT true FROM system_halt s WHERE s.lifted_at IS NULL LIMIT 1), false)
+$$;
+
+COMMENT ON FUNCTION user_is_limited IS 'Whether a user has limits or is under a halt.';
+
+-- What halts and limits say. The books are given where they are not those of the tables yet.
+CREATE FUNCTION orders_refusal(o orders, price numeric, exposure numeric, cash numeric,
+                               symbols text[], held numeric[], marks numeric[],
+                               OUT source text, OUT code text, OUT reason text)
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+DECLARE
+    broken record;
+BEGIN
+    SELECT h.code, h.reason INTO code, reason FROM orders_halted(o, exposure) h;
+    IF code IS NOT NULL THEN
+        source := 'RISK';
+        RETURN;
+    END IF;
+    IF symbols IS NULL THEN
+        SELECT r.cash, p.symbols, p.held, p.marks
+        INTO orders_refusal.cash, orders_refusal.symbols, orders_refusal.held, orders_refusal.marks
+        FROM strategy_run r
+        CROSS JOIN LATERAL (
+            SELECT array_agg(h.symbol) AS symbols, array_agg(h.quantity) AS held,
+                   array_agg(h.mark_price) AS marks
+            FROM position h WHERE h.user_id = r.user_id AND h.run_id = r.run_id) p
+        WHERE r.user_id = o.user_id AND r.run_id = o.run_id;
+    END IF;
+    SELECT * INTO broken
+    FROM orders_broken_limit(o, price, exposure, cash, symbols, held, marks);
+    IF FOUND THEN
+        source := broken.source;
+        code := broken.code;
+        reason := coalesce('limit ' || trim_scale(broken.limit_value) || ', would be '
+                           || coalesce(trim_scale(broken.value)::text, 'unknown'), o.symbol);
+    END IF;
+END $$;
+
+COMMENT ON FUNCTION orders_refusal IS 'Why a halt or a limit refuses an order, or NULLs.';
+
+-- The gate: why an order may not be taken, given the cash and the holding that it meets.
+CREATE FUNCTION orders_gate(o orders, account_type text, limited boolean, free_cash numeric,
+                            exposure numeric, cash numeric DEFAULT NULL,
+                            symbols text[] DEFAULT NULL, held numeric[] DEFAULT NULL,
+                            marks numeric[] DEFAULT NULL,
+                            OUT source text, OUT code text, OUT reason text)
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+DECLARE
+    price   numeric := coalesce(o.limit_price, o.stop_price, o.reference_price);
+    refusal record;
+BEGIN
+    code := orders_validation_code(o);
+    IF code IS NULL AND least(o.limit_price, o.stop_price, o.reference_price) <= 0 THEN
+        code := orders_price_code(o);
+    END IF;
+    IF code IS NOT NULL THEN
+        source := 'VALIDATION';
+        RETURN;
+    END IF;
+    IF limited THEN
+        refusal := orders_refusal(o, price, exposure, cash, symbols, held, marks);
+        source := refusal.source;
+        code := refusal.code;
+        reason := refusal.reason;
+    END IF;
+    -- Nothing else opens the way that a safety order has past halts and limits.
+    IF code IS NULL AND o.purpose = 'FLATTEN' AND NOT orders_only_shrinks(o, exposure) THEN
+        code := 'FLATTEN_MUST_SHRINK';
+        reason := format('holds %s, would %s %s', trim_scale(exposure), lower(o.side),
+                         trim_scale(o.quantity));
+    END IF;
+    IF code IS NOT NULL OR account_type <> 'CASH' THEN
+        NULL;
+    ELSIF o.side = 'SELL' AND o.quantity > exposure THEN
+        code := 'INSUFFICIENT_POSITION';
+        reason := format('holds %s, would sell %s', trim_scale(exposure), trim_scale(o.quantity));
+    ELSIF o.side = 'BUY' AND o.quantity * price > free_cash THEN
+        code := 'INSUFFICIENT_CASH';
+        reason := format('has %s, needs %s', trim_scale(free_cash),
+                         trim_scale(o.quantity * price));
+    END IF;
+    IF code IS NOT NULL THEN
+        source := coalesce(source, 'RISK');
+        reason := code || ': ' || reason;
+    END IF;
+END $$;
+
+COMMENT ON FUNCTION orders_gate IS
+    'Why an order is refused, or NULLs: limited is whether its user has limits or is halted, '
+    'free_cash what open orders leave, exposure the holding and open orders of its side; cash, '
+    'symbols, held and marks are the books, NULL for those of the tables.';
+
+CREATE OR REPLACE FUNCTION orders_pass_gate() RETURNS trigger
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+DECLARE
+    run     record;
+    held    numeric;
+    refusal record;
+BEGIN
+    SELECT r.cash, r.account_type INTO run FROM strategy_run r
+    WHERE r.user_id = NEW.user_id AND r.run_id = NEW.run_id;
+    IF NEW.reference_price IS NULL AND orders_validation_code(NEW) IS NULL
+       AND orders_price_code(NEW) IS NULL THEN
+        NEW.reference_price := orders_known_price(NEW);
+    END IF;
+    SELECT p.quantity INTO held FROM position p
+    WHERE p.user_id = NEW.user_id AND p.run_id = NEW.run_id AND p.symbol = NEW.symbol;
+    refusal := orders_gate(NEW, run.account_type, user_is_limited(NEW.user_id),
+                           run.cash - run_reserved_cash(NEW.user_id, NEW.run_id),
+                           coalesce(held, 0) + orders_open_quantity(NEW));
+    IF refusal.code IS NOT NULL THEN
+        NEW.status := 'REJECTED';
+        NEW.reject_source := refusal.source;
+        NEW.reject_code := refusal.code;
+        NEW.status_reason := coalesce(refusal.reason, NEW.status_reason);
+    END IF;
+    RETURN NEW;
+END $$;
+
 CREATE TRIGGER orders_b_pass_gate BEFORE INSERT ON orders
     FOR EACH ROW WHEN (NEW.status <> ALL ('{REJECTED,FILLED}') AND NOT NEW.recovered)
     EXECUTE FUNCTION orders_pass_gate();
+
+-- What was refused, taken apart: the text on the order is the gate's own.
+CREATE VIEW order_refusal AS
+    SELECT o.user_id, o.run_id, o.order_id, o.logical_time, o.symbol, o.account, o.reject_source,
+           o.reject_code,
+           coalesce((SELECT k.log_code FROM limit_kind k WHERE k.code = o.reject_code),
+                    o.reject_code) AS log_code,
+           substring(o.status_reason FROM ': limit (\S+), would be')::numeric AS limit_value,
+           substring(o.status_reason FROM ', would be (-?[0-9.]+)$')::numeric AS value
+    FROM orders o
+    WHERE o.status = 'REJECTED';
+
+COMMENT ON VIEW order_refusal IS 'Orders that were refused: the code, the limit and the value.';
+
+-- What fills have made of limits: the rest of an order that began to fill is cancelled where what
+-- is held and still open breaks one.
+CREATE FUNCTION inflight_breaches(of_user uuid, of_run uuid)
+RETURNS TABLE (order_id uuid, code text, limit_value numeric, value numeric)
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+DECLARE
+    o     orders;
+    books record;
+    units numeric;
+BEGIN
+    IF NOT user_is_limited(of_user) THEN
+        RETURN;
+    END IF;
+    SELECT r.cash, array_agg(h.symbol) AS symbols, array_agg(h.quantity) AS held,
+           array_agg(h.mark_price) AS marks
+    INTO books FROM strategy_run r
+    LEFT JOIN position h ON h.user_id = r.user_id AND h.run_id = r.run_id
+    WHERE r.user_id = of_user AND r.run_id = of_run GROUP BY r.cash;
+    FOR o IN SELECT * FROM orders w
+             WHERE w.user_id = of_user AND w.run_id = of_run
+               AND w.status IN ('PARTIALLY_FILLED', 'PENDING_MODIFY') AND w.filled_quantity > 0
+             ORDER BY w.order_id
+    LOOP
+        o.quantity := o.quantity - o.filled_quantity;
+        o.filled_quantity := 0;
+        units := coalesce(books.held[array_position(books.symbols, o.symbol)], 0)
+               + orders_open_quantity(o)
+               - CASE WHEN o.side = 'BUY' THEN o.quantity ELSE -o.quantity END;
+        RETURN QUERY SELECT o.order_id, b.code, b.limit_value, b.value
+            FROM orders_broken_limit(o, coalesce(o.limit_price, o.stop_price, o.reference_price),
+                                     units, books.cash, books.symbols, books.held, books.marks,
+                                     true) b;
+    END LOOP;
+END $$;
+
+COMMENT ON FUNCTION inflight_breaches IS
+    'Orders that began to fill and whose rest breaks a limit, with the limit and the value.';
+
+-- Reconciliation: what we hold against what the broker and the ledger say, and what was done. A
+-- snapshot arrives in the inbox like everything else; what is numbered before it was heard before.
+-- Whatever is compared is compared in one statement, for ten orders or a hundred thousand.
+
+CREATE TABLE reconciliation (
+    user_id      uuid        NOT NULL,
+    account      text        NOT NULL,
+    snapshot_id  uuid        NOT NULL,
+    why          text        NOT NULL,
+    taken_at     timestamptz NOT NULL,
+    up_to_number bigint      NOT NULL,
+    open_orders  integer     NOT NULL,
+    undecided    integer     NOT NULL,
+    began_at     timestamptz NOT NULL,
+    finished_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
+    CONSTRAINT reconciliation_pkey PRIMARY KEY (user_id, account, snapshot_id),
+    CONSTRAINT reconciliation_of_account FOREIGN KEY (user_id, account)
+        REFERENCES broker_account (user_id, account) ON DELETE CASCADE,
+    CONSTRAINT reconciliation_why_format CHECK (why ~ '^[A-Z][A-Z0-9_]*$' AND length(why) <= 63),
+    CONSTRAINT reconciliation_counts_not_negative CHECK (open_orders >= 0 AND undecided >= 0)
+);
+
+-- When an account was compared last.
+CREATE INDEX reconciliation_latest_idx ON reconciliation (user_id, account, up_to_number);
+
+COMMENT ON TABLE reconciliation IS 'Snapshots that our books were compared with; append-only.';
+
+COMMENT ON COLUMN reconciliation.snapshot_id IS 'The SNAPSHOT command that it answers.';
+
+COMMENT ON COLUMN reconciliation.why IS 'START, CONNECTED, TIMER, STALE, DEMAND, ...';
+
+COMMENT ON COLUMN reconciliation.taken_at IS 'The broker''s time of the snapshot.';
+
+COMMENT ON COLUMN reconciliation.up_to_number IS 'The snapshot''s last row in the inbox.';
+
+COMMENT ON COLUMN reconciliation.open_orders IS 'How many orders the broker works.';
+
+COMMENT ON COLUMN reconciliation.undecided IS
+    'How many orders it could not judge: what was asked for them may still be on its way.';
+
+CREATE TABLE reconciliation_difference (
+    user_id     uuid    NOT NULL,
+    account     text    NOT NULL,
+    snapshot_id uuid    NOT NULL,
+    number      integer NOT NULL,
+    class       text    NOT NULL,
+    subject     text    NOT NULL,
+    ours        jsonb,
+    brokers     jsonb,
+    derived     jsonb,
+    action      text    NOT NULL,
+    reason      text    NOT NULL,
+    CONSTRAINT reconciliation_difference_pkey
+        PRIMARY KEY (user_id, account, snapshot_id, number),
+    CONSTRAINT reconciliation_difference_of_reconciliation
+        FOREIGN KEY (user_id, account, snapshot_id)
+        REFERENCES reconciliation (user_id, account, snapshot_id) ON DELETE CASCADE,
+    CONSTRAINT reconciliation_difference_class_known CHECK (class = ANY ('{MISSING_AT_BROKER,
+        NEVER_ARRIVED,FOUND,TERMS_DIFFER,STATUS_DIFFERS,FILLED_DIFFERS,IDS_DIFFER,ACCOUNT_DIFFERS,
+        CONTRACT_CHANGED,ORPHAN,FOREIGN,EXECUTION_DIFFERS,POSITION_DIFFERS,CASH_DIFFERS}')),
+    CONSTRAINT reconciliation_difference_action_known CHECK (action = ANY ('{CANCELED,MOVED,KEPT,
+        RECORDED,TERMS_TAKEN,CANCEL_SENT,ADOPTED,ALERTED,HELD}')),
+    CONSTRAINT reconciliation_difference_words_short
+        CHECK (length(subject) <= 200 AND length(reason) <= 2000)
+);
+
+COMMENT ON TABLE reconciliation_difference IS
+    'What a reconciliation found, three ways, and what was done about it; append-only.';
+
+COMMENT ON COLUMN reconciliation_difference.subject IS 'An order''s id, a symbol or a currency.';
+
+COMMENT ON COLUMN reconciliation_difference.derived IS 'What the ledger says.';
+
+COMMENT ON COLUMN reconciliation_difference.action IS
+    'What was done: the order CANCELED, MOVED or KEPT as it is, ids RECORDED, TERMS_TAKEN, a '
+    'CANCEL_SENT, an orphan ADOPTED; ALERTED where a person must decide, HELD where the run ended.';
+
+CREATE TRIGGER reconciliation_z_refuse_change BEFORE UPDATE OR DELETE ON reconciliation
+    FOR EACH ROW EXECUTE FUNCTION boundary_refuse_delete('reconciliation');
+
+CREATE TRIGGER reconciliation_z_refuse_truncate BEFORE TRUNCATE ON reconciliation
+    FOR EACH STATEMENT EXECUTE FUNCTION boundary_refuse_delete('reconciliation');
+
+CREATE TRIGGER reconciliation_difference_z_refuse_change
+    BEFORE UPDATE OR DELETE ON reconciliation_difference
+    FOR EACH ROW EXECUTE FUNCTION boundary_refuse_delete('reconciliation_difference');
+
+CREATE TRIGGER reconciliation_difference_z_refuse_truncate
+    BEFORE TRUNCATE ON reconciliation_difference
+    FOR EACH STATEMENT EXECUTE FUNCTION boundary_refuse_delete('reconciliation_difference');
+
+-- Snapshots and sessions among all that an account heard.
+CREATE INDEX broker_event_snapshot_idx ON broker_event (user_id, account, kind, number)
+    WHERE kind IN ('SNAPSHOT', 'CONNECTED', 'CONTRACT_CHANGED');
+
+-- When a broker was asked last.
+CREATE INDEX broker_command_snapshot_idx ON broker_command (user_id, account, created_at)
+    WHERE kind = 'SNAPSHOT';
+
+-- --- What the broker says -------------------------------------------------------------------
+
+-- The newest whole snapshot that was not compared yet. One that was asked for a dry run is not
+-- compared by anybody but who asked.
+CREATE FUNCTION snapshot_newest(of_user uuid, of_account text) RETURNS uuid
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT (e.payload ->> 'snapshot_id')::uuid FROM broker_event e
+    WHERE e.user_id = of_user AND e.account = of_account AND e.kind = 'SNAPSHOT'
+      AND e.number > coalesce((SELECT max(r.up_to_number) FROM reconciliation r
+                               WHERE r.user_id = of_user AND r.account = of_account), 0)
+      AND NOT EXISTS (SELECT FROM broker_command c
+                      WHERE c.user_id = of_user AND c.account = of_account
+                        AND c.command_id = (e.payload ->> 'snapshot_id')::uuid
+                        AND c.payload ? 'dry_run')
+    GROUP BY e.payload ->> 'snapshot_id'
+    HAVING count(DISTINCT e.payload ->> 'part') = max((e.payload ->> 'parts')::integer)
+    ORDER BY max(e.number) DESC LIMIT 1
+$$;
+
+COMMENT ON FUNCTION snapshot_newest IS
+    'The newest whole snapshot of an account that is still to be compared, or NULL.';
+
+CREATE FUNCTION snapshot_facts(of_user uuid, of_account text, of_snapshot uuid,
+    OUT is_whole boolean, OUT is_waiting boolean, OUT why text, OUT taken_at timestamptz,
+    OUT asked_at timestamptz, OUT after_number bigint, OUT first_number bigint,
+    OUT last_number bigint, OUT holder uuid)
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    SELECT count(DISTINCT e.payload ->> 'part') = max((e.payload ->> 'parts')::integer),
+           max((e.payload ->> 'taken_at')::timestamptz), min(e.number), max(e.number),
+           (array_agg(e.holder ORDER BY e.number))[1]
+    INTO is_whole, taken_at, first_number, last_number, holder FROM broker_event e
+    WHERE e.user_id = of_user AND e.account = of_account AND e.kind = 'SNAPSHOT'
+      AND e.payload ->> 'snapshot_id' = of_snapshot::text
+      -- The rows of one snapshot come after the command that asked for it.
+      AND e.number > coalesce((SELECT (c.payload ->> 'after_number')::bigint FROM broker_command c
+                               WHERE c.user_id = of_user AND c.account = of_account
+                                 AND c.command_id = of_snapshot), 0);
+    SELECT coalesce(c.payload ->> 'why', 'UNASKED'), c.claimed_at,
+           (c.payload ->> 'after_number')::bigint
+    INTO why, asked_at, after_number FROM broker_command c
+    WHERE c.user_id = of_user AND c.account = of_account AND c.command_id = of_snapshot;
+    is_whole := coalesce(is_whole, false);
+    why := coalesce(why, 'UNASKED');
+    after_number := coalesce(after_number, 0);
+    -- Nobody asked: nothing certainly went before it.
+    asked_at := coalesce(asked_at, '-infinity');
+    is_waiting := EXISTS (
+        SELECT FROM broker_event w
+        WHERE w.user_id = of_user AND w.account = of_account AND w.applied_at IS NULL
+          AND w.number < first_number AND w.kind <> 'SNAPSHOT');
+END $$;
+
+COMMENT ON FUNCTION snapshot_facts IS
+    'A snapshot: whether it is whole, whether earlier news still waits to be applied, when it was '
+    'taken and asked for, its place in the inbox, and the connector that brought it.';
+
+CREATE TYPE snapshot_order AS (
+    order_ref       text,
+    ours            boolean,
+    status          text,
+    filled          numeric,
+    broker_order_id bigint,
+    perm_id         bigint,
+    symbol          text,
+    side            text,
+    quantity        numeric,
+    order_type      text,
+    time_in_force   text,
+    limit_price     numeric,
+    stop_price      numeric,
+    trail_amount    numeric,
+    trail_percent   numeric,
+    expire_at       timestamptz
+);
+
+COMMENT ON TYPE snapshot_order IS 'An order that a broker works, as its snapshot says it.';
+
+CREATE FUNCTION snapshot_orders(of_user uuid, of_account text, of_snapshot uuid)
+RETURNS SETOF snapshot_order
+LANGUAGE sql STABLE ROWS 10000 SET search_path = public, pg_temp AS $$
+    SELECT o.* FROM broker_event e
+    CROSS JOIN LATERAL jsonb_populate_recordset(NULL::snapshot_order,
+                                                e.payload -> 'open_orders') AS o
+    WHERE e.user_id = of_user AND e.account = of_account AND e.kind = 'SNAPSHOT'
+      AND e.payload ->> 'snapshot_id' = of_snapshot::text
+$$;
+
+COMMENT ON FUNCTION snapshot_orders IS 'The orders that a broker works, as a snapshot says.';
+
+-- Orders of which the broker has spoken after it took the snapshot: newer news wins.
+CREATE FUNCTION snapshot_overtaken(of_user uuid, of_account text, of_snapshot uuid)
+RETURNS TABLE (order_ref text)
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT DISTINCT e.order_ref
+    FROM snapshot_facts(of_user, of_account, of_snapshot) s
+    JOIN broker_event e ON e.user_id = of_user AND e.account = of_account
+                       AND e.number > s.after_number
+    WHERE e.order_ref IS NOT NULL
+      AND e.kind IN ('ORDER_STATUS', 'MODIFIED', 'EXECUTION', 'BUST', 'REJECTED',
+                     'CANCEL_REJECTED', 'MODIFY_REJECTED')
+      AND (e.number > s.first_number OR e.event_at > s.taken_at)
+$$;
+
+COMMENT ON FUNCTION snapshot_overtaken IS 'Orders of which there is newer news than a snapshot.';
+
+-- Whether a snapshot can tell what became of a command: nothing of it can be on its way any more.
+-- A connection that broke, or whose connector is gone, carries nothing; on one that stands, an
+-- answer that has not come for half a minute will not come.
+CREATE FUNCTION command_is_settled(c broker_command, asked_at timestamptz, by_holder uuid,
+                                   first_number bigint)
+RETURNS boolean LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    RETURN CASE
+        WHEN c.outcome IS NULL THEN c.claimed_by <> by_holder AND c.claimed_at < asked_at
+        WHEN c.outcome <> 'SENT' THEN c.done_at < asked_at
+        ELSE c.done_at < asked_at - interval '30 seconds'
+             OR c.done_at < asked_at AND EXISTS (
+                 SELECT FROM broker_event e
+                 WHERE e.user_id = c.user_id AND e.account = c.account AND e.kind = 'CONNECTED'
+                   AND e.number < first_number AND e.received_at > c.done_at) END;
+END $$;
+
+COMMENT ON FUNCTION command_is_settled IS
+    'Whether nothing of a command can still be on its way to the broker that took a snapshot.';
+
+-- --- Orders ---------------------------------------------------------------------------------
+
+CREATE TYPE order_difference AS (
+    class           text,
+    run_id          uuid,
+    order_id        uuid,
+    subject         text,
+    becomes         text,
+    action          text,
+    reason          text,
+    ours            jsonb,
+    brokers         jsonb,
+    command_id      uuid,
+    outcome         text,
+    broker_order_id bigint,
+    perm_id         bigint
+);
+
+COMMENT ON TYPE order_difference IS
+    'An order that we and a broker see differently. becomes: its status then; outcome: that of '
+    'the command which asked for it.';
+
+CREATE FUNCTION order_difference_ours(o orders) RETURNS jsonb
+LANGUAGE sql STABLE
+RETURN jsonb_strip_nulls(jsonb_build_object(
+    'status', o.status, 'status_reason', o.status_reason, 'symbol', o.symbol, 'side', o.side,
+    'quantity', trim_scale(o.quantity)::text, 'filled', trim_scale(o.filled_quantity)::text,
+    'limit_price', trim_scale(o.limit_price)::text, 'stop_price', trim_scale(o.stop_price)::text,
+    'account', o.account, 'broker_order_id', o.broker_order_id, 'perm_id', o.perm_id));
+
+COMMENT ON FUNCTION order_difference_ours IS 'An order as we see it, for a difference.';
+
+-- Orders of ours that should be at the broker and that the snapshot does not have. Executions that
+-- explain it were applied before. Of what the broker never said a word, its submit never arrived.
+CREATE FUNCTION reconcile_missing(of_user uuid, of_account text, of_snapshot uuid)
+RETURNS SETOF order_difference
+LANGUAGE sql STABLE ROWS 100 SET search_path = public, pg_temp AS $$
+    SELECT d.class, o.run_id, o.order_id, o.order_id::text,
+           CASE WHEN d.class = 'MISSING_AT_BROKER' OR o.status = 'PENDING_CANCEL'
+                THEN 'CANCELED' END,
+           CASE WHEN d.class = 'MISSING_AT_BROKER' OR o.status = 'PENDING_CANCEL'
+                THEN 'CANCELED' ELSE 'KEPT' END,
+           CASE WHEN d.class = 'MISSING_AT_BROKER'
+                THEN 'the broker does not work it, and no execution explains that'
+                WHEN d.class = 'NEVER_ARRIVED' THEN 'its submit never reached the broker'
+                ELSE 'what was asked may still be on its way' END,
+           order_difference_ours(o), NULL::jsonb, c.command_id,
+           CASE WHEN d.class = 'NEVER_ARRIVED' THEN d.class END, NULL::bigint, NULL::bigint
+    FROM snapshot_facts(of_user, of_account, of_snapshot) s
+    JOIN orders o ON o.user_id = of_user AND o.account = of_account
+                 AND o.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
+    LEFT JOIN broker_command c ON c.user_id = of_user AND c.account = of_account
+                              AND c.order_id = o.order_id AND c.kind = 'SUBMIT'
+    LEFT JOIN snapshot_orders(of_user, of_account, of_snapshot) t
+           ON t.order_ref = o.order_id::text
+    LEFT JOIN snapshot_overtaken(of_user, of_account, of_snapshot) n
+           ON n.order_ref = o.order_id::text
+    CROSS JOIN LATERAL (SELECT CASE
+        WHEN o.status NOT IN ('NEW', 'PENDING', 'PENDING_CANCEL') OR o.filled_quantity > 0
+             OR num_nonnulls(o.broker_order_id, o.perm_id) > 0
+             OR EXISTS (SELECT FROM broker_event e
+                        WHERE e.user_id = of_user AND e.account = of_account
+                          AND e.order_ref = o.order_id::text
+                          AND e.kind IN ('ORDER_STATUS', 'EXECUTION')) THEN 'MISSING_AT_BROKER'
+        WHEN command_is_settled(c, s.asked_at, s.holder, s.first_number) THEN 'NEVER_ARRIVED'
+        ELSE 'UNDECIDED' END AS class) d
+    WHERE t.order_ref IS NULL AND n.order_ref IS NULL
+      AND (o.recovered OR c.claimed_by IS NOT NULL
+           AND coalesce(c.outcome, 'UNKNOWN') NOT IN ('NEVER_ARRIVED', 'REFUSED'))
+$$;
+
+COMMENT ON FUNCTION reconcile_missing IS
+    'Orders that we hold for working and a snapshot does not have; UNDECIDED among them.';
+
+-- What an order of ours that the broker works is, in our words.
+CREATE FUNCTION order_status_at_broker(o orders, brokers_status text) RETURNS text
+LANGUAGE sql IMMUTABLE
+RETURN CASE WHEN o.filled_quantity >= o.quantity THEN NULL
+            WHEN o.filled_quantity > 0 THEN 'PARTIALLY_FILLED'
+            WHEN brokers_status = 'PENDING_SUBMIT' AND o.status IN ('NEW', 'PENDING', brokers_status)
+            THEN brokers_status
+            ELSE 'ROUTED' END;
+
+COMMENT ON FUNCTION order_status_at_broker IS
+    'The status of an order that a broker works, or NULL where its fills say that it is over.';
+
+-- A trailing stop moves at the broker: its price is no term.
+CREATE FUNCTION order_has_terms(order_type text, quantity numeric, limit_price numeric,
+                                stop_price numeric, t snapshot_order) RETURNS boolean
+LANGUAGE sql IMMUTABLE
+RETURN quantity = t.quantity AND limit_price IS NOT DISTINCT FROM t.limit_price
+       AND (order_type = 'TRAIL' OR stop_price IS NOT DISTINCT FROM t.stop_price);
+
+COMMENT ON FUNCTION order_has_terms IS 'Whether these are the terms on which a broker works it.';
+
+CREATE FUNCTION order_is_alike(o orders, t snapshot_order, of_account text) RETURNS boolean
+LANGUAGE sql IMMUTABLE
+RETURN o.account = of_account AND o.symbol = t.symbol AND o.side = t.side
+       AND o.status IN ('PENDING_SUBMIT', 'ROUTED', 'PARTIALLY_FILLED')
+       AND o.status = order_status_at_broker(o, t.status)
+       AND order_has_terms(o.order_type, o.quantity, o.limit_price, o.stop_price, t)
+       AND o.filled_quantity = t.filled
+       AND (o.broker_order_id, o.perm_id) IS NOT DISTINCT FROM
+           (coalesce(t.broker_order_id, o.broker_order_id), coalesce(t.perm_id, o.perm_id));
+
+COMMENT ON FUNCTION order_is_alike IS 'Whether we and the broker see an order alike.';
+
+-- In what an order differs: its status first, which says what was lost on the way; then the rest.
+CREATE FUNCTION order_compare_status(o orders, t snapshot_order, asked broker_command,
+                                     is_settled boolean,
+                                     OUT class text, OUT becomes text, OUT action text,
+                                     OUT reason text)
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    becomes := order_status_at_broker(o, t.status);
+    class := 'STATUS_DIFFERS';
+    action := 'MOVED';
+    IF o.status IN ('NEW', 'PENDING') THEN
+        class := 'FOUND';
+        reason := 'its submit reached the broker, which works it';
+    ELSIF o.status IN ('PENDING_CANCEL', 'PENDING_MODIFY') AND NOT is_settled
+          AND NOT coalesce(order_asked_for(asked, t), false) THEN
+        class := 'UNDECIDED';
+        becomes := NULL;
+        reason := 'what was asked may still be on its way';
+    ELSIF o.status = 'PENDING_CANCEL' THEN
+        action := 'CANCEL_SENT';
+        reason := 'the cancel never reached the broker, which works it';
+    ELSIF o.status = 'PENDING_MODIFY' THEN
+        IF order_asked_for(asked, t) THEN
+            class := 'TERMS_DIFFER';
+            action := 'TERMS_TAKEN';
+            reason := 'the modification reached the broker';
+        ELSIF order_has_terms(o.order_type, o.quantity, o.limit_price, o.stop_price, t) THEN
+            reason := 'the modification never reached the broker';
+        ELSE
+            class := 'TERMS_DIFFER';
+            action := 'ALERTED';
+            reason := 'the broker works it on terms that nobody asked for';
+        END IF;
+    ELSIF o.status <> coalesce(becomes, '') THEN
+        reason := format('we say %s, the broker works it', o.status);
+    ELSE
+        class := NULL;
+    END IF;
+    IF class <> 'UNDECIDED' AND NOT EXISTS (SELECT FROM order_transition x
+                                            WHERE x.from_status = o.status
+                                              AND x.to_status = becomes) THEN
+        becomes := NULL;
+        action := 'ALERTED';
+    END IF;
+END $$;
+
+COMMENT ON FUNCTION order_compare_status IS
+    'How the status of an order that a broker works differs from ours, what it becomes, and why.';
+
+CREATE FUNCTION order_asked_for(asked broker_command, t snapshot_order) RETURNS boolean
+LANGUAGE sql IMMUTABLE
+RETURN asked.kind = 'MODIFY' AND order_has_terms(
+    asked.payload ->> 'order_type', (asked.payload ->> 'quantity')::numeric,
+    (asked.payload ->> 'limit_price')::numeric, (asked.payload ->> 'stop_price')::numeric, t);
+
+COMMENT ON FUNCTION order_asked_for IS 'Whether a broker works an order as a command asks.';
+
+CREATE FUNCTION order_compare(o orders, t snapshot_order, of_account text, asked broker_command,
+                              is_settled boolean)
+RETURNS TABLE (class text, becomes text, action text, reason text)
+LANGUAGE plpgsql STABLE ROWS 2 SET search_path = public, pg_temp AS $$
+BEGIN
+    IF o.account <> of_account THEN
+        RETURN QUERY SELECT 'ACCOUNT_DIFFERS', NULL, 'ALERTED',
+                            format('it was sent to %s, and %s works it', o.account, of_account);
+        RETURN;
+    ELSIF o.symbol <> t.symbol THEN
+        RETURN QUERY SELECT 'CONTRACT_CHANGED', NULL,
+                            CASE WHEN o.status = ANY ('{PENDING_CANCEL,FILLED,CANCELED,REJECTED,'
+                                                      'EXPIRED}') THEN 'ALERTED'
+                                 ELSE 'CANCEL_SENT' END,
+                            format('%s is %s at the broker', o.symbol, t.symbol);
+        RETURN;
+    END IF;
+    RETURN QUERY SELECT s.* FROM order_compare_status(o, t, asked, is_settled) s
+                 WHERE s.class IS NOT NULL;
+    IF o.status <> 'PENDING_MODIFY' AND (o.side <> t.side OR NOT order_has_terms(
+        o.order_type, o.quantity, o.limit_price, o.stop_price, t)) THEN
+        RETURN QUERY SELECT 'TERMS_DIFFER', NULL,
+            CASE WHEN o.side = t.side AND order_asked_for(asked, t)
+                      AND o.status IN ('ROUTED', 'PARTIALLY_FILLED') THEN 'TERMS_TAKEN'
+                 ELSE 'ALERTED' END,
+            CASE WHEN order_asked_for(asked, t) THEN 'the modification reached the broker'
+                 ELSE 'the broker works it on terms that nobody asked for' END;
+    END IF;
+    IF o.filled_quantity <> t.filled THEN
+        RETURN QUERY SELECT 'FILLED_DIFFERS', NULL, 'ALERTED',
+                            'its executions do not add up to what the broker says is filled';
+    END IF;
+    IF o.status NOT IN ('NEW', 'PENDING')
+       AND (o.broker_order_id, o.perm_id) IS DISTINCT FROM
+           (coalesce(t.broker_order_id, o.broker_order_id), coalesce(t.perm_id, o.perm_id)) THEN
+        RETURN QUERY SELECT 'IDS_DIFFER', NULL, 'RECORDED', 'the broker has other ids for it now';
+    END IF;
+END $$;
+
+COMMENT ON FUNCTION order_compare IS
+    'In what an order of ours and the broker''s differ; one row for each thing.';
+
+-- An order may also differ in several ways at once. The run's lock order keeps moves of one order
+-- apart; here nothing is locked.
+CREATE FUNCTION reconcile_working(of_user uuid, of_account text, of_snapshot uuid)
+RETURNS SETOF order_difference
+LANGUAGE sql STABLE ROWS 100 SET search_path = public, pg_temp AS $$
+    SELECT d.class, o.run_id, o.order_id, o.order_id::text, d.becomes, d.action, d.reason,
+           order_difference_ours(o), jsonb_strip_nulls(to_jsonb(t)), asked.command_id,
+           CASE WHEN d.action = 'TERMS_TAKEN' THEN 'ARRIVED'
+                WHEN d.class = 'STATUS_DIFFERS' AND o.status IN ('PENDING_CANCEL', 'PENDING_MODIFY')
+                THEN 'NEVER_ARRIVED' END,
+           t.broker_order_id, t.perm_id
+    FROM snapshot_facts(of_user, of_account, of_snapshot) s
+    CROSS JOIN snapshot_orders(of_user, of_account, of_snapshot) t
+    JOIN orders o ON o.user_id = of_user AND o.order_id::text = t.order_ref AND o.broker <> 'paper'
+    LEFT JOIN snapshot_overtaken(of_user, of_account, of_snapshot) n ON n.order_ref = t.order_ref
+    -- What was asked of it last.
+    LEFT JOIN LATERAL (
+        SELECT a FROM broker_command a
+        WHERE a.user_id = of_user AND a.run_id = o.run_id AND a.order_id = o.order_id
+          AND a.account = of_account
+          AND a.kind = CASE WHEN o.status = 'PENDING_CANCEL' THEN 'CANCEL' ELSE 'MODIFY' END
+        ORDER BY a.order_version DESC LIMIT 1) l (a) ON true
+    CROSS JOIN LATERAL (SELECT (l.a).*) asked
+    CROSS JOIN LATERAL order_compare(
+        o, t, of_account, l.a, asked.command_id IS NULL
+        OR command_is_settled(l.a, s.asked_at, s.holder, s.first_number)) d
+    WHERE n.order_ref IS NULL AND NOT order_is_alike(o, t, of_account)
+$$;
+
+COMMENT ON FUNCTION reconcile_working IS
+    'Orders that a broker works and that we see differently; UNDECIDED among them.';
+
+-- The run that takes up what turns out to be at an account, as with fills (engine/inbox.py).
+CREATE FUNCTION account_run(of_user uuid, of_account text) RETURNS uuid
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT r.run_id FROM strategy_run r
+    JOIN run_route t ON t.user_id = of_user AND t.run_id = r.run_id AND t.account = of_account
+    WHERE r.user_id = of_user AND r.status IN ('RUNNING', 'STOPPING')
+    ORDER BY r.status, r.run_id LIMIT 1
+$$;
+
+COMMENT ON FUNCTION account_run IS
+    'The run with a route to an account that takes up orders found there, or NULL.';
+
+-- Orders at the broker that none of our runs has.
+CREATE FUNCTION reconcile_strangers(of_user uuid, of_account text, of_snapshot uuid)
+RETURNS SETOF order_difference
+LANGUAGE sql STABLE ROWS 10 SET search_path = public, pg_temp AS $$
+    SELECT CASE WHEN k.is_orphan THEN 'ORPHAN' ELSE 'FOREIGN' END, r.run_id,
+           CASE WHEN k.is_orphan THEN t.order_ref::uuid END,
+           left(coalesce(nullif(t.order_ref, ''), 'perm ' || nullif(t.perm_id, 0),
+                         'order ' || t.broker_order_id, 'unnamed'), 200),
+           CASE WHEN k.is_orphan AND r.run_id IS NOT NULL THEN CASE
+               WHEN t.status = 'PENDING_SUBMIT' THEN t.status ELSE 'ROUTED' END END,
+           CASE WHEN NOT k.is_orphan THEN 'ALERTED' WHEN r.run_id IS NULL THEN 'HELD'
+                ELSE 'ADOPTED' END,
+           CASE WHEN NOT k.is_orphan THEN 'it is not ours'
+                WHEN r.run_id IS NULL THEN 'it is ours, and no run takes it up'
+                ELSE 'it is ours, and we did not know it' END,
+           NULL::jsonb, jsonb_strip_nulls(to_jsonb(t)), NULL::uuid, NULL::text, t.broker_order_id,
+           t.perm_id
+    FROM snapshot_orders(of_user, of_account, of_snapshot) t
+    LEFT JOIN snapshot_overtaken(of_user, of_account, of_snapshot) n ON n.order_ref = t.order_ref
+    LEFT JOIN orders o ON o.user_id = of_user AND o.order_id::text = t.order_ref
+                      AND o.broker <> 'paper'
+    CROSS JOIN (SELECT account_run(of_user, of_account)) r (run_id)
+    CROSS JOIN LATERAL (SELECT coalesce(
+        t.ours AND event_order_id(t.order_ref) IS NOT NULL AND length(t.order_ref) = 36
+        AND t.quantity > 0 AND t.side IN ('BUY', 'SELL')
+        AND t.order_type IN ('MARKET', 'LIMIT', 'STOP', 'STOP_LIMIT', 'TRAIL'), false)) k (is_orphan)
+    WHERE o.order_id IS NULL AND n.order_ref IS NULL
+$$;
+
+COMMENT ON FUNCTION reconcile_strangers IS
+    'Orders that a broker works and no run of ours has: ORPHAN where they are ours, else FOREIGN.';
+
+-- What the ledger makes of orders: one pass, for as many as differ.
+CREATE FUNCTION orders_derived(of_user uuid, of_orders uuid[])
+RETURNS TABLE (order_id uuid, derived jsonb)
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    WITH told AS (
+        SELECT o.order_id, l.seq, l.event_type, l.payload,
+               l.event_type NOT IN ('EXECUTION', 'ORDER_MODIFIED', 'ORDER_RESTATED',
+                                    'ORDER_ID_REUSE', 'ORDER_ID_WRAP') AS is_move
+        FROM orders o
+        JOIN event_ledger l ON l.user_id = of_user AND l.run_id = o.run_id
+                           AND left(l.subject, 36) = o.order_id::text COLLATE "C"
+        WHERE o.user_id = of_user AND o.order_id = ANY (of_orders)
+          AND (l.event_type = 'EXECUTION' OR starts_with(l.event_type, 'ORDER_'))
+    ), summed AS (
+        SELECT t.order_id,
+               coalesce(sum((t.payload ->> 'quantity')::numeric)
+                        FILTER (WHERE t.event_type = 'EXECUTION'), 0) AS filled,
+               max(t.seq) FILTER (WHERE t.event_type = 'EXECUTION') AS filled_seq,
+               (array_agg(t.payload ->> 'quantity' ORDER BY t.seq DESC)
+                FILTER (WHERE t.event_type <> 'EXECUTION' AND t.payload ? 'quantity'))[1]::numeric
+                   AS quantity,
+               max(t.seq) FILTER (WHERE t.is_move) AS moved_seq,
+               (array_agg(substr(t.event_type, 7) ORDER BY t.seq DESC)
+                FILTER (WHERE t.is_move))[1] AS status
+        FROM told t GROUP BY t.order_id
+    )
+    SELECT s.order_id, jsonb_build_object(
+        'filled', trim_scale(s.filled)::text, 'quantity', trim_scale(s.quantity)::text,
+        'status', CASE
+            WHEN s.filled_seq > s.moved_seq AND s.filled >= s.quantity THEN 'FILLED'
+            WHEN s.filled_seq > s.moved_seq AND s.status NOT IN ('PENDING_CANCEL', 'PENDING_MODIFY')
+            THEN CASE WHEN s.filled > 0 THEN 'PARTIALLY_FILLED' ELSE 'ROUTED' END
+            WHEN s.status = 'PLACED' THEN 'NEW' ELSE s.status END)
+    FROM summed s
+$$;
+
+COMMENT ON FUNCTION orders_derived IS 'Status and fills of orders as the ledger tells them.';
+
+-- Orders in a contract that is no longer what it was, of which nothing else says that they are over.
+CREATE FUNCTION reconcile_contracts(of_user uuid, of_account text, of_snapshot uuid)
+RETURNS SETOF order_difference
+LANGUAGE sql STABLE ROWS 10 SET search_path = public, pg_temp AS $$
+    SELECT DISTINCT ON (o.order_id)
+           'CONTRACT_CHANGED', o.run_id, o.order_id, o.order_id::text, NULL, 'CANCEL_SENT',
+           format('%s is %s from now on', o.symbol, e.payload ->> 'new_symbol'),
+           order_difference_ours(o), e.payload, NULL::uuid, NULL, NULL::bigint, NULL::bigint
+    FROM snapshot_facts(of_user, of_account, of_snapshot) s
+    JOIN broker_event e ON e.user_id = of_user AND e.account = of_account
+                       AND e.kind = 'CONTRACT_CHANGED' AND e.number < s.first_number
+    JOIN orders o ON o.user_id = of_user AND o.account = of_account
+                 AND o.symbol = e.payload ->> 'symbol' AND o.recorded_at < e.received_at
+                 AND o.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED', 'PENDING_CANCEL')
+    WHERE e.number > coalesce((SELECT max(r.up_to_number) FROM reconciliation r
+                               WHERE r.user_id = of_user AND r.account = of_account), 0)
+    ORDER BY o.order_id, e.number DESC
+$$;
+
+COMMENT ON FUNCTION reconcile_contracts IS
+    'Open orders in a symbol that has changed since the last reconciliation.';
+
+-- --- Executions, positions, cash ------------------------------------------------------------
+
+-- What the broker executed and our books lack, of what came since the last reconciliation.
+CREATE FUNCTION reconcile_executions(of_user uuid, of_account text, of_snapshot uuid)
+RETURNS TABLE (subject text, ours jsonb, brokers jsonb, derived jsonb)
+LANGUAGE sql STABLE ROWS 10 SET search_path = public, pg_temp AS $$
+    SELECT left(e.execution_id, 200), NULL::jsonb,
+           jsonb_build_object('order_ref', e.order_ref, 'event_at', event_moment(e.event_at))
+           || e.payload, NULL::jsonb
+    FROM snapshot_facts(of_user, of_account, of_snapshot) s
+    JOIN broker_event e ON e.user_id = of_user AND e.account = of_account
+                       AND e.number < s.first_number
+    LEFT JOIN execution x ON x.user_id = of_user AND x.execution_id = e.execution_id
+                         AND x.order_id::text = e.order_ref
+    WHERE e.kind = 'EXECUTION' AND e.finding IN ('NEW', 'CORRECTION', 'ORPHAN', 'HELD')
+      AND x.execution_id IS NULL
+      AND e.number > coalesce((SELECT max(r.up_to_number) FROM reconciliation r
+                               WHERE r.user_id = of_user AND r.account = of_account), 0)
+$$;
+
+COMMENT ON FUNCTION reconcile_executions IS
+    'Executions that a broker told and that are in no run''s books.';
+
+CREATE AGGREGATE numeric_product(factor numeric) (
+    SFUNC = numeric_mul, STYPE = numeric, INITCOND = '1');
+
+COMMENT ON AGGREGATE numeric_product(numeric) IS 'The product of numbers; 1 of none.';
+
+-- Executions of an account in today's units: those from before a split count as many more.
+CREATE FUNCTION account_executions(of_user uuid, of_account text)
+RETURNS TABLE (run_id uuid, execution_id text, symbol text, units numeric, flow numeric,
+               currency text, event_at timestamptz)
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT e.run_id, e.execution_id, e.symbol,
+           CASE WHEN e.side = 'BUY' THEN e.quantity ELSE -e.quantity END * coalesce(
+               (SELECT numeric_product(a.numerator) / numeric_product(a.denominator)
+                FROM split_applied p
+                JOIN corporate_action a ON a.symbol = p.symbol AND a.ex_date = p.ex_date
+                                       AND a.kind = p.kind
+                WHERE p.user_id = of_user AND p.run_id = e.run_id AND p.symbol = e.symbol
+                  AND p.logical_time > e.logical_time HAVING count(*) > 0), 1),
+           execution_cash_flow(e.side, e.quantity, e.price, e.commission), r.currency, e.event_at
+    FROM orders o
+    JOIN execution e ON e.user_id = of_user AND e.run_id = o.run_id AND e.order_id = o.order_id
+    JOIN strategy_run r ON r.user_id = of_user AND r.run_id = o.run_id
+    WHERE o.user_id = of_user AND o.account = of_account
+$$;
+
+COMMENT ON FUNCTION account_executions IS
+    'The executions of all orders that went to an account, as units held and money.';
+
+-- What the ledgers of its runs tell of an account: units by symbol, money by currency. A ledger
+-- knows no split of an execution; where one was applied, the runs' positions were proven with it.
+CREATE FUNCTION account_told(of_user uuid, of_account text)
+RETURNS TABLE (symbol text, units numeric, currency text, flow numeric)
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT l.payload ->> 'symbol',
+           CASE WHEN l.payload ->> 'side' = 'BUY' THEN 1 ELSE -1 END
+           * (l.payload ->> 'quantity')::numeric,
+           CASE WHEN l.event_type = 'COMMISSION' THEN l.payload ->> 'currency' ELSE r.currency END,
+           CASE WHEN l.event_type = 'COMMISSION' THEN -(l.payload ->> 'amount')::numeric
+                ELSE event_cash_flow(l.event_type, l.payload) END
+    FROM run_route t
+    JOIN strategy_run r ON r.user_id = of_user AND r.run_id = t.run_id
+    JOIN event_ledger l ON l.user_id = of_user AND l.run_id = t.run_id
+                       AND l.event_type IN ('EXECUTION', 'COMMISSION')
+    LEFT JOIN execution e ON l.event_type = 'COMMISSION' AND e.user_id = of_user
+                         AND e.run_id = t.run_id AND e.execution_id = l.subject COLLATE "default"
+    JOIN orders o ON o.user_id = of_user AND o.run_id = t.run_id AND o.account = of_account
+                 AND o.order_id = coalesce(e.order_id, event_order_id(l.subject))
+    WHERE t.user_id = of_user AND t.account = of_account
+$$;
+
+COMMENT ON FUNCTION account_told IS 'What the ledger tells of an account''s executions.';
+
+-- A snapshot stands between fills: it agrees with our books as of its own time, or as of its place
+-- among what was heard.
+CREATE FUNCTION reconcile_positions(of_user uuid, of_account text, of_snapshot uuid)
+RETURNS TABLE (subject text, ours jsonb, brokers jsonb, derived jsonb)
+LANGUAGE sql STABLE ROWS 10 SET search_path = public, pg_temp AS $$
+    WITH ours AS (
+        SELECT x.symbol, trunc(sum(x.units), 8) AS quantity,
+               trunc(coalesce(sum(x.units) FILTER (WHERE x.event_at <= s.taken_at), 0), 8) AS earlier
+        FROM snapshot_facts(of_user, of_account, of_snapshot) s
+        CROSS JOIN account_executions(of_user, of_account) x
+        GROUP BY x.symbol
+    ), theirs AS (
+        SELECT p.symbol, sum(p.quantity) AS quantity
+        FROM broker_event e
+        CROSS JOIN LATERAL jsonb_to_recordset(e.payload -> 'positions')
+            AS p (symbol text, quantity numeric)
+        WHERE e.user_id = of_user AND e.account = of_account AND e.kind = 'SNAPSHOT'
+          AND e.payload ->> 'snapshot_id' = of_snapshot::text
+        GROUP BY p.symbol
+    ), told AS (
+        SELECT t.symbol, sum(t.units) AS quantity FROM account_told(of_user, of_account) t
+        WHERE t.symbol IS NOT NULL GROUP BY t.symbol
+    )
+    SELECT symbol, to_jsonb(trim_scale(coalesce(o.quantity, 0))::text),
+           to_jsonb(trim_scale(coalesce(t.quantity, 0))::text),
+           to_jsonb(trim_scale(coalesce(d.quantity, 0))::text)
+    FROM ours o FULL JOIN theirs t USING (symbol) LEFT JOIN told d USING (symbol)
+    WHERE coalesce(t.quantity, 0) NOT IN (coalesce(o.quantity, 0), coalesce(o.earlier, 0))
+    ORDER BY symbol
+$$;
+
+COMMENT ON FUNCTION reconcile_positions IS
+    'Symbols of which an account holds something else than our executions add up to.';
+
+CREATE FUNCTION reconcile_cash(of_user uuid, of_account text, of_snapshot uuid)
+RETURNS TABLE (subject text, ours jsonb, brokers jsonb, derived jsonb)
+LANGUAGE sql STABLE ROWS 2 SET search_path = public, pg_temp AS $$
+    WITH flows AS (
+        SELECT x.currency, x.flow, x.event_at FROM account_executions(of_user, of_account) x
+        UNION ALL
+        SELECT c.currency, -c.amount, c.event_at
+        FROM account_executions(of_user, of_account) x
+        JOIN execution_commission c ON c.user_id = of_user AND c.run_id = x.run_id
+                                   AND c.execution_id = x.execution_id
+        UNION ALL
+        SELECT a.currency, a.opening_cash, '-infinity' FROM broker_account a
+        WHERE a.user_id = of_user AND a.account = of_account
+    ), ours AS (
+        SELECT f.currency, sum(f.flow) AS cash,
+               coalesce(sum(f.flow) FILTER (WHERE f.event_at <= s.taken_at), 0) AS earlier
+        FROM snapshot_facts(of_user, of_account, of_snapshot) s CROSS JOIN flows f
+        GROUP BY f.currency
+    ), theirs AS (
+        SELECT c.currency, max(c.amount::numeric) AS cash
+        FROM broker_event e
+        CROSS JOIN LATERAL jsonb_each_text(e.payload -> 'cash') AS c (currency, amount)
+        WHERE e.user_id = of_user AND e.account = of_account AND e.kind = 'SNAPSHOT'
+          AND e.payload ->> 'snapshot_id' = of_snapshot::text
+        GROUP BY c.currency
+    ), told AS (
+        SELECT f.currency, sum(f.flow) AS cash
+        FROM (SELECT t.currency, t.flow FROM account_told(of_user, of_account) t
+              UNION ALL
+              SELECT a.currency, a.opening_cash FROM broker_account a
+              WHERE a.user_id = of_user AND a.account = of_account) f
+        GROUP BY f.currency
+    )
+    SELECT currency, to_jsonb(trim_scale(coalesce(o.cash, 0))::text),
+           to_jsonb(trim_scale(coalesce(t.cash, 0))::text),
+           to_jsonb(trim_scale(coalesce(d.cash, 0))::text)
+    FROM ours o FULL JOIN theirs t USING (currency) LEFT JOIN told d USING (currency)
+    WHERE coalesce(t.cash, 0) NOT IN (coalesce(o.cash, 0), coalesce(o.earlier, 0))
+    ORDER BY currency
+$$;
+
+COMMENT ON FUNCTION reconcile_cash IS
+    'Currencies of which an account holds something else than its flows add up to.';
+
+-- --- Silence, and other routes --------------------------------------------------------------
+
+-- Orders that the broker works, by what we know, and of which nothing was heard for too long:
+-- neither a word of their own nor a comparison with all that it works.
+CREATE FUNCTION orders_stale(of_user uuid, of_account text, at timestamptz)
+RETURNS TABLE (run_id uuid, order_id uuid, heard_at timestamptz)
+LANGUAGE sql STABLE ROWS 10 SET search_path = public, pg_temp AS $$
+    SELECT o.run_id, o.order_id, h.heard_at
+    FROM broker_account a
+    JOIN orders o ON o.user_id = of_user AND o.account = of_account
+    LEFT JOIN broker_command c ON c.user_id = of_user AND c.account = of_account
+                              AND c.order_id = o.order_id AND c.kind = 'SUBMIT'
+    CROSS JOIN (SELECT max(r.finished_at) FROM reconciliation r
+                WHERE r.user_id = of_user AND r.account = of_account) k (compared_at)
+    CROSS JOIN LATERAL (
+        SELECT greatest(k.compared_at, c.claimed_at,
+                        CASE WHEN o.recovered THEN o.recorded_at END,
+                        (SELECT max(e.received_at) FROM broker_event e
+                         WHERE e.user_id = of_user AND e.account = of_account
+                           AND e.order_ref = o.order_id::text)) AS heard_at) h
+    WHERE a.user_id = of_user AND a.account = of_account
+      AND o.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
+      AND NOT o.pending_reconcile AND (o.recovered OR c.claimed_by IS NOT NULL
+          AND coalesce(c.outcome, '') NOT IN ('NEVER_ARRIVED', 'REFUSED'))
+      AND h.heard_at < at - make_interval(secs => a.stale_seconds)
+$$;
+
+COMMENT ON FUNCTION orders_stale IS
+    'Working orders of an account of which nothing was heard for its stale_seconds.';
+
+-- Whether an account can be sent to. What has no connector, or one that has lost its broker, and
+-- has been so for too long, is down.
+CREATE FUNCTION account_is_up(of_user uuid, of_account text, at timestamptz) RETURNS boolean
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT EXISTS (SELECT FROM broker_lease l
+                   WHERE l.user_id = of_user AND l.account = of_account
+                     AND l.connected AND l.expires_at > at)
+$$;
+
+COMMENT ON FUNCTION account_is_up IS 'Whether an account''s connector is there and connected.';
+
+-- Orders that certainly never reached their account, each with the first account of its run, after
+-- that one, that is up and has not had it.
+CREATE FUNCTION orders_to_reroute(of_user uuid, at timestamptz, down_seconds integer)
+RETURNS TABLE (run_id uuid, order_id uuid, account text, next_account text, why text)
+LANGUAGE sql STABLE ROWS 10 SET search_path = public, pg_temp AS $$
+    SELECT o.run_id, o.order_id, o.account, n.account,
+           CASE WHEN c.outcome IS NULL THEN 'ACCOUNT_DOWN' ELSE c.outcome END
+    FROM strategy_run r
+    JOIN orders o ON o.user_id = of_user AND o.run_id = r.run_id
+    JOIN broker_command c ON c.user_id = of_user AND c.account = o.account
+                         AND c.order_id = o.order_id AND c.kind = 'SUBMIT'
+    JOIN run_route h ON h.user_id = of_user AND h.run_id = o.run_id AND h.account = o.account
+    CROSS JOIN LATERAL (
+        SELECT t.account FROM run_route t
+        WHERE t.user_id = of_user AND t.run_id = o.run_id AND t.preference > h.preference
+          AND account_is_up(of_user, t.account, at)
+          AND NOT EXISTS (SELECT FROM broker_command s
+                          WHERE s.user_id = of_user AND s.account = t.account
+                            AND s.order_id = o.order_id AND s.kind = 'SUBMIT')
+        ORDER BY t.preference LIMIT 1) n
+    WHERE r.user_id = of_user AND r.status = 'RUNNING' AND r.broker <> 'paper'
+      AND o.status IN ('NEW', 'PENDING') AND o.filled_quantity = 0
+      AND (c.outcome = 'NEVER_ARRIVED'
+           OR c.outcome IS NULL AND c.claimed_by IS NULL
+              AND coalesce(c.not_before, c.created_at)
+                  <= at - make_interval(secs => down_seconds)
+              AND NOT account_is_up(of_user, o.account, at)
+              AND NOT EXISTS (SELECT FROM broker_lease l
+                              WHERE l.user_id = of_user AND l.account = o.account
+                                AND greatest(l.last_heard_at, l.taken_at)
+                                    > at - make_interval(secs => down_seconds)))
+    ORDER BY o.order_id
+$$;
+
+COMMENT ON FUNCTION orders_to_reroute IS
+    'Orders that never reached their account, and the account that takes them over.';
+
+-- The next account is sent what the first never had.
+CREATE FUNCTION orders_send_rerouted() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+DECLARE
+    hours record;
+BEGIN
+    hours := account_hours(NEW.user_id, NEW.account, clock_timestamp());
+    INSERT INTO broker_command (user_id, account, priority, kind, run_id, order_id, order_version,
+                                payload, not_before)
+    VALUES (NEW.user_id, NEW.account, CASE WHEN NEW.purpose = 'FLATTEN' THEN 0 ELSE 2 END,
+            'SUBMIT', NEW.run_id, NEW.order_id, NEW.version, orders_command_payload(NEW),
+            CASE WHEN NOT hours.is_open THEN hours.opens_at END);
+    RETURN NULL;
+END $$;
+
+COMMENT ON FUNCTION orders_send_rerouted IS
+    'Trigger: an order that another account takes over goes into that one''s outbox.';
+
+CREATE TRIGGER orders_m_send_rerouted AFTER UPDATE ON orders
+    FOR EACH ROW WHEN (NEW.broker <> 'paper' AND NEW.account IS DISTINCT FROM OLD.account)
+    EXECUTE FUNCTION orders_send_rerouted();
 
 CREATE VIEW audit_cash AS
     SELECT r.user_id, r.run_id, 'cash' AS subject,
@@ -2022,7 +4638,8 @@ CREATE VIEW audit_cash AS
                   coalesce(l.seq, 0))
     FROM strategy_run r
     LEFT JOIN (SELECT user_id, run_id, max(seq) AS seq FROM event_ledger
-               WHERE event_type IN ('EXECUTION', 'COMMISSION', 'SPLIT_APPLIED') GROUP BY user_id, run_id) l
+               WHERE event_type IN ('EXECUTION', 'COMMISSION', 'SPLIT_APPLIED')
+               GROUP BY user_id, run_id) l
         ON l.user_id = r.user_id AND l.run_id = r.run_id
     WHERE r.books_seq <> coalesce(l.seq, 0);
 
@@ -2063,11 +4680,13 @@ LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
     SELECT ARRAY[
         'alert', 'app_user', 'broker_account', 'broker_command', 'broker_event', 'broker_lease',
         'calendar_session', 'command_kind', 'corporate_action', 'engine_state', 'engine_status',
-        'event_ledger', 'execution', 'execution_commission', 'execution_cost', 'fx_rate', 'instrument', 'mtm_ledger',
-        'order_broker_id', 'order_status',
-        'order_transition', 'orders', 'pnl_daily', 'position', 'position_pnl', 'price_bar', 'risk_limit',
-        'run_route', 'run_status',
-        'run_transition', 'sip_plan', 'split_applied', 'strategy_run',
+        'event_ledger', 'execution', 'execution_commission', 'execution_cost', 'fx_rate',
+        'instrument', 'mtm_ledger', 'order_broker_id', 'order_status', 'order_transition', 'orders',
+        'pnl_daily', 'position', 'position_pnl', 'price_bar', 'reconciliation',
+        'reconciliation_difference', 'risk_limit', 'run_route',
+        'run_status', 'run_transition', 'sip_plan', 'split_applied', 'strategy_run',
+        'breaker_kind', 'circuit_breaker', 'equity_peak', 'flatten_request', 'limit_kind',
+        'order_refusal', 'system_halt', 'trading_halt',
         'paper_order', 'paper_trade', 'paper_position', 'paper_equity_curve',
         'audit_cash', 'audit_chain', 'audit_duplicate', 'audit_event', 'audit_guard',
         'audit_mark', 'audit_order', 'audit_orphan', 'audit_position', 'audit_running']
@@ -2225,19 +4844,30 @@ LANGUAGE sql IMMUTABLE SET search_path = public, pg_temp AS $$
             ON event_ledger'),
         ('oms_engine', 'UPDATE (status, start_on) ON sip_plan'),
         ('oms_engine', 'EXECUTE ON FUNCTION ticks_write'),
+        ('oms_engine', 'EXECUTE ON FUNCTION halt_place, halt_lift, halt_enforce, system_halt_place,
+            system_halt_lift, run_equity_peak'),
+        ('oms_engine', 'INSERT (user_id, flatten_id, scope, run_id, account, reason, asked_by,
+            asked_at), UPDATE (status, checked_at, finished_at, summary) ON flatten_request'),
         ('oms_engine', 'INSERT, UPDATE (currency, opening_cash, calendar, time_zone, opens_at,
             closes_at, out_of_session, orders_per_second, messages_per_second, heartbeat_seconds,
             stale_seconds, settings) ON broker_account'),
         ('oms_engine', 'INSERT ON run_route'),
-        ('oms_engine', 'INSERT (user_id, account, command_id, priority, kind, payload),
-            UPDATE (done_at, outcome) ON broker_command'),
+        ('oms_engine', 'INSERT (user_id, account, command_id, priority, kind, run_id, order_id,
+            order_version, payload), UPDATE (done_at, outcome) ON broker_command'),
         ('oms_engine', 'UPDATE (applied_at, finding, code, note) ON broker_event'),
         ('oms_engine', 'INSERT ON order_broker_id'),
         ('oms_engine', 'INSERT (user_id, run_id, execution_id, amount, currency, event_at)
             ON execution_commission'),
         ('oms_engine', 'INSERT, UPDATE (acknowledged_at, acknowledged_by) ON alert'),
+        ('oms_engine', 'INSERT ON reconciliation, reconciliation_difference'),
         ('oms_connector', 'USAGE ON SCHEMA public'),
-        ('oms_connector', 'SELECT ON instrument, calendar_session'),
+        ('oms_connector', 'SELECT ON instrument, calendar_session, broker_account, broker_lease,
+            broker_command'),
+        ('oms_connector', 'SELECT (user_id, account, number, holder), INSERT (user_id, account,
+            number, holder, kind, priority, order_ref, broker_order_id, perm_id, execution_id,
+            payload, event_at, received_at) ON broker_event'),
+        ('oms_connector', 'EXECUTE ON FUNCTION lease_take, lease_renew, lease_release,
+            commands_claim, commands_throttled, commands_done, connector_alert'),
         ('oms_auditor', 'USAGE ON SCHEMA public')
 $$;
 
@@ -2270,6 +4900,12 @@ BEGIN
 END $$;
 
 REVOKE EXECUTE ON FUNCTION grant_roles, ticks_write, books_follow, ledger_analyze FROM PUBLIC;
+
+REVOKE EXECUTE ON FUNCTION lease_take, lease_renew, lease_release, commands_claim,
+    commands_throttled, commands_done, connector_alert FROM PUBLIC;
+
+REVOKE EXECUTE ON FUNCTION halt_place, halt_lift, halt_enforce, system_halt_place,
+    system_halt_lift, run_equity_peak FROM PUBLIC;
 
 DO $$
 BEGIN
