@@ -21,6 +21,9 @@ READ_ONLY = (
     "order_transition",
     "command_kind",
     "broker_lease",
+    "execution_cost",
+    "pnl_daily",
+    "position_pnl",
     "risk_limit",
     "audit_cash",
     "audit_chain",
@@ -41,6 +44,7 @@ ENGINE: dict[str, dict[str, str]] = {
     "calendar_session": {"INSERT": "*"},
     "price_bar": {"INSERT": "*"},
     "corporate_action": {"INSERT": "*"},
+    "fx_rate": {"INSERT": "*"},
     "strategy_run": {
         "INSERT": "account_type broker calendar currency initial_cash name paper parameters "
         "pnl_method run_id status strategy tick_at user_id",
