@@ -19,6 +19,8 @@ READ_ONLY = (
     "run_transition",
     "order_status",
     "order_transition",
+    "command_kind",
+    "broker_lease",
     "risk_limit",
     "audit_cash",
     "audit_chain",
@@ -47,23 +49,38 @@ ENGINE: dict[str, dict[str, str]] = {
     "price_bar": {"INSERT": "*"},
     "corporate_action": {"INSERT": "*"},
     "strategy_run": {
-        "INSERT": "account_type broker calendar currency initial_cash name paper parameters run_id "
-        "status strategy tick_at user_id",
+        "INSERT": "account_type broker calendar currency initial_cash name paper parameters "
+        "pnl_method run_id status strategy tick_at user_id",
         "UPDATE": "status",
     },
     "engine_state": {"INSERT": "*", "UPDATE": "last_logical_time recorded_at state"},
     "engine_status": {"INSERT": "*", "UPDATE": "error_at heartbeat_at lag_seconds last_error"},
     "orders": {
-        "INSERT": "client_order_id expire_at limit_price logical_time order_id order_type quantity "
-        "reference_price run_id side stop_price symbol time_in_force trail_amount trail_percent "
-        "user_id",
-        "UPDATE": "expire_at reject_code reject_source status status_at status_reason stop_price "
-        "triggered_at",
+        "INSERT": "account client_order_id expire_at limit_price logical_time order_id order_type "
+        "purpose quantity recovered reference_price run_id side stop_price symbol time_in_force "
+        "trail_amount trail_percent user_id",
+        "UPDATE": "account broker_order_id expire_at limit_price pending_reconcile perm_id "
+        "quantity reject_code reject_source status status_at status_reason stop_price "
+        "trail_amount triggered_at",
     },
     "execution": {
         "INSERT": "commission commission_currency event_at execution_id logical_time order_id "
-        "price quantity run_id side symbol user_id",
+        "price quantity reverses run_id side symbol user_id",
     },
+    "execution_commission": {"INSERT": "amount currency event_at execution_id run_id user_id"},
+    "run_route": {"INSERT": "*"},
+    "order_broker_id": {"INSERT": "*"},
+    "broker_account": {
+        "INSERT": "*",
+        "UPDATE": "calendar closes_at currency heartbeat_seconds messages_per_second opening_cash "
+        "opens_at orders_per_second out_of_session settings stale_seconds time_zone",
+    },
+    "broker_command": {
+        "INSERT": "account command_id kind order_id order_version payload priority run_id user_id",
+        "UPDATE": "done_at outcome",
+    },
+    "broker_event": {"UPDATE": "applied_at code finding note"},
+    "alert": {"INSERT": "*", "UPDATE": "acknowledged_at acknowledged_by"},
     "position": {"UPDATE": "mark_price marked_at"},
     "split_applied": {"INSERT": "ex_date kind logical_time run_id symbol user_id"},
     "mtm_ledger": {"INSERT": "logical_time run_id user_id"},
@@ -73,8 +90,17 @@ ENGINE: dict[str, dict[str, str]] = {
 }
 # The names of people's SQL have the rights of the tables that they show.
 ENGINE |= {
-    "paper_order": ENGINE["orders"],
-    "paper_trade": ENGINE["execution"],
+    "paper_order": {
+        "INSERT": "client_order_id expire_at limit_price logical_time order_id order_type quantity "
+        "reference_price run_id side stop_price symbol time_in_force trail_amount trail_percent "
+        "user_id",
+        "UPDATE": "expire_at reject_code reject_source status status_at status_reason stop_price "
+        "triggered_at",
+    },
+    "paper_trade": {
+        "INSERT": "commission commission_currency event_at execution_id logical_time order_id "
+        "price quantity run_id side symbol user_id",
+    },
     "paper_position": ENGINE["position"],
     "paper_equity_curve": ENGINE["mtm_ledger"],
 }
