@@ -110,10 +110,11 @@ ENGINE |= {
 }
 # What the connector's role may read, and of the inbox write; the rest is behind its functions.
 CONNECTOR: dict[str, dict[str, str]] = {
-    **dict.fromkeys(
-        ("instrument", "calendar_session", "broker_account", "broker_lease", "broker_command"),
-        {"SELECT": "*"},
-    ),
+    "instrument": {"SELECT": "*"},
+    "calendar_session": {"SELECT": "*"},
+    "broker_account": {"SELECT": "*"},
+    "broker_lease": {"SELECT": "*"},
+    "broker_command": {"SELECT": "*"},
     "broker_event": {
         "SELECT": "account holder number user_id",
         "INSERT": "account broker_order_id event_at execution_id holder kind number order_ref "
