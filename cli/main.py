@@ -13,6 +13,7 @@ from typing import Annotated
 import typer
 
 from cli import (
+    alert,
     audit,
     bench,
     data,
@@ -20,6 +21,9 @@ from cli import (
     demo,
     equity,
     errors,
+    flatten,
+    halt,
+    limit,
     order,
     position,
     replay,
@@ -65,7 +69,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_START, _RUNS, _LOOK, _SET_UP = "Start here", "Runs", "Look", "Set up"
+_START, _RUNS, _SAFETY, _LOOK, _SET_UP = "Start here", "Runs", "Safety", "Look", "Set up"
 app.command("demo", rich_help_panel=_START)(demo.demo)
 app.command("tick", rich_help_panel=_RUNS)(tick.tick)
 app.command("replay", rich_help_panel=_RUNS)(replay.replay)
@@ -74,6 +78,10 @@ app.command("equity", rich_help_panel=_LOOK)(equity.equity)
 app.command("report", rich_help_panel=_LOOK)(report.report)
 app.command("audit", rich_help_panel=_LOOK)(audit.audit)
 app.command("bench", rich_help_panel=_LOOK)(bench.bench)
+app.command("flatten", rich_help_panel=_SAFETY)(flatten.flatten)
+app.add_typer(halt.app, rich_help_panel=_SAFETY)
+app.add_typer(limit.app, rich_help_panel=_SAFETY)
+app.add_typer(alert.app, rich_help_panel=_SAFETY)
 app.add_typer(runs.app, rich_help_panel=_RUNS)
 app.add_typer(sip.app, rich_help_panel=_RUNS)
 app.add_typer(order.app, rich_help_panel=_LOOK)
