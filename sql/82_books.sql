@@ -276,7 +276,10 @@ BEGIN
         ELSIF e.event_type = 'EXECUTION' THEN
             IF (e.x).price IS NULL THEN
                 PERFORM event_refuse(e, NULL);
-            ELSIF (e.x).price <= 0 OR (e.x).commission <> 0 THEN
+            ELSIF run.broker <> 'paper' THEN
+                PERFORM execution_check_broker(e.x);
+            END IF;
+            IF (e.x).price <= 0 OR (e.x).commission <> 0 THEN
                 PERFORM execution_check_money(e.x, run.currency);
             END IF;
             i := coalesce(array_position(symbols, (e.x).symbol), cardinality(symbols) + 1);
@@ -299,7 +302,9 @@ BEGIN
                     coalesce(held[array_position(symbols, (e.o).symbol)], 0)
                     + CASE WHEN waiting THEN orders_open_quantity(e.o) ELSE 0 END,
                     cash, symbols, held, marks);
-                IF refusal.code IS NOT NULL OR (e.o).broker <> run.broker THEN
+                IF refusal.code IS NOT NULL OR (e.o).broker <> run.broker
+                   -- A broker fills what was sent to it; nothing is born filled there.
+                   OR run.broker <> 'paper' THEN
                     PERFORM event_refuse(e, coalesce(refusal.code, 'BROKER'));
                 END IF;
             ELSIF (e.o).status IS NULL THEN
