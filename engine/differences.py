@@ -130,7 +130,7 @@ def _settle_commands(conn: Connection, whose: Subject, found: Sequence[Differenc
 def _record_ids(
     conn: Connection, whose: Subject, found: Sequence[Difference], at: datetime
 ) -> None:
-    named = [d for d in found if d.broker_order_id or d.perm_id]
+    named = [d for d in found if d.order_id and (d.broker_order_id or d.perm_id)]
     columns: list[Any] = [
         [d.run_id for d in named],
         [d.order_id for d in named],
