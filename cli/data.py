@@ -92,6 +92,36 @@ def import_(
         say(f"Read {imported.read:,} {what}: {imported.added:,} new{known}.")
 
 
+@app.command()
+def fx(
+    rates: Annotated[
+        Path, typer.Argument(metavar="FILE", help="CSV of rates, .gz or not.", show_default=False)
+    ],
+    dsn: Dsn = None,
+    as_json: Json = False,
+) -> None:
+    """Import exchange rates from a CSV file: all rows or none.
+
+    currency,quote_currency,at,rate: from the moment at on, which has a time
+    zone, one unit of currency costs rate of quote_currency. Commissions in
+    another currency than their run's are converted at the rate of their time,
+    which may be a week old at most.
+
+    Example:
+      oms data fx rates.csv
+    """
+    from engine.errors import translated
+    from engine.market.imports import read_rates
+    from engine.market.store import import_rates
+
+    with acting(dsn) as conn, translated():
+        done = import_rates(conn, read_rates(rates))
+    if as_json:
+        print_json({"rates": done})
+    else:
+        say(f"Read {done.read:,} rates: {done.added:,} new.")
+
+
 @app.command("list")
 def list_(dsn: Dsn = None, as_json: Json = False) -> None:
     """List known symbols and what is stored of each.

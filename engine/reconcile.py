@@ -512,6 +512,4 @@ def stored(
             key,
         )
     ]
-    return Reconciliation(
-        account, snapshot_id, why, taken_at, False, open_orders, undecided, found
-    )
+    return Reconciliation(account, snapshot_id, why, taken_at, False, open_orders, undecided, found)

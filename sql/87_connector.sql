@@ -147,25 +147,29 @@ COMMENT ON FUNCTION commands_claim IS
     'Gives the holder of an account its next commands: by priority, cancels first, then by age; '
     'each once; at most so many, and so many new orders among them.';
 
--- What waits though its turn has come: the throttle's queue, of which nobody has been told yet.
+-- What waits though its turn has come: the throttle's queue.
 CREATE FUNCTION commands_throttled(of_user uuid, of_account text, at_most integer)
-RETURNS SETOF broker_command
+RETURNS TABLE (command_id uuid, kind text, order_id uuid, place bigint)
 LANGUAGE sql STABLE SECURITY DEFINER SET search_path = public, pg_temp AS $$
-    SELECT c.* FROM broker_command c
-    WHERE c.user_id = of_user AND c.account = of_account
-      AND c.done_at IS NULL AND c.claimed_by IS NULL AND c.order_id IS NOT NULL
-      AND command_is_due(c)
+    SELECT q.command_id, q.kind, q.order_id, q.place
+    FROM (SELECT c.command_id, c.kind, c.order_id,
+                 row_number() OVER (ORDER BY c.priority, c.kind <> 'CANCEL', c.created_at,
+                                             c.command_id) - 1 AS place
+          FROM broker_command c
+          WHERE c.user_id = of_user AND c.account = of_account AND c.done_at IS NULL
+            AND c.claimed_by IS NULL AND command_is_due(c)) q
+    WHERE q.order_id IS NOT NULL
       AND NOT EXISTS (
           SELECT FROM broker_event e
           WHERE e.user_id = of_user AND e.account = of_account AND e.kind = 'THROTTLED'
-            AND e.order_ref = c.order_id::text
-            AND e.payload ->> 'command_id' = c.command_id::text)
-    ORDER BY c.priority, c.kind <> 'CANCEL', c.created_at, c.command_id
-    LIMIT at_most
+            AND e.order_ref = q.order_id::text
+            AND e.payload ->> 'command_id' = q.command_id::text)
+    ORDER BY q.place LIMIT at_most
 $$;
 
 COMMENT ON FUNCTION commands_throttled IS
-    'Commands about orders that wait for the throttle and have no THROTTLED event yet, in order.';
+    'Commands about orders that wait for the throttle and have no THROTTLED event yet, each with '
+    'its place in the queue, from 0.';
 
 -- It needs no lease: what was sent was sent, whoever holds the account now. A repeat, after a
 -- commit of which nobody heard, changes nothing.
@@ -210,10 +214,14 @@ CREATE FUNCTION broker_command_check_update() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 BEGIN
     IF (NEW.user_id, NEW.account, NEW.command_id, NEW.priority, NEW.kind, NEW.run_id,
-        NEW.order_id, NEW.order_version, NEW.payload, NEW.not_before, NEW.created_at)
+        NEW.order_id, NEW.order_version, NEW.not_before, NEW.created_at)
        IS DISTINCT FROM
        (OLD.user_id, OLD.account, OLD.command_id, OLD.priority, OLD.kind, OLD.run_id,
-        OLD.order_id, OLD.order_version, OLD.payload, OLD.not_before, OLD.created_at) THEN
+        OLD.order_id, OLD.order_version, OLD.not_before, OLD.created_at)
+       -- An order that waits may be given new terms; what a connector has seen is fixed.
+       OR NEW.payload <> OLD.payload
+          AND (OLD.claimed_by IS NOT NULL OR NEW.claimed_by IS NOT NULL
+               OR OLD.done_at IS NOT NULL OR NEW.done_at IS NOT NULL) THEN
         RAISE EXCEPTION 'command % stays as it was written', OLD.command_id
             USING ERRCODE = '23T09', CONSTRAINT = 'broker_command_terms_fixed',
                   TABLE = 'broker_command', HINT = 'Withdraw it, and write another one.';
@@ -235,7 +243,8 @@ BEGIN
 END $$;
 
 COMMENT ON FUNCTION broker_command_check_update IS
-    'Trigger: a command stays as it is; claim, sending and outcome are written once.';
+    'Trigger: a command stays as it is, but for the payload of one that nobody has taken; claim, '
+    'sending and outcome are written once.';
 
 CREATE FUNCTION broker_event_check_update() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$

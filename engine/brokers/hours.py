@@ -37,7 +37,8 @@ def daily_spans(opens_at: time, closes_at: time, time_zone: str, now: datetime) 
     overnight = timedelta(days=int(closes_at <= opens_at))
     return [
         Span(
-            datetime.combine(day, opens_at, zone), datetime.combine(day + overnight, closes_at, zone)
+            datetime.combine(day, opens_at, zone),
+            datetime.combine(day + overnight, closes_at, zone),
         )
         for day in (today + timedelta(days=offset) for offset in (-1, 0, 1))
     ]

@@ -12,7 +12,7 @@ from uuid import UUID
 from engine.brokers.protocol import SNAPSHOT_ROWS_MAX, BrokerOrder, Snapshot
 from engine.errors import BadInput
 
-_LISTS = ("open_orders", "executions", "positions")
+_LISTS = ("open_orders", "closed_orders", "executions", "positions")
 
 
 def as_payload(value: Any) -> Any:

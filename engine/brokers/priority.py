@@ -10,7 +10,10 @@ T = TypeVar("T")
 
 
 class PriorityQueue(Generic[T]):
-    """P0 before P1 before P2; inside a priority cancels first, then first come, first served."""
+    """P0 before P1 before P2; inside a priority first come, first served.
+
+    Only an item that asks to be ``first`` overtakes others of its own priority: a cancel does.
+    """
 
     def __init__(self) -> None:
         self._queue: asyncio.PriorityQueue[tuple[int, bool, int, T]] = asyncio.PriorityQueue()
@@ -20,13 +23,24 @@ class PriorityQueue(Generic[T]):
         return self._queue.qsize()
 
     def put(self, item: T, priority: int, *, first: bool = False) -> None:
-        """Add an item; ``first`` puts it before others of its priority that aren't."""
+        """Add an item."""
         self._queue.put_nowait((priority, not first, next(self._numbers), item))
 
     async def get(self) -> T:
-        """Wait for the most urgent item and take it."""
+        """Wait for the most urgent item and take it; ``done`` says that it was dealt with."""
         return (await self._queue.get())[-1]
 
+    def done(self) -> None:
+        """What was taken has been dealt with."""
+        self._queue.task_done()
+
+    async def dealt_with(self) -> None:
+        """Wait until everything was taken and dealt with."""
+        await self._queue.join()
+
     def drain(self) -> list[T]:
-        """Take all that there is, the most urgent first."""
-        return [self._queue.get_nowait()[-1] for _ in range(self._queue.qsize())]
+        """Take all that there is, the most urgent first, as dealt with."""
+        items = [self._queue.get_nowait()[-1] for _ in range(len(self))]
+        for _ in items:
+            self.done()
+        return items

@@ -109,6 +109,8 @@ class Snapshot:
     executions: Sequence[Message]  # kinds EXECUTION, BUST and COMMISSION, oldest first
     positions: Sequence[Position]
     cash: Mapping[str, Decimal]  # by currency
+    # Orders that ended since: an order that is here did arrive, whatever became of it.
+    closed_orders: Sequence[OpenOrder] = ()
 
 
 class Broker(Protocol):

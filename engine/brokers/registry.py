@@ -3,16 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from importlib import import_module
 from typing import Any
 
 from engine.brokers.protocol import Broker
 from engine.errors import BadInput
 
+__all__ = ["ADAPTERS", "adapter"]
+
 Factory = Callable[[Mapping[str, Any]], Broker]
 
-# The account's broker word -> module and function that makes its adapter of account settings.
-ADAPTERS: dict[str, str] = {"dummy": "engine.brokers.dummy.adapter:connect_to"}
+
+def _dummy(settings: Mapping[str, Any]) -> Broker:
+    from engine.brokers.dummy.adapter import DummyBroker
+
+    if "port" not in settings:
+        raise BadInput("the account's settings name no port of the dummy broker")
+    return DummyBroker(
+        int(settings["port"]),
+        host=str(settings.get("host", "127.0.0.1")),
+        client_id=int(settings.get("client_id", 0)),
+        account=settings["account"],
+    )
+
+
+# By the account's broker word: what makes an adapter of the account's settings and name.
+ADAPTERS: dict[str, Factory] = {"dummy": _dummy}
 
 
 def adapter(broker: str, settings: Mapping[str, Any]) -> Broker:
@@ -20,6 +35,4 @@ def adapter(broker: str, settings: Mapping[str, Any]) -> Broker:
     if broker not in ADAPTERS:
         known = ", ".join(sorted(ADAPTERS))
         raise BadInput(f"there is no adapter for the broker {broker!r}; there are: {known}")
-    module, _, name = ADAPTERS[broker].partition(":")
-    factory: Factory = getattr(import_module(module), name)
-    return factory(settings)
+    return ADAPTERS[broker](settings)

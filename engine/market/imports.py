@@ -21,7 +21,7 @@ from typing import BinaryIO, Generic, TypeVar, cast
 
 from engine.errors import BadInput
 from engine.market.calendar import require_calendar, session_at, session_on
-from engine.market.model import Bar, Session, Split
+from engine.market.model import Bar, FxRate, Session, Split
 from engine.quantities import EXACT
 
 __all__ = [
@@ -36,12 +36,14 @@ __all__ = [
     "parse_symbol",
     "parse_time",
     "read_bars",
+    "read_rates",
     "read_splits",
 ]
 
 DECIMALS_MAX = 8
 NUMBER_BELOW = Decimal(10) ** 15  # in any unit: a price, a volume
 RATIO_BELOW = Decimal(10) ** 6  # new units for an old one, either side of a split
+FX_RATE_BELOW = Decimal(10) ** 9
 IMPORT_ROWS_MAX = 2_000_000  # rows in one file: about 1.5 GB of memory
 LINE_BYTES_MAX = 10_000
 
@@ -50,6 +52,7 @@ _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,9})?", re.ASCII)
 _DAY = re.compile(r"\d{4}-\d{2}-\d{2}", re.ASCII)
 # The same rule as the database's instrument_symbol_format.
 _SYMBOL = re.compile(r"[A-Z0-9][A-Z0-9._=^/ -]{0,31}")
+_CURRENCY = re.compile(r"[A-Z]{3}")
 _STEP = Decimal(1).scaleb(-DECIMALS_MAX)
 
 Order = TypeVar("Order", date, datetime)
@@ -188,6 +191,34 @@ def read_splits(path: Path | str, *, calendar: str) -> list[Split]:
     return splits
 
 
+def read_rates(path: Path | str) -> list[FxRate]:
+    """Return the exchange rates of a CSV file: currency, quote_currency, at, rate.
+
+    ``at`` has a timezone. Raises BadInput, with the line, for the first thing that is wrong.
+    """
+    source = _Source(path)
+    latest = _Latest[datetime](source)
+    rates: list[FxRate] = []
+    with source.blame():
+        for cells in source.rows(_RATE_COLUMNS):
+            currency, quote = _currency(cells["currency"]), _currency(cells["quote_currency"])
+            if currency == quote:
+                raise BadInput(f"The rate of {currency} in itself is always 1; leave it out.")
+            at = parse_time(cells["at"], "at")
+            rate = parse_decimal(cells["rate"], "rate")
+            if not 0 < rate < FX_RATE_BELOW:
+                raise BadInput(f"The rate {rate:f} must be above zero and below {FX_RATE_BELOW:f}.")
+            latest.advance(f"{currency}/{quote}", at)
+            rates.append(FxRate(currency, quote, at, rate))
+    return rates
+
+
+def _currency(text: str) -> str:
+    if not _CURRENCY.fullmatch(text.upper()):
+        raise BadInput(f"{_shown(text)} isn't a currency; use its three letters, such as USD.")
+    return text.upper()
+
+
 @dataclass(frozen=True, slots=True)
 class _Columns:
     """What a header may hold: the names that must be there, and those that may."""
@@ -218,6 +249,7 @@ class _Columns:
 
 _BAR_COLUMNS = _Columns(("symbol", *_PRICES), ("date", "timestamp"), ("volume",))
 _SPLIT_COLUMNS = _Columns(("symbol", "ex_date", "numerator", "denominator"))
+_RATE_COLUMNS = _Columns(("currency", "quote_currency", "at", "rate"))
 _ALIASES = {"ticker": "symbol"}
 _IGNORED = ("adj close", "adj_close")
 

@@ -48,6 +48,16 @@ class Split:
 
 
 @dataclass(frozen=True, slots=True)
+class FxRate:
+    """From ``at`` on, one unit of ``currency`` costs ``rate`` of ``quote_currency``."""
+
+    currency: str
+    quote_currency: str
+    at: datetime
+    rate: Decimal
+
+
+@dataclass(frozen=True, slots=True)
 class Session:
     """One trading session of an exchange calendar; both moments are in UTC."""
 

@@ -20,7 +20,7 @@ from psycopg.rows import dict_row, tuple_row
 
 from engine.errors import BadInput
 from engine.market.imports import parse_symbol
-from engine.market.model import Bar, Split
+from engine.market.model import Bar, FxRate, Split
 
 __all__ = [
     "PAGE_ROWS",
@@ -30,6 +30,7 @@ __all__ = [
     "bars_at",
     "bars_between",
     "import_bars",
+    "import_rates",
     "import_splits",
     "list_data",
     "negative_symbols",
@@ -204,6 +205,49 @@ def import_splits(conn: Connection[Any], splits: Sequence[Split]) -> Imported:
         added = cursor.rowcount
         _refuse_other_ratios(cursor, columns)
     return Imported(len(splits), added, symbols_added)
+
+
+def import_rates(conn: Connection[Any], rates: Sequence[FxRate]) -> Imported:
+    """Store exchange rates; all or nothing.
+
+    Raises BadInput when a stored rate of that pair and moment is another: commissions were
+    converted at it.
+    """
+    columns = {
+        "currencies": [rate.currency for rate in rates],
+        "quotes": [rate.quote_currency for rate in rates],
+        "times": [rate.at for rate in rates],
+        "rates": [rate.rate for rate in rates],
+    }
+    given = """unnest(%(currencies)s::text[], %(quotes)s::text[], %(times)s::timestamptz[],
+                      %(rates)s::numeric[]) AS g (currency, quote_currency, at, rate)"""
+    with conn.transaction(), conn.cursor(row_factory=tuple_row) as cursor:
+        cursor.execute(
+            f"""
+            INSERT INTO fx_rate (currency, quote_currency, at, rate)
+            SELECT g.currency, g.quote_currency, g.at, g.rate FROM {given}
+            ORDER BY g.currency, g.quote_currency, g.at
+            ON CONFLICT (currency, quote_currency, at) DO NOTHING
+            """,
+            columns,
+        )
+        added = cursor.rowcount
+        cursor.execute(
+            f"""
+            SELECT g.currency, g.quote_currency, g.at, f.rate, g.rate FROM {given}
+            JOIN fx_rate f USING (currency, quote_currency, at)
+            WHERE f.rate <> g.rate ORDER BY 1, 2, 3 LIMIT 1
+            """,
+            columns,
+        )
+        other = cursor.fetchone()
+        if other is not None:
+            currency, quote, at, stored, new = other
+            raise BadInput(
+                f"{currency}/{quote} at {at.astimezone(UTC).isoformat()} is stored as {stored:f}, "
+                f"not {new:f}; a rate that was converted at can't be changed."
+            )
+    return Imported(len(rates), added, 0)
 
 
 def list_data(conn: Connection[Any]) -> list[SymbolData]:

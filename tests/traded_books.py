@@ -1,0 +1,203 @@
+"""Runs that trade by plain SQL, on paper and at a broker whose words are given."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from decimal import Decimal
+from typing import Any
+from uuid import UUID, uuid4
+
+from psycopg.types.json import Jsonb
+
+from engine.db.connect import Connection
+
+# A Monday, in the session of New York.
+MONDAY = datetime(2024, 1, 8, 15, tzinfo=UTC)
+ACCOUNT = "DU1"
+
+
+@dataclass
+class Book:
+    """A RUNNING run on margin, and what is traded in it; ``broker`` is paper or another."""
+
+    conn: Connection
+    method: str = "AVERAGE"
+    broker: str = "paper"
+    currency: str = "USD"
+    user_id: UUID = field(default_factory=uuid4)
+    run_id: UUID = field(default_factory=uuid4)
+    at: datetime = MONDAY
+    said: int = 0
+
+    def __post_init__(self) -> None:
+        write = self.conn.execute
+        write("INSERT INTO app_user (user_id) VALUES (%s)", [self.user_id])
+        write(
+            """INSERT INTO strategy_run (user_id, run_id, status, initial_cash, account_type,
+                                         pnl_method, broker, currency)
+               VALUES (%s, %s, 'RUNNING', 100000, 'MARGIN', %s, %s, %s)""",
+            [*self.key, self.method, self.broker, self.currency],
+        )
+        if self.broker != "paper":
+            write(
+                """INSERT INTO broker_account (user_id, account, broker, opens_at, closes_at)
+                   VALUES (%s, %s, %s, '00:00', '23:59:59')""",
+                [self.user_id, ACCOUNT, self.broker],
+            )
+            write(
+                "INSERT INTO run_route (user_id, run_id, account) VALUES (%s, %s, %s)",
+                [*self.key, ACCOUNT],
+            )
+
+    @property
+    def key(self) -> list[UUID]:
+        return [self.user_id, self.run_id]
+
+    def heard(self, kind: str, event_at: datetime, payload: dict[str, Any], **ids: Any) -> None:
+        """The broker says something."""
+        self.said += 1
+        self.conn.execute(
+            """INSERT INTO broker_event (user_id, account, number, holder, kind, order_ref,
+                                         execution_id, payload, event_at)
+               VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s)""",
+            [
+                self.user_id,
+                ACCOUNT,
+                self.said,
+                UUID(int=1),
+                kind,
+                ids.get("order_ref"),
+                ids.get("execution_id"),
+                Jsonb(payload),
+                event_at,
+            ],
+        )
+
+    def order(self, quantity: str, symbol: str) -> UUID:
+        units = Decimal(quantity)
+        order_id = uuid4()
+        self.conn.execute(
+            """INSERT INTO orders (user_id, run_id, order_id, symbol, side, quantity, logical_time)
+               VALUES (%s, %s, %s, %s, %s, %s, %s)""",
+            [*self.key, order_id, symbol, "BUY" if units > 0 else "SELL", abs(units), self.at],
+        )
+        return order_id
+
+    def trade(
+        self,
+        quantity: str,
+        price: str,
+        *,
+        symbol: str = "AAPL",
+        event_at: datetime | None = None,
+        commission: str = "0",
+        after: timedelta = timedelta(minutes=1),
+    ) -> str:
+        """Buy a quantity, or sell a negative one; returns the execution's id."""
+        self.at += after
+        order_id = self.order(quantity, symbol)
+        execution_id = f"{order_id}.01"
+        if self.broker != "paper":
+            self.heard(
+                "EXECUTION",
+                event_at or self.at,
+                {"quantity": quantity.lstrip("-"), "price": price},
+                order_ref=str(order_id),
+                execution_id=execution_id,
+            )
+        self.execute(order_id, execution_id, abs(Decimal(quantity)), price, event_at, commission)
+        return execution_id
+
+    def execute(
+        self,
+        order_id: UUID,
+        execution_id: str,
+        quantity: Decimal,
+        price: str,
+        event_at: datetime | None = None,
+        commission: str = "0",
+        reverses: str | None = None,
+    ) -> None:
+        self.conn.execute(
+            """INSERT INTO execution (user_id, run_id, order_id, execution_id, quantity, price,
+                                      commission, event_at, reverses)
+               VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s)""",
+            [
+                *self.key,
+                order_id,
+                execution_id,
+                quantity,
+                Decimal(price),
+                Decimal(commission),
+                event_at or self.at,
+                reverses,
+            ],
+        )
+
+    def bust(self, execution_id: str, quantity: str, price: str) -> None:
+        """The broker takes an execution back."""
+        order_id = UUID(execution_id.split(".")[0])
+        self.heard("BUST", self.at, {}, order_ref=str(order_id), execution_id=execution_id)
+        self.execute(
+            order_id, f"{execution_id}-bust", -Decimal(quantity), price, reverses=execution_id
+        )
+
+    def commission(
+        self, execution_id: str, amount: str, currency: str, event_at: datetime
+    ) -> Decimal:
+        """The broker reports a commission; what it costs in the run's currency."""
+        self.heard(
+            "COMMISSION",
+            event_at,
+            {"amount": amount, "currency": currency},
+            execution_id=execution_id,
+        )
+        (cost,) = self.one(
+            """INSERT INTO execution_commission (user_id, run_id, execution_id, amount, currency,
+                                                 event_at)
+               VALUES (%s, %s, %s, %s, %s, %s) RETURNING cost""",
+            *self.key,
+            execution_id,
+            Decimal(amount),
+            currency,
+            event_at,
+        )
+        assert isinstance(cost, Decimal)
+        return cost
+
+    def mark(self, price: str, symbol: str = "AAPL") -> None:
+        """The market moves."""
+        self.at += timedelta(minutes=1)
+        self.conn.execute(
+            """UPDATE position SET mark_price = %s, marked_at = %s
+               WHERE user_id = %s AND run_id = %s AND symbol = %s""",
+            [Decimal(price), self.at, *self.key, symbol],
+        )
+
+    def one(self, query: str, *parameters: object) -> tuple[Any, ...]:
+        row = self.conn.execute(query.encode(), parameters).fetchone()
+        assert row is not None
+        return row
+
+    def pnl(self, columns: str, symbol: str = "AAPL") -> tuple[Any, ...]:
+        """Columns of position_pnl."""
+        return self.one(
+            f"SELECT {columns} FROM position_pnl WHERE user_id = %s AND run_id = %s AND symbol = %s",
+            *self.key,
+            symbol,
+        )
+
+    def lots(self, symbol: str = "AAPL") -> list[tuple[Decimal, Decimal]]:
+        """Quantity and cost of the open lots."""
+        return self.conn.execute(
+            "SELECT quantity, cost FROM position_lots(%s, %s, %s)", [*self.key, symbol]
+        ).fetchall()
+
+    def days(self) -> list[tuple[str, Decimal, Decimal, Decimal | None]]:
+        """Session, realised, commission and total by day."""
+        return self.conn.execute(
+            """SELECT session_date::text, realized_pnl, commission, total_pnl FROM pnl_daily
+               WHERE user_id = %s AND run_id = %s ORDER BY session_date""",
+            self.key,
+        ).fetchall()
