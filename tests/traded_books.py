@@ -183,18 +183,19 @@ class Book:
     def pnl(self, columns: str, symbol: str = "AAPL") -> tuple[Any, ...]:
         """Columns of position_pnl."""
         return self.one(
-            f"SELECT {columns} FROM position_pnl WHERE user_id = %s AND run_id = %s AND symbol = %s",
+            f"""SELECT {columns} FROM position_pnl
+                WHERE user_id = %s AND run_id = %s AND symbol = %s""",
             *self.key,
             symbol,
         )
 
-    def lots(self, symbol: str = "AAPL") -> list[tuple[Decimal, Decimal]]:
+    def lots(self, symbol: str = "AAPL") -> list[Any]:
         """Quantity and cost of the open lots."""
         return self.conn.execute(
             "SELECT quantity, cost FROM position_lots(%s, %s, %s)", [*self.key, symbol]
         ).fetchall()
 
-    def days(self) -> list[tuple[str, Decimal, Decimal, Decimal | None]]:
+    def days(self) -> list[Any]:
         """Session, realised, commission and total by day."""
         return self.conn.execute(
             """SELECT session_date::text, realized_pnl, commission, total_pnl FROM pnl_daily
