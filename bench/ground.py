@@ -50,14 +50,22 @@ class Ground:
 
     def database(self, name: str) -> str:
         """Make a database that knows the market; returns its owner's DSN."""
+        self.copy(_TEMPLATE, name)
+        self.databases.append(name)
+        return self.owner_dsn(name)
+
+    def copy(self, name: str, into: str) -> str:
+        """Make a copy of a database that nobody is connected to; returns a superuser's DSN.
+
+        It isn't audited: what becomes of it is the caller's business.
+        """
         with open_connection(self.server.dsn()) as admin:
             admin.execute(
                 sql.SQL("CREATE DATABASE {} OWNER {} TEMPLATE {}").format(
-                    *map(sql.Identifier, (name, OWNER_ROLE, _TEMPLATE))
+                    *map(sql.Identifier, (into, OWNER_ROLE, name))
                 )
             )
-        self.databases.append(name)
-        return self.owner_dsn(name)
+        return self.server.dsn(into)
 
     def owner_dsn(self, name: str) -> str:
         """The DSN of the owner of a database of ours."""

@@ -8,17 +8,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from datetime import datetime
 from functools import partial
 from uuid import UUID
 
 from bench.ground import Ground, new_run
 from bench.harness import Row, child, interleave, result_of
-from bench.live import LiveRun
+from bench.live import LiveRun, going_on
 from bench.replays import DENSE, SPARSE
 from bench.sizes import Sizes
 from engine.db.connect import ENGINE_ROLE, Connection, open_connection
-from engine.runs import Run, find_run
+from engine.runs import find_run
 
 __all__ = ["histories", "measure"]
 
@@ -44,7 +43,7 @@ def measure(on: Ground, sizes: Sizes) -> list[Row]:
         sides = {
             "empty": LiveRun(small, new_run(small)),
             "a new run": LiveRun(big, new_run(big)),
-            "the longest run": _going_on(big, find_run(big, longest)),
+            "the longest run": going_on(big, find_run(big, longest), every=SPARSE.every),
         }
         ticks = sizes.growth_ticks
         for side in sides.values():
@@ -103,13 +102,3 @@ def _events(conn: Connection) -> int:
     row = conn.execute("SELECT count(*) FROM event_ledger").fetchone()
     assert row is not None
     return int(row[0])
-
-
-def _going_on(conn: Connection, run: Run) -> LiveRun:
-    row = conn.execute(
-        "SELECT last_logical_time FROM engine_state WHERE user_id = %s AND run_id = %s",
-        [run.user_id, run.run_id],
-    ).fetchone()
-    assert row is not None
-    last: datetime = row[0]
-    return LiveRun(conn, run, after=last, every=SPARSE.every)

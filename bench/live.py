@@ -24,7 +24,7 @@ from engine.runs import Run
 from engine.strategies.base import PlaceOrder
 from engine.tick import run_tick
 
-__all__ = ["LiveRun", "measure", "tps_of"]
+__all__ = ["LiveRun", "Pgbench", "going_on", "measure", "tps_of"]
 
 MUST = 0.8
 SECONDS_SLACK = 60.0
@@ -92,9 +92,19 @@ def _feed_after(conn: Connection, after: datetime | None) -> Iterator[tuple[date
     return (tick for tick in feed(left) if tick[0] > after)
 
 
+def going_on(conn: Connection, run: Run, *, every: int | None = None) -> LiveRun:
+    """A run that has ticked, from its last tick on."""
+    row = conn.execute(
+        "SELECT last_logical_time FROM engine_state WHERE user_id = %s AND run_id = %s",
+        [run.user_id, run.run_id],
+    ).fetchone()
+    assert row is not None
+    return LiveRun(conn, run, after=row[0], every=every)
+
+
 def measure(on: Ground, sizes: Sizes) -> list[Row]:
     """The row of the live tick."""
-    pgbench = _Pgbench(on)
+    pgbench = Pgbench(on)
     with open_connection(on.database("live"), role=ENGINE_ROLE) as conn:
         ours = LiveRun(conn, new_run(conn))
         for _ in range(WARM_UP_TICKS):
@@ -119,12 +129,11 @@ def measure(on: Ground, sizes: Sizes) -> list[Row]:
     ]
 
 
-class _Pgbench:
+class Pgbench:
     """pgbench's TPC-B at scale 1, prepared, on a database of its own of the same server."""
 
-    def __init__(self, on: Ground) -> None:
+    def __init__(self, on: Ground, name: str = "pgbench") -> None:
         self._program = on.programs / "pgbench"
-        name = "pgbench"
         with open_connection(on.server.dsn()) as admin:
             admin.execute(sql.SQL("CREATE DATABASE {}").format(sql.Identifier(name)))
         self._dsn = on.server.dsn(name)

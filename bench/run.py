@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from bench import MEASUREMENTS, growth, live, memory, replays, sips, space, start
+from bench import MEASUREMENTS, growth, live, memory, profile, replays, sips, space, start
 from bench.ground import Ground, ground
 from bench.harness import Row
 from bench.peers.environment import installed_peers
+from bench.profile import Cost
 from bench.sizes import Sizes
 from bench.space import Relation
 from engine.audit import Finding
@@ -23,13 +24,14 @@ Measure = Callable[[Ground, Sizes, Sequence[replays.Peer]], list[Row]]
 
 @dataclass(frozen=True, slots=True)
 class Benchmark:
-    """What was found: the rows, what a tick's space is made of, and whether the books hold.
+    """What was found: the rows, what a tick's time and space are made of, and the audit's answer.
 
     ``settings`` are the server's own words on its durability, ``findings`` those of the audit by
     database; both by name.
     """
 
     rows: list[Row]
+    costs: list[Cost]
     relations: list[Relation]
     settings: Mapping[str, str]
     findings: Mapping[str, list[Finding]]
@@ -69,15 +71,18 @@ def run(
     wanted = [name for name in MEASUREMENTS if not only or name in only]
     others = installed_peers(peers, tell) if _AGAINST_PEERS & set(wanted) else []
     rows: list[Row] = []
+    costs: list[Cost] = []
     relations: list[Relation] = []
     tell("Starting a server ...")
     with ground() as on:
         for name in wanted:
             tell(f"Measuring {name} ...")
-            if name == "space":
+            if name == "profile":
+                found, costs = profile.measure(on, sizes)
+            elif name == "space":
                 found, relations = space.measure(on, sizes)
             else:
                 found = _MEASURES[name](on, sizes, others)
             rows += found
         tell("Auditing ...")
-        return Benchmark(rows, relations, on.settings(), on.audited())
+        return Benchmark(rows, costs, relations, on.settings(), on.audited())

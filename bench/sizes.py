@@ -13,6 +13,7 @@ class Sizes:
 
     live_rounds: int
     live_seconds: int
+    profile_ticks: int
     replay_rounds: int
     dense_bars: int
     sparse_bars: int
@@ -29,6 +30,7 @@ class Sizes:
 FULL = Sizes(
     live_rounds=5,
     live_seconds=3,
+    profile_ticks=1_000,
     replay_rounds=3,
     dense_bars=20_000,
     sparse_bars=100_000,
@@ -44,6 +46,7 @@ FULL = Sizes(
 QUICK = Sizes(
     live_rounds=3,
     live_seconds=2,
+    profile_ticks=400,
     replay_rounds=2,
     dense_bars=10_000,
     sparse_bars=20_000,

@@ -16,10 +16,14 @@ __all__ = [
     "parse_assignments",
     "parse_day",
     "parse_object",
+    "parse_part",
+    "parse_time_of_day",
     "parse_until",
 ]
 
 _DAY = re.compile(r"\d{4}-\d{2}-\d{2}", re.ASCII)
+# Workers or schedulers that may share one work.
+PARTS_MAX = 1_000
 _ONE_DAY = timedelta(days=1)
 _INSTANT = timedelta(microseconds=1)
 
@@ -59,6 +63,27 @@ def parse_until(text: str, what: str, *, end: bool) -> datetime:
         return parse_time(text, what)
     first = datetime.combine(parse_day(text, what), time(), UTC)
     return first + _ONE_DAY - _INSTANT if end else first
+
+
+def parse_time_of_day(text: str) -> tuple[time, time]:
+    """Hours such as 09:00-17:00. Raises BadInput."""
+    from engine.errors import BadInput
+
+    begin, dash, end = text.partition("-")
+    try:
+        if dash:
+            return time.fromisoformat(begin.strip()), time.fromisoformat(end.strip())
+    except ValueError:
+        pass
+    raise BadInput(f"The hours {text!r} can't be read; write them as 09:00-17:00.")
+
+
+def parse_part(given: str) -> tuple[int, int]:
+    """A part of a whole such as 1/2, from 1 on. Raises typer's BadParameter."""
+    part, slash, of = given.partition("/")
+    if slash and part.isdecimal() and of.isdecimal() and 1 <= int(part) <= int(of) <= PARTS_MAX:
+        return int(part), int(of)
+    raise typer.BadParameter(f"{given!r} is no part of a whole; write for instance 1/2")
 
 
 def parse_object(text: str | None, what: str) -> dict[str, Any]:

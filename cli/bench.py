@@ -15,6 +15,7 @@ from cli.output import Column, note, print_error, print_json, print_table, say
 
 if TYPE_CHECKING:
     from bench.harness import Row
+    from bench.profile import Cost
     from bench.run import Benchmark
     from bench.space import Relation
 
@@ -113,11 +114,24 @@ def _tell(done: Benchmark, tolerance: float) -> None:
     say()
     for line, meets in bars(done.rows, tolerance):
         say(line, style="green" if meets else "red")
+    if done.costs:
+        say()
+        _tell_costs(done.costs)
     if done.relations:
         say()
         _tell_space(done.relations)
     say()
     say(f"Server: {', '.join(f'{name} {value}' for name, value in done.settings.items())}.")
+
+
+def _tell_costs(costs: Sequence[Cost]) -> None:
+    columns = (
+        Column("PART OF A LIVE TICK", "name"),
+        Column("CALLS", lambda c: "–" if c.calls is None else f"{c.calls:.2f}", right=True),
+        Column("TOTAL µs", lambda c: f"{c.total_us:,.1f}", right=True),
+        Column("SELF µs", lambda c: f"{c.self_us:,.1f}", right=True),
+    )
+    print_table(columns, costs, empty="Nothing was looked at.")
 
 
 def _tell_space(relations: Sequence[Relation]) -> None:

@@ -7,6 +7,8 @@ code    meaning
 1       a finding (of `oms audit`) or a refusal (bad input, a rule of the database, a failed
         strategy)
 2       could not run: wrong usage, no database, a file that can't be written, a bug
+3       `oms connect`: another process has taken the account over
+4       `oms connect`: the broker speaks for another account
 130     interrupted by Ctrl-C
 141     whoever was reading our output has left
 ======  ==================================================================================

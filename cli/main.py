@@ -13,8 +13,11 @@ from typing import Annotated
 import typer
 
 from cli import (
+    account,
     audit,
     bench,
+    broker,
+    connect,
     data,
     db,
     demo,
@@ -29,6 +32,7 @@ from cli import (
     sip,
     tick,
     user,
+    work,
 )
 from cli import run as runs
 
@@ -67,21 +71,26 @@ app = typer.Typer(
 )
 
 _START, _RUNS, _LOOK, _SET_UP = "Start here", "Runs", "Look", "Set up"
+_BROKERS = "Brokers"
 app.command("demo", rich_help_panel=_START)(demo.demo)
 app.command("tick", rich_help_panel=_RUNS)(tick.tick)
 app.command("replay", rich_help_panel=_RUNS)(replay.replay)
 app.command("schedule", rich_help_panel=_RUNS)(schedule.schedule)
+app.command("work", rich_help_panel=_BROKERS)(work.work)
+app.command("connect", rich_help_panel=_BROKERS)(connect.connect)
 app.command("equity", rich_help_panel=_LOOK)(equity.equity)
 app.command("pnl", rich_help_panel=_LOOK)(pnl.pnl)
 app.command("report", rich_help_panel=_LOOK)(report.report)
-app.command("audit", rich_help_panel=_LOOK)(audit.audit)
 app.command("bench", rich_help_panel=_LOOK)(bench.bench)
 app.add_typer(runs.app, rich_help_panel=_RUNS)
 app.add_typer(sip.app, rich_help_panel=_RUNS)
+app.add_typer(audit.app, rich_help_panel=_LOOK)
 app.add_typer(order.app, rich_help_panel=_LOOK)
 app.add_typer(position.app, rich_help_panel=_LOOK)
+app.add_typer(account.app, rich_help_panel=_BROKERS)
 app.add_typer(user.app, rich_help_panel=_SET_UP)
 app.add_typer(data.app, rich_help_panel=_SET_UP)
+app.add_typer(broker.app, rich_help_panel=_BROKERS)
 app.add_typer(db.app, rich_help_panel=_SET_UP)
 
 

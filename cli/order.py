@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from enum import StrEnum
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
-from cli.database import reading
-from cli.options import Dsn, Json, Limit, RunFilter, SymbolFilter
+from cli.database import acting, reading
+from cli.options import Dsn, Json, Limit, RunFilter, RunId, SymbolFilter
 from cli.output import (
     Column,
     moment,
@@ -24,6 +25,8 @@ from cli.output import (
 from cli.output import as_json as to_json
 
 if TYPE_CHECKING:
+    from decimal import Decimal
+
     from engine.reads import OrderDetail, OrderRow
 
 __all__ = ["app"]
@@ -34,6 +37,25 @@ app = typer.Typer(
     help="Orders: what was asked for and what became of it.\n\n"
     "Example: oms order list --run-id demo-sip",
 )
+
+
+Word = TypeVar("Word", bound=StrEnum)
+
+_Price = Annotated[str | None, typer.Option("--limit-price", metavar="PRICE", show_default=False)]
+_StopPrice = Annotated[
+    str | None, typer.Option("--stop-price", metavar="PRICE", show_default=False)
+]
+
+
+def _word(kind: type[Word], given: str) -> Word:
+    """One of the words that the database stores. Raises BadInput."""
+    from engine.errors import BadInput
+
+    try:
+        return kind(given)
+    except ValueError:
+        known = ", ".join(kind)
+        raise BadInput(f"{given!r} is none of {known}.") from None
 
 
 def _run(order: OrderRow) -> str:
@@ -133,6 +155,133 @@ def show(
         print_json(to_json(detail.order) | lists)
     else:
         _print_detail(detail)
+
+
+OrderArgument = Annotated[
+    str,
+    typer.Argument(metavar="ORDER", help="Its id, or the first digits of it.", show_default=False),
+]
+
+
+@app.command()
+def place(
+    run_id: RunId,
+    symbol: Annotated[str, typer.Option("--symbol", metavar="SYMBOL", show_default=False)],
+    side: Annotated[str, typer.Option("--side", metavar="SIDE", help="BUY or SELL.")] = "BUY",
+    quantity: Annotated[str, typer.Option("--quantity", metavar="UNITS")] = "1",
+    order_type: Annotated[
+        str,
+        typer.Option("--type", metavar="TYPE", help="MARKET, LIMIT, STOP, STOP_LIMIT or TRAIL."),
+    ] = "MARKET",
+    limit_price: _Price = None,
+    stop_price: _StopPrice = None,
+    time_in_force: Annotated[
+        str, typer.Option("--tif", metavar="TIF", help="DAY, GTC, IOC, FOK, OPG or CLS.")
+    ] = "DAY",
+    dsn: Dsn = None,
+    as_json: Json = False,
+) -> None:
+    """Place an order of your own in a run that trades at a broker.
+
+    Examples:
+      oms order place --run-id live --symbol AAPL --side BUY --quantity 10
+      oms order place --run-id live --symbol AAPL --side SELL --quantity 5 \\
+        --type LIMIT --limit-price 210.50
+    """
+    from engine import reads
+    from engine.market.imports import parse_decimal
+    from engine.orders.by_hand import place_order
+    from engine.orders.model import OrderType, Side, TimeInForce
+    from engine.strategies.base import PlaceOrder
+
+    with acting(dsn) as conn:
+        run = reads.find_run(conn, run_id)
+        wanted = PlaceOrder(
+            symbol,
+            _word(Side, side),
+            parse_decimal(quantity, "quantity"),
+            _word(OrderType, order_type),
+            _word(TimeInForce, time_in_force),
+            limit_price=parse_decimal(limit_price, "limit price") if limit_price else None,
+            stop_price=parse_decimal(stop_price, "stop price") if stop_price else None,
+        )
+        order_id = place_order(conn, run.user_id, run.run_id, wanted)
+        order = reads.find_order(conn, str(order_id), run=run)
+    if as_json:
+        print_json(order)
+    else:
+        why = f": {order.status_reason}" if order.status_reason else ""
+        say(f"Order {order.order_id} is {order.status}{why}.")
+
+
+@app.command()
+def cancel(
+    order: OrderArgument, run_id: RunFilter = None, dsn: Dsn = None, as_json: Json = False
+) -> None:
+    """Cancel an order, at once or by asking its broker.
+
+    Example:
+      oms order cancel 00035d01-3ae8
+    """
+    from engine import reads
+    from engine.orders.by_hand import cancel_order
+
+    with acting(dsn) as conn:
+        run = reads.find_run(conn, run_id) if run_id else None
+        found = reads.find_order(conn, order, run=run)
+        result = cancel_order(conn, found.user_id, found.run_id, found.order_id)
+    if as_json:
+        print_json({"order_id": found.order_id, "result": result})
+    else:
+        say(f"Order {found.order_id}: {result}.")
+
+
+@app.command()
+def modify(
+    order: OrderArgument,
+    quantity: Annotated[
+        str | None,
+        typer.Option("--quantity", metavar="UNITS", help="What is filled included."),
+    ] = None,
+    limit_price: _Price = None,
+    stop_price: _StopPrice = None,
+    version: Annotated[
+        int | None,
+        typer.Option("--version", metavar="N", help="Only if it is still at this version."),
+    ] = None,
+    run_id: RunFilter = None,
+    dsn: Dsn = None,
+    as_json: Json = False,
+) -> None:
+    """Ask for another quantity or price; fills and the order's id stay.
+
+    Example:
+      oms order modify 00035d01-3ae8 --limit-price 99.50
+    """
+    from engine import reads
+    from engine.market.imports import parse_decimal
+    from engine.orders.by_hand import modify_order
+
+    def number_of(text: str | None, what: str) -> Decimal | None:
+        return parse_decimal(text, what) if text else None
+
+    with acting(dsn) as conn:
+        run = reads.find_run(conn, run_id) if run_id else None
+        found = reads.find_order(conn, order, run=run)
+        result = modify_order(
+            conn,
+            found.user_id,
+            found.run_id,
+            found.order_id,
+            version=version,
+            quantity=number_of(quantity, "quantity"),
+            limit_price=number_of(limit_price, "limit price"),
+            stop_price=number_of(stop_price, "stop price"),
+        )
+    if as_json:
+        print_json({"order_id": found.order_id, "result": result})
+    else:
+        say(f"Order {found.order_id}: {result}.")
 
 
 def _print_detail(detail: OrderDetail) -> None:

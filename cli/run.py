@@ -135,11 +135,17 @@ def start(
             "--tick-at", metavar="WHEN", help="OPEN or CLOSE: when the schedule ticks it."
         ),
     ] = "CLOSE",
-    pnl_method: Annotated[
-        str,
+    account: Annotated[
+        list[str] | None,
         typer.Option(
-            "--pnl-method", metavar="METHOD", help="How profits are told: AVERAGE cost or FIFO."
+            "--account",
+            metavar="NAME",
+            help="Trade at this account; repeated: the next where the one before can't be reached.",
+            show_default=False,
         ),
+    ] = None,
+    pnl_method: Annotated[
+        str, typer.Option("--pnl-method", metavar="METHOD", help="AVERAGE cost or FIFO.")
     ] = "AVERAGE",
     dsn: Dsn = None,
     as_json: Json = False,
@@ -174,6 +180,7 @@ def start(
         account_type=account_type.upper(),
         currency=currency.upper(),
         tick_at=tick_at.upper(),
+        accounts=tuple(account or ()),
         pnl_method=pnl_method.upper(),
     )
     with acting(dsn) as conn:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from cli.arguments import parse_part
 from cli.database import acting, owner_dsn
 from cli.errors import REFUSED
 from cli.options import Dsn, Json
@@ -17,8 +18,6 @@ if TYPE_CHECKING:
     from engine.schedule import Round, Share
 
 __all__ = ["schedule"]
-
-SHARES_MAX = 1_000
 
 
 def schedule(
@@ -51,20 +50,13 @@ def schedule(
       oms schedule --once --json
       oms schedule --share 1/2
     """
-    taken = _share(share)
+    from engine.schedule import Share
+
+    taken = Share(*parse_part(share))
     if once:
         _one_round(dsn, taken, as_json=as_json)
     else:
         _serve(dsn, every, taken, as_json=as_json)
-
-
-def _share(given: str) -> Share:
-    from engine.schedule import Share
-
-    part, slash, of = given.partition("/")
-    if slash and part.isdecimal() and of.isdecimal() and 1 <= int(part) <= int(of) <= SHARES_MAX:
-        return Share(int(part), int(of))
-    raise typer.BadParameter(f"{given!r} is no part of a whole; write for instance 1/2")
 
 
 def _one_round(dsn: str | None, share: Share, *, as_json: bool) -> None:

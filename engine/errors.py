@@ -17,6 +17,8 @@ EngineError
     ├── ChainBroken            a ledger row that doesn't follow from the one before it
     ├── TimeMovesForward       a logical time before the run's last one
     ├── HistoryIsFixed         history was to be edited
+    ├── LeaseHeld              another connector holds the account
+    ├── LeaseLost              the connector doesn't hold the account, or not any more
     ├── AlreadyHappened        it is in the ledger already
     ├── UnknownReference       a row names another that doesn't exist
     └── InvalidValue           a value that no row may hold
@@ -113,6 +115,14 @@ class HistoryIsFixed(RuleViolation):
     """History was to be edited."""
 
 
+class LeaseHeld(RuleViolation):
+    """Another connector holds the account."""
+
+
+class LeaseLost(RuleViolation):
+    """The connector doesn't hold the account, or not any more."""
+
+
 class AlreadyHappened(RuleViolation):
     """It is in the ledger already."""
 
@@ -143,6 +153,8 @@ SQLSTATES: dict[str, type[RuleViolation]] = {
     "23T07": TimeMovesForward,
     "23T08": BooksDisagree,
     "23T09": HistoryIsFixed,
+    "23T20": LeaseHeld,
+    "23T21": LeaseLost,
 }
 
 _TEXT = "Use the format that the message names."
@@ -160,17 +172,42 @@ RULES: dict[str, Rule] = {
     "event_ledger_run_ends_once": Rule(AlreadyHappened, "Nothing needs to be written."),
     "event_ledger_tick_has_no_subject": Rule(InvalidValue, "Leave the subject of a TICK out."),
     "mtm_ledger_one_per_logical_time": Rule(AlreadyHappened, "Nothing needs to be written."),
+    "alert_once_until_acknowledged": Rule(AlreadyHappened, "Acknowledge the open one first."),
+    "broker_command_submit_once": Rule(AlreadyHappened, "It is on its way; ask for a SNAPSHOT."),
+    "broker_command_once_a_version": Rule(AlreadyHappened, "It is on its way already."),
+    "execution_reversed_once": Rule(AlreadyHappened, "It is taken back already."),
+    "orders_id_once_at_brokers": Rule(AlreadyHappened, "Give every order an id of its own."),
+    "run_route_account_once": Rule(AlreadyHappened, "The run has a route to it already."),
     "orders_client_order_id_once": Rule(AlreadyHappened, "Use a new client_order_id."),
     "orders_not_overfilled_on_paper": Rule(OrderNotOpen, "Trade at most what is left of it."),
     "orders_status_agrees_with_fills": Rule(BooksDisagree, "Executions move an order."),
     "strategy_run_cash_not_negative_in_cash_account": Rule(
         BooksDisagree, "Spend at most the cash, or use a MARGIN account."
     ),
+    "trading_halt_open_once": Rule(AlreadyHappened, "Place it under another name."),
+    "system_halt_open_once": Rule(AlreadyHappened, "Place it under another name."),
+    "flatten_request_one_at_a_time": Rule(AlreadyHappened, "Wait until the running one is done."),
+    "circuit_breaker_kind_once": Rule(AlreadyHappened, "Change the row that is there."),
+    "limit_kind_place_once": Rule(AlreadyHappened, "Give it a place of its own."),
     "execution_price_positive": Rule(InvalidValue),
     "execution_commission_in_run_currency": Rule(InvalidValue),
+    "execution_commission_cost_follows": Rule(
+        NotOurNumber, "Leave rate and cost out; the database computes them."
+    ),
+    "orders_account_unless_paper": Rule(
+        InvalidValue, "Leave broker out; only an order of a run at a broker is at one."
+    ),
     **dict.fromkeys(
         (
+            "alert_code_format",
             "app_user_name_printable",
+            "broker_account_account_format",
+            "broker_account_broker_format",
+            "broker_account_currency_format",
+            "broker_event_kind_format",
+            "execution_commission_known_currency",
+            "system_halt_name_format",
+            "trading_halt_name_format",
             "event_ledger_event_type_format",
             "fx_rate_currencies_format",
             "execution_commission_currency_format",
@@ -187,18 +224,27 @@ RULES: dict[str, Rule] = {
     ),
     **dict.fromkeys(
         (
+            "alert_words_short",
+            "broker_lease_holder_name_short",
             "event_ledger_subject_short",
+            "flatten_request_words_short",
+            "system_halt_words_short",
+            "trading_halt_words_short",
             "execution_execution_id_format",
             "orders_client_order_id_short",
             "strategy_run_words_short",
+            "broker_lease_holder_name_short",
         ),
         Rule(InvalidValue, _SHORT),
     ),
     **dict.fromkeys(
         (
+            "broker_event_event_at_in_range",
             "calendar_session_times_in_range",
+            "equity_peak_as_of_in_range",
             "corporate_action_ex_date_in_range",
             "engine_status_times_in_range",
+            "execution_commission_event_at_in_range",
             "event_ledger_logical_time_in_range",
             "execution_event_at_in_range",
             "fx_rate_at_in_range",
@@ -212,9 +258,19 @@ RULES: dict[str, Rule] = {
     ),
     **dict.fromkeys(
         (
+            "broker_account_opening_cash_in_range",
+            "broker_account_rates_positive",
+            "broker_account_seconds_positive",
+            "broker_event_number_positive",
             "corporate_action_ratio_positive",
+            "breaker_kind_threshold_in_range",
+            "circuit_breaker_seconds_in_range",
+            "circuit_breaker_threshold_in_range",
+            "equity_peak_equity_in_range",
             "engine_status_lag_in_range",
+            "execution_commission_amount_in_range",
             "execution_commission_in_range",
+            "execution_commission_rate_positive",
             "execution_price_in_range",
             "execution_quantity_positive",
             "fx_rate_rate_positive",
@@ -227,6 +283,7 @@ RULES: dict[str, Rule] = {
             "orders_trail_positive_unless_rejected",
             "position_mark_price_in_range",
             "position_quantity_in_range",
+            "run_route_preference_positive",
             "price_bar_high_is_highest",
             "price_bar_low_is_lowest",
             "price_bar_prices_finite",
@@ -244,8 +301,21 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         (
             "app_user_kind_known",
+            "broker_account_out_of_session_known",
+            "broker_command_kind_known",
+            "broker_command_outcome_known",
+            "broker_command_priority_known",
+            "broker_event_finding_known",
+            "broker_event_priority_known",
+            "circuit_breaker_kind_known",
+            "flatten_request_scope_known",
+            "flatten_request_status_known",
+            "system_halt_state_known",
+            "trading_halt_scope_known",
+            "trading_halt_state_known",
             "corporate_action_kind_known",
             "orders_order_type_known",
+            "orders_purpose_known",
             "orders_side_known",
             "orders_time_in_force_known",
             "risk_limit_kind_known",
@@ -260,11 +330,32 @@ RULES: dict[str, Rule] = {
     ),
     **dict.fromkeys(
         (
+            "alert_acknowledged_by_somebody",
+            "broker_account_hours_whole",
+            "broker_account_settings_is_object",
+            "broker_command_claimed_before_sent",
+            "broker_command_done_has_outcome",
+            "broker_command_names_its_order",
+            "broker_command_payload_is_object",
+            "broker_command_sent_has_time",
+            "broker_command_withdrawn_unclaimed",
+            "broker_event_applied_has_finding",
+            "broker_event_payload_is_object",
             "calendar_session_open_before_close",
+            "circuit_breaker_heartbeat_of_account",
+            "flatten_request_finished_has_summary",
+            "flatten_request_names_its_scope",
+            "flatten_request_summary_is_object",
+            "risk_limit_days_in_range",
+            "risk_limit_window_in_range",
+            "system_halt_lifted_by_somebody",
+            "trading_halt_lifted_by_somebody",
+            "trading_halt_names_its_scope",
             "engine_state_state_is_object",
             "engine_status_error_has_time",
             "event_ledger_payload_is_object",
             "fx_rate_of_two_currencies",
+            "order_broker_id_names_something",
             "orders_reject_has_source_and_code",
             "orders_status_after_birth",
             "position_holding_has_mark",
@@ -275,25 +366,53 @@ RULES: dict[str, Rule] = {
             "strategy_run_paper_is_object",
             "strategy_run_parameters_is_object",
             "strategy_run_stopped_at_iff_over",
+            "broker_command_withdrawn_unclaimed",
         ),
         Rule(InvalidValue, "The row's values don't fit together."),
     ),
     **dict.fromkeys(
         (
+            "alert_belongs_to_user",
+            "broker_account_belongs_to_user",
+            "broker_command_belongs_to_run",
+            "broker_command_of_account",
+            "broker_command_of_order",
+            "broker_event_of_account",
+            "broker_lease_of_account",
             "corporate_action_symbol_known",
+            "circuit_breaker_belongs_to_user",
+            "circuit_breaker_of_account",
+            "equity_peak_belongs_to_run",
+            "flatten_request_belongs_to_user",
+            "flatten_request_of_account",
+            "flatten_request_of_run",
+            "risk_limit_of_account",
+            "trading_halt_belongs_to_user",
+            "trading_halt_of_account",
+            "trading_halt_of_run",
             "engine_state_belongs_to_run",
             "engine_status_belongs_to_run",
             "event_ledger_belongs_to_run",
             "execution_belongs_to_order",
             "execution_belongs_to_run",
+            "execution_commission_belongs_to_run",
+            "execution_commission_has_rate",
+            "execution_commission_of_execution",
             "mtm_ledger_belongs_to_run",
+            "order_broker_id_of_account",
+            "order_broker_id_of_order",
+            "order_is_of_run",
             "order_transition_from_known",
             "order_transition_to_known",
+            "orders_account_is_routed",
             "orders_belongs_to_run",
+            "orders_to_account",
             "position_belongs_to_run",
             "price_bar_symbol_known",
             "risk_limit_belongs_to_run",
             "risk_limit_belongs_to_user",
+            "run_route_belongs_to_run",
+            "run_route_to_account",
             "run_transition_from_known",
             "run_transition_to_known",
             "sip_plan_belongs_to_run",
@@ -301,6 +420,7 @@ RULES: dict[str, Rule] = {
             "split_applied_belongs_to_run",
             "split_applied_is_announced",
             "strategy_run_belongs_to_user",
+            "broker_lease_of_account",
         ),
         Rule(UnknownReference, _ROW),
     ),

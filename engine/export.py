@@ -13,6 +13,7 @@ import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from decimal import Decimal
 from typing import Any, NoReturn
 from uuid import UUID
 
@@ -21,6 +22,8 @@ from engine.errors import BadInput
 __all__ = ["Export", "LedgerEvent", "Note", "chain_hash", "read_export", "write_export"]
 
 FORMAT = 1
+# Terms that RUN_STARTED tells as strategy_run has them.
+_TOLD_TERMS = ("strategy", "initial_cash", "broker", "account_type", "calendar", "currency")
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
@@ -164,7 +167,18 @@ class _Reader:
             self.refuse(f"is event {event.seq}, where event {len(self.events) + 1} belongs")
         if event.hash != chain_hash(previous, self.user_id, self.run_id, event):
             self.refuse(f"was changed: event {event.seq} doesn't follow from the one before it")
+        if event.event_type == "RUN_STARTED":
+            self._check_terms(json.loads(event.payload))
         self.events.append(event)
+
+    def _check_terms(self, told: dict[str, Any]) -> None:
+        """The first event tells the run's terms, and its hash vouches for them."""
+        terms = json.loads(self.terms or "{}", parse_float=str, parse_int=str)
+        for name, value in told.items():
+            if name == "initial_cash":
+                value, terms[name] = Decimal(value), Decimal(terms[name])
+            if name in _TOLD_TERMS and terms[name] != value:
+                self.refuse(f"tells another {name} than the first line")
 
     def _take_note(self, line: dict[str, Any]) -> None:
         self.notes.append(Note(str(line["table"]), str(line["row"])))

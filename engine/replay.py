@@ -81,9 +81,10 @@ def replay(
 
 def _require_paper(conn: Connection, user_id: UUID, run_id: UUID) -> None:
     """Raise BadInput for a run whose orders would go to a broker."""
-    row = conn.execute(
-        "SELECT broker FROM strategy_run WHERE user_id = %s AND run_id = %s", [user_id, run_id]
-    ).fetchone()
+    with conn.transaction():
+        row = conn.execute(
+            "SELECT broker FROM strategy_run WHERE user_id = %s AND run_id = %s", [user_id, run_id]
+        ).fetchone()
     if row is not None and row[0] != PAPER:
         raise BadInput(f"run {run_id} trades at a broker; past prices go through paper runs")
 

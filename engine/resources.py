@@ -1,4 +1,4 @@
-"""Find the files that travel with the code: the schema, the migrations and the demo's data.
+"""Find the files that travel with the code: schema, migrations, the demo's data, fault plans.
 
 A wheel holds them in ``engine/_resources``; in a checkout, and so in an editable install, they
 are at the root of the repository.
@@ -10,7 +10,7 @@ from pathlib import Path
 
 from engine.errors import ConfigurationError
 
-__all__ = ["data_dir", "migrations_dir", "sql_dir"]
+__all__ = ["data_dir", "migrations_dir", "plans_dir", "sql_dir"]
 
 _PACKAGE = Path(__file__).resolve().parent
 
@@ -28,6 +28,11 @@ def migrations_dir() -> Path:
 def data_dir() -> Path:
     """Return the folder of the demo's data; raises ConfigurationError if it was not installed."""
     return _folder("data")
+
+
+def plans_dir() -> Path:
+    """Return the folder of fault plans; raises ConfigurationError if it was not installed."""
+    return _folder("plans")
 
 
 def _folder(name: str) -> Path:

@@ -298,10 +298,10 @@ CREATE TRIGGER strategy_run_b_check_move BEFORE UPDATE ON strategy_run
 
 -- Where a run's orders go: accounts in order of preference. Not needed on paper.
 CREATE TABLE run_route (
-    user_id    uuid     NOT NULL,
-    run_id     uuid     NOT NULL,
-    preference smallint NOT NULL DEFAULT 1,
-    account    text     NOT NULL,
+    user_id    uuid    NOT NULL,
+    run_id     uuid    NOT NULL,
+    preference integer NOT NULL DEFAULT 1,
+    account    text    NOT NULL,
     CONSTRAINT run_route_pkey PRIMARY KEY (user_id, run_id, preference),
     CONSTRAINT run_route_account_once UNIQUE (user_id, run_id, account),
     CONSTRAINT run_route_belongs_to_run FOREIGN KEY (user_id, run_id)

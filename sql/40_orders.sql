@@ -207,7 +207,10 @@ CREATE TABLE orders (
         REFERENCES strategy_run (user_id, run_id) ON DELETE CASCADE,
     CONSTRAINT orders_to_account FOREIGN KEY (user_id, account)
         REFERENCES broker_account (user_id, account),
-    CONSTRAINT orders_account_unless_paper CHECK ((account IS NULL) = (broker = 'paper')),
+    CONSTRAINT orders_account_unless_paper CHECK (
+        CASE WHEN broker <> 'paper' THEN account IS NOT NULL
+             ELSE num_nonnulls(account, broker_order_id, perm_id) = 0
+                  AND NOT recovered AND NOT pending_reconcile END),
     CONSTRAINT orders_purpose_known CHECK (purpose = 'FLATTEN'),
     CONSTRAINT orders_symbol_format
         CHECK (symbol ~ '^[A-Z0-9][A-Z0-9._=^/ -]*$' AND length(symbol) <= 32),
@@ -246,8 +249,9 @@ CREATE UNIQUE INDEX orders_client_order_id_once
 CREATE INDEX orders_open_idx ON orders (user_id, run_id, symbol)
     WHERE status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED');
 
--- What a broker returns is our order's id alone: the inbox looks up whose it is.
-CREATE INDEX orders_at_broker_idx ON orders (user_id, order_id) WHERE broker <> 'paper';
+-- What a broker returns is our order's id alone: the inbox looks up whose it is, so this prevents
+-- two runs from having the same order at a broker.
+CREATE UNIQUE INDEX orders_id_once_at_brokers ON orders (user_id, order_id) WHERE broker <> 'paper';
 
 COMMENT ON TABLE orders IS 'Orders of every run and broker.';
 COMMENT ON COLUMN orders.quantity IS
@@ -268,7 +272,8 @@ COMMENT ON COLUMN orders.filled_notional IS 'Sum of quantity x price of its exec
 COMMENT ON COLUMN orders.avg_fill_price IS 'Volume-weighted average price, 10 decimals.';
 COMMENT ON COLUMN orders.reserved_cash IS 'Cash that an open buy order holds back.';
 COMMENT ON COLUMN orders.account IS 'Where it goes; NULL on paper.';
-COMMENT ON COLUMN orders.version IS 'Counts the changes of an order at a broker; who changes it names the one he saw.';
+COMMENT ON COLUMN orders.version IS
+    'Counts the changes of an order at a broker; who changes it names the one he saw.';
 COMMENT ON COLUMN orders.purpose IS
     'FLATTEN: it closes a position for safety''s sake and never leads to another.';
 COMMENT ON COLUMN orders.recovered IS 'Made up from what a broker said of an order unknown to us.';
@@ -403,7 +408,7 @@ COMMENT ON FUNCTION orders_check_update IS
     'Trigger: an order keeps its terms, a closed one everything; what is filled is proven.';
 
 CREATE FUNCTION orders_keeps_terms(was orders, now_is orders) RETURNS boolean
-LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 BEGIN
     IF (now_is.user_id, now_is.run_id, now_is.order_id, now_is.client_order_id, now_is.broker,
         now_is.symbol, now_is.side, now_is.order_type, now_is.time_in_force, now_is.trail_percent,
@@ -412,7 +417,7 @@ BEGIN
        (was.user_id, was.run_id, was.order_id, was.client_order_id, was.broker,
         was.symbol, was.side, was.order_type, was.time_in_force, was.trail_percent,
         was.logical_time, was.recorded_at, was.purpose, was.recovered)
-       OR now_is.account IS DISTINCT FROM was.account AND NOT orders_may_reroute(was)
+       OR now_is.account IS DISTINCT FROM was.account AND NOT orders_may_reroute(was, now_is)
        OR now_is.expire_at IS DISTINCT FROM was.expire_at AND was.expire_at IS NOT NULL
        OR now_is.triggered_at IS DISTINCT FROM was.triggered_at AND was.triggered_at IS NOT NULL
        OR now_is.status = was.status
@@ -427,7 +432,8 @@ BEGIN
            AND (now_is.stop_price IS NOT DISTINCT FROM was.stop_price
                 OR orders_stop_tightens(was, now_is.stop_price))
         OR orders_follows_split(was, now_is)
-        OR was.broker <> 'paper' AND orders_follows_command(was, now_is);
+        OR was.broker <> 'paper' AND (orders_follows_command(was, now_is)
+                                      OR orders_may_change_unsent(was, now_is));
 END $$;
 
 COMMENT ON FUNCTION orders_keeps_terms IS
@@ -444,13 +450,15 @@ COMMENT ON FUNCTION orders_stop_tightens IS
     'Whether a new stop of a trailing order is nearer to the market than its old one.';
 
 -- What a paper order may not do although the table of moves, which is for every broker, allows it:
--- come back from its end. Our own book has no late messages.
+-- come back from its end. Our own book has no late messages. Nor does an order come back that we
+-- refused ourselves: no broker has ever heard of it.
 CREATE FUNCTION orders_check_move() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 BEGIN
     IF NOT EXISTS (SELECT FROM order_transition
                    WHERE from_status = OLD.status AND to_status = NEW.status)
-       OR (NEW.broker = 'paper' AND OLD.status IN ('FILLED', 'CANCELED', 'EXPIRED', 'REJECTED')) THEN
+       OR NEW.broker = 'paper' AND OLD.status IN ('FILLED', 'CANCELED', 'EXPIRED', 'REJECTED')
+       OR OLD.status = 'REJECTED' AND OLD.reject_source <> 'BROKER' THEN
         RAISE EXCEPTION 'order % cannot go from % to %', OLD.order_id, OLD.status, NEW.status
             USING ERRCODE = '23T01', CONSTRAINT = 'orders_status_transition', TABLE = 'orders',
                   COLUMN = 'status', HINT = 'order_transition lists the allowed moves.';

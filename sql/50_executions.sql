@@ -74,9 +74,6 @@ BEGIN
             USING ERRCODE = '23T05', CONSTRAINT = 'execution_order_is_open', TABLE = 'execution',
                   HINT = 'Only an open order trades; place another.';
     END IF;
-    IF o.broker <> 'paper' THEN
-        PERFORM execution_check_broker(NEW, o);
-    END IF;
     NEW.symbol := o.symbol;
     NEW.side := o.side;
     NEW.logical_time := coalesce(NEW.logical_time, run_last_time(NEW.user_id, NEW.run_id));
@@ -90,47 +87,67 @@ END $$;
 COMMENT ON FUNCTION execution_prepare_insert IS
     'Trigger: only an open order trades; symbol and side are the order''s.';
 
--- The proof of an execution at a broker: the broker said so, in the inbox, where only connectors
--- write. What it takes back it must have said too, by a bust or by a newer revision of the same id.
-CREATE FUNCTION execution_check_broker(e execution, o orders) RETURNS void
+-- The proof of an execution at a broker: the broker said so of this order, in the inbox, where only
+-- connectors write. What it takes back it must have said too, by a bust or by a newer revision of
+-- the same id. Commissions are told apart. It is asked with the execution's event (82_books.sql),
+-- however row and event came.
+CREATE FUNCTION execution_said_by_broker(e execution) RETURNS boolean
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+DECLARE
+    o orders;
+BEGIN
+    SELECT * INTO o FROM orders
+    WHERE user_id = e.user_id AND run_id = e.run_id AND order_id = e.order_id;
+    IF e.commission <> 0 THEN
+        RETURN false;
+    ELSIF e.reverses IS NULL THEN
+        RETURN EXISTS (
+            SELECT FROM broker_event b
+            WHERE b.user_id = o.user_id AND b.account = o.account
+              AND b.execution_id = e.execution_id AND b.kind = 'EXECUTION'
+              AND broker_event_is_of_order(b, o) AND b.payload ->> 'side' = o.side
+              AND (b.payload ->> 'quantity')::numeric = e.quantity
+              AND (b.payload ->> 'price')::numeric = e.price);
+    END IF;
+    RETURN EXISTS (
+        SELECT FROM execution t
+        WHERE t.user_id = e.user_id AND t.run_id = e.run_id AND t.execution_id = e.reverses
+          AND t.order_id = e.order_id AND t.quantity = -e.quantity AND t.price = e.price
+          AND t.reverses IS NULL)
+       AND (EXISTS (SELECT FROM broker_event b
+                    WHERE b.user_id = o.user_id AND b.account = o.account
+                      AND b.execution_id = e.reverses AND b.kind = 'BUST')
+            OR EXISTS (SELECT FROM broker_event b
+                       WHERE b.user_id = o.user_id AND b.account = o.account
+                         AND b.kind = 'EXECUTION' AND broker_event_is_of_order(b, o)
+                         AND execution_is_newer(b.execution_id, e.reverses)));
+END $$;
+
+COMMENT ON FUNCTION execution_said_by_broker IS
+    'Whether an order''s broker has reported an execution, or what a reversal takes back.';
+
+CREATE FUNCTION execution_check_broker(e execution) RETURNS void
 LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
 BEGIN
-    IF e.reverses IS NULL THEN
-        IF EXISTS (SELECT FROM broker_event b
-                   WHERE b.user_id = o.user_id AND b.account = o.account
-                     AND b.execution_id = e.execution_id AND b.kind = 'EXECUTION'
-                     AND (b.payload ->> 'quantity')::numeric = e.quantity
-                     AND (b.payload ->> 'price')::numeric = e.price) THEN
-            RETURN;
-        END IF;
-    ELSIF EXISTS (SELECT FROM execution t
-                  WHERE t.user_id = e.user_id AND t.run_id = e.run_id
-                    AND t.execution_id = e.reverses AND t.order_id = e.order_id
-                    AND t.quantity = -e.quantity AND t.price = e.price AND t.reverses IS NULL)
-          AND EXISTS (SELECT FROM broker_event b
-                      WHERE b.user_id = o.user_id AND b.account = o.account
-                        AND (b.kind = 'BUST' AND b.execution_id = e.reverses
-                             OR b.kind = 'EXECUTION' AND b.execution_id <> e.reverses
-                                AND b.order_ref = o.order_id::text
-                                AND execution_family(b.execution_id)
-                                    = execution_family(e.reverses))) THEN
-        RETURN;
+    IF NOT coalesce(execution_said_by_broker(e), false) THEN
+        RAISE EXCEPTION 'no broker has said that execution % of order % happened', e.execution_id,
+            e.order_id
+            USING ERRCODE = '23T08', CONSTRAINT = 'execution_said_by_broker', TABLE = 'execution',
+                  HINT = 'Executions at a broker come from its connector''s broker_event rows.';
     END IF;
-    RAISE EXCEPTION 'no broker has said that execution % of order % happened', e.execution_id,
-        e.order_id
-        USING ERRCODE = '23T08', CONSTRAINT = 'execution_said_by_broker', TABLE = 'execution',
-              HINT = 'Executions at a broker come from its connector''s broker_event rows.';
 END $$;
 
 COMMENT ON FUNCTION execution_check_broker IS
     'Refuses an execution, or a reversal, that the order''s broker has not reported.';
 
 -- Source: IB's execution ids; those that differ only after the last dot are revisions of one.
-CREATE FUNCTION execution_family(execution_id text) RETURNS text
+CREATE FUNCTION execution_is_newer(execution_id text, than text) RETURNS boolean
 LANGUAGE sql IMMUTABLE
-RETURN regexp_replace(execution_id, '\.[^.]*$', '');
+RETURN regexp_replace(execution_id, '\.[^.]*$', '') = regexp_replace(than, '\.[^.]*$', '')
+       AND (length(execution_id), execution_id COLLATE "C") > (length(than), than COLLATE "C");
 
-COMMENT ON FUNCTION execution_family IS 'What the revisions of one execution id have in common.';
+COMMENT ON FUNCTION execution_is_newer IS
+    'Whether an execution id is a later revision of the same execution as another.';
 
 CREATE FUNCTION execution_check_money(e execution, currency text) RETURNS void
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
@@ -259,7 +276,7 @@ CREATE TABLE execution_commission (
     CONSTRAINT execution_commission_rate_positive
         CHECK (rate > 0 AND decimal_in_range(rate, 1e9, 10)),
     CONSTRAINT execution_commission_cost_follows CHECK (cost = round(amount * rate, 10)),
-    CONSTRAINT execution_commission_event_at_in_range_too CHECK (time_in_range(event_at))
+    CONSTRAINT execution_commission_event_at_in_range CHECK (time_in_range(event_at))
 );
 
 COMMENT ON TABLE execution_commission IS 'Commissions that brokers reported; append-only.';
@@ -267,7 +284,8 @@ COMMENT ON COLUMN execution_commission.amount IS
     'In currency; positive costs money, negative is a rebate.';
 COMMENT ON COLUMN execution_commission.rate IS
     'What one unit of currency cost in the run''s at event_at; 1 if it is the run''s.';
-COMMENT ON COLUMN execution_commission.cost IS 'In the run''s currency: amount x rate, 10 decimals.';
+COMMENT ON COLUMN execution_commission.cost IS
+    'In the run''s currency: amount x rate, 10 decimals.';
 COMMENT ON COLUMN execution_commission.event_at IS 'When the broker says that it happened.';
 
 CREATE FUNCTION execution_commission_prepare_insert() RETURNS trigger
@@ -294,7 +312,8 @@ BEGIN
     NEW.rate := CASE WHEN NEW.currency = run.currency THEN 1
                      ELSE fx_rate_at(NEW.currency, run.currency, NEW.event_at) END;
     IF NEW.rate IS NULL THEN
-        RAISE EXCEPTION 'there is no rate from % to % at %', NEW.currency, run.currency, NEW.event_at
+        RAISE EXCEPTION 'there is no rate from % to % at %', NEW.currency, run.currency,
+            NEW.event_at
             USING ERRCODE = 'foreign_key_violation', CONSTRAINT = 'execution_commission_has_rate',
                   TABLE = 'execution_commission', COLUMN = 'rate',
                   HINT = 'Import the rate: oms data fx FILE.';

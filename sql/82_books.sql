@@ -182,7 +182,11 @@ BEGIN
             WHERE o.user_id = of_user AND o.run_id = of_run
               AND o.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
             ORDER BY o.symbol LIMIT 1),
-           (SELECT true FROM risk_limit k WHERE k.user_id = of_user LIMIT 1),
+           -- What user_is_limited says, in line.
+           coalesce((SELECT true FROM risk_limit k WHERE k.user_id = of_user LIMIT 1),
+                    (SELECT true FROM trading_halt h
+                     WHERE h.user_id = of_user AND h.lifted_at IS NULL LIMIT 1),
+                    (SELECT true FROM system_halt s WHERE s.lifted_at IS NULL LIMIT 1)),
            (SELECT m.logical_time FROM mtm_ledger m
             WHERE m.user_id = of_user AND m.run_id = of_run ORDER BY m.logical_time DESC LIMIT 1)
     INTO cash, previous, newest, symbols, held, marks, marked, waiting, limited, last_mark
@@ -272,7 +276,10 @@ BEGIN
         ELSIF e.event_type = 'EXECUTION' THEN
             IF (e.x).price IS NULL THEN
                 PERFORM event_refuse(e, NULL);
-            ELSIF (e.x).price <= 0 OR (e.x).commission <> 0 THEN
+            ELSIF run.broker <> 'paper' THEN
+                PERFORM execution_check_broker(e.x);
+            END IF;
+            IF (e.x).price <= 0 OR (e.x).commission <> 0 THEN
                 PERFORM execution_check_money(e.x, run.currency);
             END IF;
             i := coalesce(array_position(symbols, (e.x).symbol), cardinality(symbols) + 1);
@@ -293,8 +300,11 @@ BEGIN
                 refusal := orders_gate(
                     e.o, run.account_type, limited, cash - reserved,
                     coalesce(held[array_position(symbols, (e.o).symbol)], 0)
-                    + CASE WHEN waiting THEN orders_open_quantity(e.o) ELSE 0 END);
-                IF refusal.code IS NOT NULL OR (e.o).broker <> run.broker THEN
+                    + CASE WHEN waiting THEN orders_open_quantity(e.o) ELSE 0 END,
+                    cash, symbols, held, marks);
+                IF refusal.code IS NOT NULL OR (e.o).broker <> run.broker
+                   -- A broker fills what was sent to it; nothing is born filled there.
+                   OR run.broker <> 'paper' THEN
                     PERFORM event_refuse(e, coalesce(refusal.code, 'BROKER'));
                 END IF;
             ELSIF (e.o).status IS NULL THEN

@@ -45,7 +45,7 @@ CREATE TABLE broker_command (
     user_id       uuid        NOT NULL,
     account       text        NOT NULL,
     command_id    uuid        NOT NULL DEFAULT gen_random_uuid(),
-    priority      smallint    NOT NULL DEFAULT 2,
+    priority      integer     NOT NULL DEFAULT 2,
     kind          text        NOT NULL,
     run_id        uuid,
     order_id      uuid,
@@ -70,6 +70,9 @@ CREATE TABLE broker_command (
              THEN num_nonnulls(run_id, order_id, order_version) = 3 ELSE true END),
     CONSTRAINT broker_command_claimed_before_sent
         CHECK (sent_at IS NULL OR claimed_by IS NOT NULL),
+    CONSTRAINT broker_command_withdrawn_unclaimed
+        CHECK ((outcome = 'WITHDRAWN') = (claimed_by IS NULL)),
+    CONSTRAINT broker_command_sent_has_time CHECK (outcome <> 'SENT' OR sent_at IS NOT NULL),
     CONSTRAINT broker_command_done_has_outcome CHECK ((done_at IS NULL) = (outcome IS NULL)),
     CONSTRAINT broker_command_outcome_known
         CHECK (outcome IN ('SENT', 'WITHDRAWN', 'UNKNOWN', 'NEVER_ARRIVED', 'ARRIVED', 'REFUSED')),
@@ -79,6 +82,11 @@ CREATE TABLE broker_command (
 -- This prevents an order from being submitted twice at one account, whatever goes wrong.
 CREATE UNIQUE INDEX broker_command_submit_once
     ON broker_command (user_id, account, order_id) WHERE kind = 'SUBMIT';
+
+-- This prevents one move of an order from being sent twice.
+CREATE UNIQUE INDEX broker_command_once_a_version
+    ON broker_command (user_id, run_id, order_id, order_version)
+    WHERE kind = ANY ('{MODIFY,CANCEL}');
 
 -- What a connector has yet to do, in its order.
 CREATE INDEX broker_command_waiting_idx
@@ -110,7 +118,7 @@ CREATE TABLE broker_event (
     number          bigint      NOT NULL,
     holder          uuid        NOT NULL,
     kind            text        NOT NULL,
-    priority        smallint    NOT NULL DEFAULT 2,
+    priority        integer     NOT NULL DEFAULT 2,
     order_ref       text,
     broker_order_id bigint,
     perm_id         bigint,
@@ -270,6 +278,16 @@ END $$;
 COMMENT ON FUNCTION order_of_broker IS
     'The order that a broker''s reference and ids mean, and whether its id has been reused.';
 
+CREATE FUNCTION broker_event_is_of_order(b broker_event, o orders) RETURNS boolean
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    RETURN b.order_ref = o.order_id::text OR o.order_id = (
+        order_of_broker(b.user_id, b.account, b.order_ref, b.perm_id, b.broker_order_id,
+                        b.event_at)).order_id;
+END $$;
+
+COMMENT ON FUNCTION broker_event_is_of_order IS 'Whether a broker''s words are about an order.';
+
 -- Whether an account trades now, and when next. Hours of its own win over its calendar; a calendar
 -- of which no sessions are known closes nothing.
 CREATE FUNCTION account_hours(of_user uuid, of_account text, at timestamptz,
@@ -338,7 +356,8 @@ CREATE TRIGGER orders_c_meet_hours BEFORE INSERT ON orders
     FOR EACH ROW WHEN (NEW.status = 'NEW' AND NEW.broker <> 'paper' AND NOT NEW.recovered)
     EXECUTE FUNCTION orders_meet_hours();
 
--- An order that lives at a broker is on its way with the row itself: whoever inserts it has sent it.
+-- An order that lives at a broker is on its way with the row itself: to insert it is to send it. It
+-- has the owner's rights, as its like below, so that the engine needs none to what is waiting.
 CREATE FUNCTION orders_send() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
 BEGIN
@@ -391,34 +410,204 @@ CREATE TRIGGER orders_m_send_move AFTER UPDATE ON orders
         AND NEW.status = ANY ('{PENDING_CANCEL,PENDING_MODIFY,CANCELED,EXPIRED,REJECTED}'))
     EXECUTE FUNCTION orders_send_move();
 
--- The proof of new terms: a command that was given in due form asks for just these.
+-- What has not gone goes with the new terms; what never reached one account goes to the next.
+CREATE FUNCTION orders_send_terms() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+BEGIN
+    IF NEW.account <> OLD.account THEN
+        INSERT INTO broker_command (user_id, account, priority, kind, run_id, order_id,
+                                    order_version, payload, not_before)
+        VALUES (NEW.user_id, NEW.account, CASE WHEN NEW.purpose = 'FLATTEN' THEN 0 ELSE 2 END,
+                'SUBMIT', NEW.run_id, NEW.order_id, NEW.version, orders_command_payload(NEW),
+                CASE WHEN NEW.status_reason = 'OUT_OF_SESSION'
+                     THEN (account_hours(NEW.user_id, NEW.account, clock_timestamp())).opens_at
+                     END);
+    ELSE
+        UPDATE broker_command SET payload = orders_command_payload(NEW)
+        WHERE user_id = NEW.user_id AND account = NEW.account AND order_id = NEW.order_id
+          AND kind = 'SUBMIT' AND claimed_by IS NULL AND done_at IS NULL;
+    END IF;
+    RETURN NULL;
+END $$;
+
+COMMENT ON FUNCTION orders_send_terms IS
+    'Trigger: what waits in the outbox follows its order, to another account too.';
+
+CREATE TRIGGER orders_m_send_terms AFTER UPDATE ON orders
+    FOR EACH ROW WHEN (NEW.broker <> 'paper'
+        AND (NEW.quantity, NEW.limit_price, NEW.stop_price, NEW.trail_amount, NEW.account)
+            IS DISTINCT FROM
+            (OLD.quantity, OLD.limit_price, OLD.stop_price, OLD.trail_amount, OLD.account))
+    EXECUTE FUNCTION orders_send_terms();
+
+-- The proof of new terms: the last command that a connector took to modify it asks for just these.
 CREATE FUNCTION orders_follows_command(was orders, now_is orders) RETURNS boolean
 LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
-    SELECT now_is.reference_price IS NOT DISTINCT FROM was.reference_price AND EXISTS (
-        SELECT FROM broker_command c
+    SELECT now_is.reference_price IS NOT DISTINCT FROM was.reference_price AND coalesce((
+        SELECT (c.payload ->> 'quantity')::numeric = now_is.quantity
+               AND (c.payload ->> 'limit_price')::numeric IS NOT DISTINCT FROM now_is.limit_price
+               AND (c.payload ->> 'stop_price')::numeric IS NOT DISTINCT FROM now_is.stop_price
+               AND (c.payload ->> 'trail_amount')::numeric IS NOT DISTINCT FROM now_is.trail_amount
+        FROM broker_command c
         WHERE c.user_id = was.user_id AND c.run_id = was.run_id AND c.order_id = was.order_id
-          AND (c.kind = 'MODIFY' AND c.sent_at IS NOT NULL
-               OR c.kind = 'SUBMIT' AND c.claimed_by IS NULL)
-          AND (c.payload ->> 'quantity')::numeric = now_is.quantity
-          AND (c.payload ->> 'limit_price')::numeric IS NOT DISTINCT FROM now_is.limit_price
-          AND (c.payload ->> 'stop_price')::numeric IS NOT DISTINCT FROM now_is.stop_price
-          AND (c.payload ->> 'trail_amount')::numeric IS NOT DISTINCT FROM now_is.trail_amount)
+          AND c.kind = 'MODIFY' AND c.claimed_by IS NOT NULL
+        ORDER BY c.order_version DESC LIMIT 1), false)
 $$;
 
 COMMENT ON FUNCTION orders_follows_command IS
-    'Whether an order''s new terms are those of a command, sent to modify it or not yet gone.';
+    'Whether an order''s new terms are those of the last command to modify it that went.';
 
--- Another account takes over only what certainly never reached the first.
-CREATE FUNCTION orders_may_reroute(was orders) RETURNS boolean
+-- What no connector has taken yet has its terms changed at once, if the gate lets it.
+CREATE FUNCTION orders_may_change_unsent(was orders, now_is orders) RETURNS boolean
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
+    IF was.status NOT IN ('NEW', 'PENDING')
+       OR (now_is.status, now_is.account, now_is.reference_price, now_is.trail_amount)
+          IS DISTINCT FROM (was.status, was.account, was.reference_price, was.trail_amount) THEN
+        RETURN false;
+    END IF;
+    -- A connector that wants to take it waits for us or is seen by us.
+    PERFORM FROM broker_command
+    WHERE user_id = was.user_id AND account = was.account AND order_id = was.order_id
+      AND kind = 'SUBMIT' AND claimed_by IS NULL AND done_at IS NULL FOR NO KEY UPDATE;
+    RETURN FOUND AND order_modify_refusal(was, now_is) IS NULL;
+END $$;
+
+COMMENT ON FUNCTION orders_may_change_unsent IS
+    'Whether an order has not gone and the gate lets it have its new terms.';
+
+-- Another of its run's accounts takes over only what certainly never reached the first.
+CREATE FUNCTION orders_may_reroute(was orders, now_is orders) RETURNS boolean
 LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
     SELECT was.status IN ('NEW', 'PENDING') AND was.filled_quantity = 0 AND EXISTS (
         SELECT FROM broker_command c
         WHERE c.user_id = was.user_id AND c.account = was.account AND c.order_id = was.order_id
-          AND c.kind = 'SUBMIT' AND c.outcome IN ('WITHDRAWN', 'NEVER_ARRIVED'))
+          AND c.kind = 'SUBMIT' AND c.outcome IN ('WITHDRAWN', 'NEVER_ARRIVED')) AND EXISTS (
+        SELECT FROM run_route r
+        WHERE r.user_id = was.user_id AND r.run_id = was.run_id AND r.account = now_is.account)
 $$;
 
 COMMENT ON FUNCTION orders_may_reroute IS
-    'Whether an order certainly never reached the account that it was for.';
+    'Whether an order certainly never reached its account and its run has a route to the other.';
+
+-- The outbox says what the orders say, whoever writes it: a SUBMIT is of an order that waits to be
+-- sent, a CANCEL of one that has moved so, a MODIFY of one that the gate lets have its new terms.
+CREATE FUNCTION broker_command_is_true(c broker_command) RETURNS boolean
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+DECLARE
+    o      orders;
+    wanted orders;
+BEGIN
+    IF c.kind NOT IN ('SUBMIT', 'MODIFY', 'CANCEL') THEN
+        RETURN true;
+    END IF;
+    SELECT * INTO o FROM orders
+    WHERE user_id = c.user_id AND run_id = c.run_id AND order_id = c.order_id
+      AND account = c.account;
+    wanted := o;
+    IF c.kind = 'MODIFY' THEN
+        wanted.quantity := (c.payload ->> 'quantity')::numeric;
+        wanted.limit_price := (c.payload ->> 'limit_price')::numeric;
+        wanted.stop_price := (c.payload ->> 'stop_price')::numeric;
+        wanted.version := o.version + 1;
+        -- What waits is changed itself, and what was never sent has nothing to change.
+        IF NOT o.recovered AND NOT EXISTS (
+            SELECT FROM broker_command s
+            WHERE s.user_id = c.user_id AND s.account = c.account AND s.order_id = c.order_id
+              AND s.kind = 'SUBMIT' AND s.claimed_by IS NOT NULL
+              AND coalesce(s.outcome NOT IN ('NEVER_ARRIVED', 'REFUSED'), true)) THEN
+            RETURN false;
+        END IF;
+    END IF;
+    RETURN o.order_id IS NOT NULL
+       AND (c.order_version, c.payload) = (wanted.version, orders_command_payload(wanted))
+       AND CASE WHEN c.kind = 'CANCEL' THEN o.status = 'PENDING_CANCEL'
+                WHEN c.kind = 'SUBMIT' THEN o.status IN ('NEW', 'PENDING') AND NOT o.recovered
+                ELSE o.status IN ('NEW', 'PENDING', 'PENDING_SUBMIT', 'ROUTED', 'PARTIALLY_FILLED')
+                     AND order_modify_refusal(o, wanted) IS NULL END;
+END $$;
+
+COMMENT ON FUNCTION broker_command_is_true IS
+    'Whether an order bears out a command about it; for a MODIFY the gate is asked.';
+
+CREATE FUNCTION broker_command_prove() RETURNS trigger
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
+    IF TG_OP = 'INSERT' THEN
+        IF num_nonnulls(NEW.claimed_by, NEW.claimed_at, NEW.sent_at, NEW.done_at, NEW.outcome) > 0
+        THEN
+            RAISE EXCEPTION 'a new command waits: nobody can have taken or sent it'
+                USING ERRCODE = '23T08', CONSTRAINT = 'broker_command_begins_waiting',
+                      TABLE = 'broker_command', COLUMN = 'claimed_by',
+                      HINT = 'Leave out what a connector will write.';
+        ELSIF NEW.kind IN ('SUBMIT', 'MODIFY') THEN
+            PERFORM run_lock(NEW.user_id, NEW.run_id, 'broker_command', 'RUNNING');
+        END IF;
+    ELSIF NEW.outcome = 'NEVER_ARRIVED' AND NEW.kind = 'SUBMIT'
+          AND OLD.outcome IS DISTINCT FROM NEW.outcome
+          AND NOT broker_command_never_arrived(NEW) THEN
+        RAISE EXCEPTION 'nothing that the broker said shows that % never arrived', NEW.command_id
+            USING ERRCODE = '23T08', CONSTRAINT = 'broker_command_outcome_said_by_broker',
+                  TABLE = 'broker_command', COLUMN = 'outcome',
+                  HINT = 'Ask for a SNAPSHOT; what it does not tell of never arrived.';
+    END IF;
+    IF TG_OP = 'INSERT' AND NOT coalesce(broker_command_is_true(NEW), false)
+       OR TG_OP = 'UPDATE' AND NEW.payload <> OLD.payload
+          AND NOT (NEW.kind = 'SUBMIT' AND NEW.claimed_by IS NULL AND NEW.payload = (
+              SELECT orders_command_payload(o) FROM orders o
+              WHERE o.user_id = NEW.user_id AND o.run_id = NEW.run_id
+                AND o.order_id = NEW.order_id)) THEN
+        RAISE EXCEPTION 'no order bears out the % of order %', NEW.kind, NEW.order_id
+            USING ERRCODE = '23T08', CONSTRAINT = 'broker_command_agrees_with_order',
+                  TABLE = 'broker_command', COLUMN = 'payload',
+                  HINT = 'Write the order, or call order_cancel() or order_modify().';
+    END IF;
+    RETURN NEW;
+END $$;
+
+COMMENT ON FUNCTION broker_command_prove IS
+    'Trigger: a command is what its order says, and never arrived only if the broker shows it.';
+
+-- A submit that may have gone out is given up only if the broker, asked afterwards, tells nothing
+-- of its order.
+CREATE FUNCTION broker_command_never_arrived(c broker_command) RETURNS boolean
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT EXISTS (SELECT FROM broker_event e
+                   WHERE e.user_id = c.user_id AND e.account = c.account
+                     AND e.kind = 'SNAPSHOT' AND e.received_at >= c.claimed_at)
+       AND NOT EXISTS (SELECT FROM broker_event e
+                       WHERE e.user_id = c.user_id AND e.account = c.account
+                         AND e.order_ref = c.order_id::text
+                         AND e.kind NOT IN ('THROTTLED', 'SEND_FAILED'))
+       AND NOT EXISTS (SELECT FROM broker_event e
+                       WHERE e.user_id = c.user_id AND e.account = c.account
+                         AND e.kind = 'SNAPSHOT' AND e.received_at >= c.claimed_at
+                         AND strpos(e.payload::text, c.order_id::text) > 0)
+$$;
+
+COMMENT ON FUNCTION broker_command_never_arrived IS
+    'Whether a SNAPSHOT since a command was claimed shows that its order is not at the broker.';
+
+CREATE TRIGGER broker_command_b_prove BEFORE INSERT ON broker_command
+    FOR EACH ROW EXECUTE FUNCTION broker_command_prove();
+CREATE TRIGGER broker_command_b_prove_change BEFORE UPDATE ON broker_command
+    FOR EACH ROW WHEN ((NEW.payload, NEW.outcome) IS DISTINCT FROM (OLD.payload, OLD.outcome))
+    EXECUTE FUNCTION broker_command_prove();
+
+-- To ask a broker for new terms is to move the order.
+CREATE FUNCTION broker_command_move_order() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+BEGIN
+    UPDATE orders SET status = 'PENDING_MODIFY'
+    WHERE user_id = NEW.user_id AND run_id = NEW.run_id AND order_id = NEW.order_id;
+    RETURN NULL;
+END $$;
+
+COMMENT ON FUNCTION broker_command_move_order IS
+    'Trigger: an order that is to be modified is PENDING_MODIFY.';
+
+CREATE TRIGGER broker_command_m_move_order AFTER INSERT ON broker_command
+    FOR EACH ROW WHEN (NEW.kind = 'MODIFY') EXECUTE FUNCTION broker_command_move_order();
 
 -- Cancels an order of any broker. Returns what it came to: CANCELED at once, PENDING_CANCEL where
 -- the broker has it, CANCEL_IGNORED where there is nothing left to cancel.
@@ -505,7 +694,16 @@ BEGIN
         ON CONFLICT DO NOTHING;
         RETURN refusal;
     END IF;
-    RETURN order_modify_send(was, wanted);
+    IF orders_may_change_unsent(was, wanted) THEN
+        UPDATE orders SET quantity = wanted.quantity, limit_price = wanted.limit_price,
+                          stop_price = wanted.stop_price
+        WHERE user_id = of_user AND run_id = of_run AND order_id = of_order;
+        RETURN 'MODIFIED';
+    END IF;
+    INSERT INTO broker_command (user_id, account, kind, run_id, order_id, order_version, payload)
+    VALUES (of_user, was.account, 'MODIFY', of_run, of_order, was.version + 1,
+            orders_command_payload(wanted));
+    RETURN 'PENDING_MODIFY';
 END $$;
 
 COMMENT ON FUNCTION order_modify IS
@@ -529,7 +727,7 @@ BEGIN
     -- What is left of it would be ordered anew; what it holds back today does not count.
     wanted.quantity := wanted.quantity - was.filled_quantity;
     refusal := orders_gate(
-        wanted, run.account_type, EXISTS (SELECT FROM risk_limit l WHERE l.user_id = was.user_id),
+        wanted, run.account_type, user_is_limited(was.user_id),
         run.cash - run_reserved_cash(was.user_id, was.run_id) + was.reserved_cash,
         coalesce(held, 0) + orders_open_quantity(was)
         - (was.quantity - was.filled_quantity)
@@ -538,29 +736,6 @@ BEGIN
 END $$;
 
 COMMENT ON FUNCTION order_modify_refusal IS 'Why an order may not have new terms, or NULL.';
-
-CREATE FUNCTION order_modify_send(was orders, wanted orders) RETURNS text
-LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
-BEGIN
-    UPDATE broker_command SET payload = orders_command_payload(wanted)
-    WHERE user_id = was.user_id AND account = was.account AND order_id = was.order_id
-      AND kind = 'SUBMIT' AND claimed_by IS NULL AND done_at IS NULL;
-    IF FOUND THEN
-        UPDATE orders SET quantity = wanted.quantity, limit_price = wanted.limit_price,
-                          stop_price = wanted.stop_price
-        WHERE user_id = was.user_id AND run_id = was.run_id AND order_id = was.order_id;
-        RETURN 'MODIFIED';
-    END IF;
-    INSERT INTO broker_command (user_id, account, kind, run_id, order_id, order_version, payload)
-    VALUES (was.user_id, was.account, 'MODIFY', was.run_id, was.order_id, was.version + 1,
-            orders_command_payload(wanted));
-    UPDATE orders SET status = 'PENDING_MODIFY'
-    WHERE user_id = was.user_id AND run_id = was.run_id AND order_id = was.order_id;
-    RETURN 'PENDING_MODIFY';
-END $$;
-
-COMMENT ON FUNCTION order_modify_send IS
-    'Changes what has not gone yet, or sends the change of what has.';
 
 -- New terms are told, so that the ledger always knows what is worked.
 CREATE FUNCTION orders_record_terms() RETURNS trigger

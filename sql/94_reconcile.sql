@@ -1,1 +1,807 @@
--- Reconciliation: what we hold against what the broker and the ledger say, and what was done.
+-- Reconciliation: what we hold against what the broker and the ledger say, and what was done. A
+-- snapshot arrives in the inbox like everything else; what is numbered before it was heard before.
+-- Whatever is compared is compared in one statement, for ten orders or a hundred thousand.
+
+CREATE TABLE reconciliation (
+    user_id      uuid        NOT NULL,
+    account      text        NOT NULL,
+    snapshot_id  uuid        NOT NULL,
+    why          text        NOT NULL,
+    taken_at     timestamptz NOT NULL,
+    up_to_number bigint      NOT NULL,
+    open_orders  integer     NOT NULL,
+    undecided    integer     NOT NULL,
+    began_at     timestamptz NOT NULL,
+    finished_at  timestamptz NOT NULL DEFAULT clock_timestamp(),
+    CONSTRAINT reconciliation_pkey PRIMARY KEY (user_id, account, snapshot_id),
+    CONSTRAINT reconciliation_of_account FOREIGN KEY (user_id, account)
+        REFERENCES broker_account (user_id, account) ON DELETE CASCADE,
+    CONSTRAINT reconciliation_why_format CHECK (why ~ '^[A-Z][A-Z0-9_]*$' AND length(why) <= 63),
+    CONSTRAINT reconciliation_counts_not_negative CHECK (open_orders >= 0 AND undecided >= 0)
+);
+
+-- When an account was compared last.
+CREATE INDEX reconciliation_latest_idx ON reconciliation (user_id, account, up_to_number);
+
+COMMENT ON TABLE reconciliation IS 'Snapshots that our books were compared with; append-only.';
+COMMENT ON COLUMN reconciliation.snapshot_id IS 'The SNAPSHOT command that it answers.';
+COMMENT ON COLUMN reconciliation.why IS 'START, CONNECTED, TIMER, STALE, DEMAND, ...';
+COMMENT ON COLUMN reconciliation.taken_at IS 'The broker''s time of the snapshot.';
+COMMENT ON COLUMN reconciliation.up_to_number IS 'The snapshot''s last row in the inbox.';
+COMMENT ON COLUMN reconciliation.open_orders IS 'How many orders the broker works.';
+COMMENT ON COLUMN reconciliation.undecided IS
+    'How many orders it could not judge: what was asked for them may still be on its way.';
+
+CREATE TABLE reconciliation_difference (
+    user_id     uuid    NOT NULL,
+    account     text    NOT NULL,
+    snapshot_id uuid    NOT NULL,
+    number      integer NOT NULL,
+    class       text    NOT NULL,
+    subject     text    NOT NULL,
+    ours        jsonb,
+    brokers     jsonb,
+    derived     jsonb,
+    action      text    NOT NULL,
+    reason      text    NOT NULL,
+    CONSTRAINT reconciliation_difference_pkey
+        PRIMARY KEY (user_id, account, snapshot_id, number),
+    CONSTRAINT reconciliation_difference_of_reconciliation
+        FOREIGN KEY (user_id, account, snapshot_id)
+        REFERENCES reconciliation (user_id, account, snapshot_id) ON DELETE CASCADE,
+    CONSTRAINT reconciliation_difference_class_known CHECK (class = ANY ('{MISSING_AT_BROKER,
+        NEVER_ARRIVED,FOUND,TERMS_DIFFER,STATUS_DIFFERS,FILLED_DIFFERS,IDS_DIFFER,ACCOUNT_DIFFERS,
+        CONTRACT_CHANGED,ORPHAN,FOREIGN,EXECUTION_DIFFERS,POSITION_DIFFERS,CASH_DIFFERS}')),
+    CONSTRAINT reconciliation_difference_action_known CHECK (action = ANY ('{CANCELED,MOVED,KEPT,
+        RECORDED,TERMS_TAKEN,CANCEL_SENT,ADOPTED,ALERTED,HELD}')),
+    CONSTRAINT reconciliation_difference_words_short
+        CHECK (length(subject) <= 200 AND length(reason) <= 2000)
+);
+
+COMMENT ON TABLE reconciliation_difference IS
+    'What a reconciliation found, three ways, and what was done about it; append-only.';
+COMMENT ON COLUMN reconciliation_difference.subject IS 'An order''s id, a symbol or a currency.';
+COMMENT ON COLUMN reconciliation_difference.derived IS 'What the ledger says.';
+COMMENT ON COLUMN reconciliation_difference.action IS
+    'What was done: the order CANCELED, MOVED or KEPT as it is, ids RECORDED, TERMS_TAKEN, a '
+    'CANCEL_SENT, an orphan ADOPTED; ALERTED where a person must decide, HELD where the run ended.';
+
+CREATE TRIGGER reconciliation_z_refuse_change BEFORE UPDATE OR DELETE ON reconciliation
+    FOR EACH ROW EXECUTE FUNCTION boundary_refuse_delete('reconciliation');
+CREATE TRIGGER reconciliation_z_refuse_truncate BEFORE TRUNCATE ON reconciliation
+    FOR EACH STATEMENT EXECUTE FUNCTION boundary_refuse_delete('reconciliation');
+CREATE TRIGGER reconciliation_difference_z_refuse_change
+    BEFORE UPDATE OR DELETE ON reconciliation_difference
+    FOR EACH ROW EXECUTE FUNCTION boundary_refuse_delete('reconciliation_difference');
+CREATE TRIGGER reconciliation_difference_z_refuse_truncate
+    BEFORE TRUNCATE ON reconciliation_difference
+    FOR EACH STATEMENT EXECUTE FUNCTION boundary_refuse_delete('reconciliation_difference');
+
+-- Snapshots and sessions among all that an account heard.
+CREATE INDEX broker_event_snapshot_idx ON broker_event (user_id, account, kind, number)
+    WHERE kind IN ('SNAPSHOT', 'CONNECTED', 'CONTRACT_CHANGED');
+
+-- When a broker was asked last.
+CREATE INDEX broker_command_snapshot_idx ON broker_command (user_id, account, created_at)
+    WHERE kind = 'SNAPSHOT';
+
+-- --- What the broker says -------------------------------------------------------------------
+
+-- The newest whole snapshot that was not compared yet. One that was asked for a dry run is not
+-- compared by anybody but who asked.
+CREATE FUNCTION snapshot_newest(of_user uuid, of_account text) RETURNS uuid
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT (e.payload ->> 'snapshot_id')::uuid FROM broker_event e
+    WHERE e.user_id = of_user AND e.account = of_account AND e.kind = 'SNAPSHOT'
+      AND e.number > coalesce((SELECT max(r.up_to_number) FROM reconciliation r
+                               WHERE r.user_id = of_user AND r.account = of_account), 0)
+      AND NOT EXISTS (SELECT FROM broker_command c
+                      WHERE c.user_id = of_user AND c.account = of_account
+                        AND c.command_id = (e.payload ->> 'snapshot_id')::uuid
+                        AND c.payload ? 'dry_run')
+    GROUP BY e.payload ->> 'snapshot_id'
+    HAVING count(DISTINCT e.payload ->> 'part') = max((e.payload ->> 'parts')::integer)
+    ORDER BY max(e.number) DESC LIMIT 1
+$$;
+
+COMMENT ON FUNCTION snapshot_newest IS
+    'The newest whole snapshot of an account that is still to be compared, or NULL.';
+
+CREATE FUNCTION snapshot_facts(of_user uuid, of_account text, of_snapshot uuid,
+    OUT is_whole boolean, OUT is_waiting boolean, OUT why text, OUT taken_at timestamptz,
+    OUT asked_at timestamptz, OUT after_number bigint, OUT first_number bigint,
+    OUT last_number bigint, OUT holder uuid)
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    SELECT count(DISTINCT e.payload ->> 'part') = max((e.payload ->> 'parts')::integer),
+           max((e.payload ->> 'taken_at')::timestamptz), min(e.number), max(e.number),
+           (array_agg(e.holder ORDER BY e.number))[1]
+    INTO is_whole, taken_at, first_number, last_number, holder FROM broker_event e
+    WHERE e.user_id = of_user AND e.account = of_account AND e.kind = 'SNAPSHOT'
+      AND e.payload ->> 'snapshot_id' = of_snapshot::text
+      -- The rows of one snapshot come after the command that asked for it.
+      AND e.number > coalesce((SELECT (c.payload ->> 'after_number')::bigint FROM broker_command c
+                               WHERE c.user_id = of_user AND c.account = of_account
+                                 AND c.command_id = of_snapshot), 0);
+    SELECT coalesce(c.payload ->> 'why', 'UNASKED'), c.claimed_at,
+           (c.payload ->> 'after_number')::bigint
+    INTO why, asked_at, after_number FROM broker_command c
+    WHERE c.user_id = of_user AND c.account = of_account AND c.command_id = of_snapshot;
+    is_whole := coalesce(is_whole, false);
+    why := coalesce(why, 'UNASKED');
+    after_number := coalesce(after_number, 0);
+    -- Nobody asked: nothing certainly went before it.
+    asked_at := coalesce(asked_at, '-infinity');
+    is_waiting := EXISTS (
+        SELECT FROM broker_event w
+        WHERE w.user_id = of_user AND w.account = of_account AND w.applied_at IS NULL
+          AND w.number < first_number AND w.kind <> 'SNAPSHOT');
+END $$;
+
+COMMENT ON FUNCTION snapshot_facts IS
+    'A snapshot: whether it is whole, whether earlier news still waits to be applied, when it was '
+    'taken and asked for, its place in the inbox, and the connector that brought it.';
+
+CREATE TYPE snapshot_order AS (
+    order_ref       text,
+    ours            boolean,
+    status          text,
+    filled          numeric,
+    broker_order_id bigint,
+    perm_id         bigint,
+    symbol          text,
+    side            text,
+    quantity        numeric,
+    order_type      text,
+    time_in_force   text,
+    limit_price     numeric,
+    stop_price      numeric,
+    trail_amount    numeric,
+    trail_percent   numeric,
+    expire_at       timestamptz
+);
+
+COMMENT ON TYPE snapshot_order IS 'An order that a broker works, as its snapshot says it.';
+
+CREATE FUNCTION snapshot_orders(of_user uuid, of_account text, of_snapshot uuid)
+RETURNS SETOF snapshot_order
+LANGUAGE sql STABLE ROWS 10000 SET search_path = public, pg_temp AS $$
+    SELECT o.* FROM broker_event e
+    CROSS JOIN LATERAL jsonb_populate_recordset(NULL::snapshot_order,
+                                                e.payload -> 'open_orders') AS o
+    WHERE e.user_id = of_user AND e.account = of_account AND e.kind = 'SNAPSHOT'
+      AND e.payload ->> 'snapshot_id' = of_snapshot::text
+$$;
+
+COMMENT ON FUNCTION snapshot_orders IS 'The orders that a broker works, as a snapshot says.';
+
+-- Orders of which the broker has spoken after it took the snapshot: newer news wins.
+CREATE FUNCTION snapshot_overtaken(of_user uuid, of_account text, of_snapshot uuid)
+RETURNS TABLE (order_ref text)
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT DISTINCT e.order_ref
+    FROM snapshot_facts(of_user, of_account, of_snapshot) s
+    JOIN broker_event e ON e.user_id = of_user AND e.account = of_account
+                       AND e.number > s.after_number
+    WHERE e.order_ref IS NOT NULL
+      AND e.kind IN ('ORDER_STATUS', 'MODIFIED', 'EXECUTION', 'BUST', 'REJECTED',
+                     'CANCEL_REJECTED', 'MODIFY_REJECTED')
+      AND (e.number > s.first_number OR e.event_at > s.taken_at)
+$$;
+
+COMMENT ON FUNCTION snapshot_overtaken IS 'Orders of which there is newer news than a snapshot.';
+
+-- Whether a snapshot can tell what became of a command: nothing of it can be on its way any more.
+-- A connection that broke, or whose connector is gone, carries nothing; on one that stands, an
+-- answer that has not come for half a minute will not come.
+CREATE FUNCTION command_is_settled(c broker_command, asked_at timestamptz, by_holder uuid,
+                                   first_number bigint)
+RETURNS boolean LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    RETURN CASE
+        WHEN c.outcome IS NULL THEN c.claimed_by <> by_holder AND c.claimed_at < asked_at
+        WHEN c.outcome <> 'SENT' THEN c.done_at < asked_at
+        ELSE c.done_at < asked_at - interval '30 seconds'
+             OR c.done_at < asked_at AND EXISTS (
+                 SELECT FROM broker_event e
+                 WHERE e.user_id = c.user_id AND e.account = c.account AND e.kind = 'CONNECTED'
+                   AND e.number < first_number AND e.received_at > c.done_at) END;
+END $$;
+
+COMMENT ON FUNCTION command_is_settled IS
+    'Whether nothing of a command can still be on its way to the broker that took a snapshot.';
+
+-- --- Orders ---------------------------------------------------------------------------------
+
+CREATE TYPE order_difference AS (
+    class           text,
+    run_id          uuid,
+    order_id        uuid,
+    subject         text,
+    becomes         text,
+    action          text,
+    reason          text,
+    ours            jsonb,
+    brokers         jsonb,
+    command_id      uuid,
+    outcome         text,
+    broker_order_id bigint,
+    perm_id         bigint
+);
+
+COMMENT ON TYPE order_difference IS
+    'An order that we and a broker see differently. becomes: its status then; outcome: that of '
+    'the command which asked for it.';
+
+CREATE FUNCTION order_difference_ours(o orders) RETURNS jsonb
+LANGUAGE sql STABLE
+RETURN jsonb_strip_nulls(jsonb_build_object(
+    'status', o.status, 'status_reason', o.status_reason, 'symbol', o.symbol, 'side', o.side,
+    'quantity', trim_scale(o.quantity)::text, 'filled', trim_scale(o.filled_quantity)::text,
+    'limit_price', trim_scale(o.limit_price)::text, 'stop_price', trim_scale(o.stop_price)::text,
+    'account', o.account, 'broker_order_id', o.broker_order_id, 'perm_id', o.perm_id));
+
+COMMENT ON FUNCTION order_difference_ours IS 'An order as we see it, for a difference.';
+
+-- Orders of ours that should be at the broker and that the snapshot does not have. Executions that
+-- explain it were applied before. Of what the broker never said a word, its submit never arrived.
+CREATE FUNCTION reconcile_missing(of_user uuid, of_account text, of_snapshot uuid)
+RETURNS SETOF order_difference
+LANGUAGE sql STABLE ROWS 100 SET search_path = public, pg_temp AS $$
+    SELECT d.class, o.run_id, o.order_id, o.order_id::text,
+           CASE WHEN d.class = 'MISSING_AT_BROKER' OR o.status = 'PENDING_CANCEL'
+                THEN 'CANCELED' END,
+           CASE WHEN d.class = 'MISSING_AT_BROKER' OR o.status = 'PENDING_CANCEL'
+                THEN 'CANCELED' ELSE 'KEPT' END,
+           CASE WHEN d.class = 'MISSING_AT_BROKER'
+                THEN 'the broker does not work it, and no execution explains that'
+                WHEN d.class = 'NEVER_ARRIVED' THEN 'its submit never reached the broker'
+                ELSE 'what was asked may still be on its way' END,
+           order_difference_ours(o), NULL::jsonb, c.command_id,
+           CASE WHEN d.class = 'NEVER_ARRIVED' THEN d.class END, NULL::bigint, NULL::bigint
+    FROM snapshot_facts(of_user, of_account, of_snapshot) s
+    JOIN orders o ON o.user_id = of_user AND o.account = of_account
+                 AND o.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
+    LEFT JOIN broker_command c ON c.user_id = of_user AND c.account = of_account
+                              AND c.order_id = o.order_id AND c.kind = 'SUBMIT'
+    LEFT JOIN snapshot_orders(of_user, of_account, of_snapshot) t
+           ON t.order_ref = o.order_id::text
+    LEFT JOIN snapshot_overtaken(of_user, of_account, of_snapshot) n
+           ON n.order_ref = o.order_id::text
+    CROSS JOIN LATERAL (SELECT CASE
+        WHEN o.status NOT IN ('NEW', 'PENDING', 'PENDING_CANCEL') OR o.filled_quantity > 0
+             OR num_nonnulls(o.broker_order_id, o.perm_id) > 0
+             OR EXISTS (SELECT FROM broker_event e
+                        WHERE e.user_id = of_user AND e.account = of_account
+                          AND e.order_ref = o.order_id::text
+                          AND e.kind IN ('ORDER_STATUS', 'EXECUTION')) THEN 'MISSING_AT_BROKER'
+        WHEN command_is_settled(c, s.asked_at, s.holder, s.first_number) THEN 'NEVER_ARRIVED'
+        ELSE 'UNDECIDED' END AS class) d
+    WHERE t.order_ref IS NULL AND n.order_ref IS NULL
+      AND (o.recovered OR c.claimed_by IS NOT NULL
+           AND coalesce(c.outcome, 'UNKNOWN') NOT IN ('NEVER_ARRIVED', 'REFUSED'))
+$$;
+
+COMMENT ON FUNCTION reconcile_missing IS
+    'Orders that we hold for working and a snapshot does not have; UNDECIDED among them.';
+
+-- What an order of ours that the broker works is, in our words.
+CREATE FUNCTION order_status_at_broker(o orders, brokers_status text) RETURNS text
+LANGUAGE sql IMMUTABLE
+RETURN CASE WHEN o.filled_quantity >= o.quantity THEN NULL
+            WHEN o.filled_quantity > 0 THEN 'PARTIALLY_FILLED'
+            WHEN brokers_status = 'PENDING_SUBMIT' AND o.status IN ('NEW', 'PENDING', brokers_status)
+            THEN brokers_status
+            ELSE 'ROUTED' END;
+
+COMMENT ON FUNCTION order_status_at_broker IS
+    'The status of an order that a broker works, or NULL where its fills say that it is over.';
+
+-- A trailing stop moves at the broker: its price is no term.
+CREATE FUNCTION order_has_terms(order_type text, quantity numeric, limit_price numeric,
+                                stop_price numeric, t snapshot_order) RETURNS boolean
+LANGUAGE sql IMMUTABLE
+RETURN quantity = t.quantity AND limit_price IS NOT DISTINCT FROM t.limit_price
+       AND (order_type = 'TRAIL' OR stop_price IS NOT DISTINCT FROM t.stop_price);
+
+COMMENT ON FUNCTION order_has_terms IS 'Whether these are the terms on which a broker works it.';
+
+CREATE FUNCTION order_is_alike(o orders, t snapshot_order, of_account text) RETURNS boolean
+LANGUAGE sql IMMUTABLE
+RETURN o.account = of_account AND o.symbol = t.symbol AND o.side = t.side
+       AND o.status IN ('PENDING_SUBMIT', 'ROUTED', 'PARTIALLY_FILLED')
+       AND o.status = order_status_at_broker(o, t.status)
+       AND order_has_terms(o.order_type, o.quantity, o.limit_price, o.stop_price, t)
+       AND o.filled_quantity = t.filled
+       AND (o.broker_order_id, o.perm_id) IS NOT DISTINCT FROM
+           (coalesce(t.broker_order_id, o.broker_order_id), coalesce(t.perm_id, o.perm_id));
+
+COMMENT ON FUNCTION order_is_alike IS 'Whether we and the broker see an order alike.';
+
+-- In what an order differs: its status first, which says what was lost on the way; then the rest.
+CREATE FUNCTION order_compare_status(o orders, t snapshot_order, asked broker_command,
+                                     is_settled boolean,
+                                     OUT class text, OUT becomes text, OUT action text,
+                                     OUT reason text)
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    becomes := order_status_at_broker(o, t.status);
+    class := 'STATUS_DIFFERS';
+    action := 'MOVED';
+    IF o.status IN ('NEW', 'PENDING') THEN
+        class := 'FOUND';
+        reason := 'its submit reached the broker, which works it';
+    ELSIF o.status IN ('PENDING_CANCEL', 'PENDING_MODIFY') AND NOT is_settled
+          AND NOT coalesce(order_asked_for(asked, t), false) THEN
+        class := 'UNDECIDED';
+        becomes := NULL;
+        reason := 'what was asked may still be on its way';
+    ELSIF o.status = 'PENDING_CANCEL' THEN
+        action := 'CANCEL_SENT';
+        reason := 'the cancel never reached the broker, which works it';
+    ELSIF o.status = 'PENDING_MODIFY' THEN
+        IF order_asked_for(asked, t) THEN
+            class := 'TERMS_DIFFER';
+            action := 'TERMS_TAKEN';
+            reason := 'the modification reached the broker';
+        ELSIF order_has_terms(o.order_type, o.quantity, o.limit_price, o.stop_price, t) THEN
+            reason := 'the modification never reached the broker';
+        ELSE
+            class := 'TERMS_DIFFER';
+            action := 'ALERTED';
+            reason := 'the broker works it on terms that nobody asked for';
+        END IF;
+    ELSIF o.status <> coalesce(becomes, '') THEN
+        reason := format('we say %s, the broker works it', o.status);
+    ELSE
+        class := NULL;
+    END IF;
+    IF class <> 'UNDECIDED' AND NOT EXISTS (SELECT FROM order_transition x
+                                            WHERE x.from_status = o.status
+                                              AND x.to_status = becomes) THEN
+        becomes := NULL;
+        action := 'ALERTED';
+    END IF;
+END $$;
+
+COMMENT ON FUNCTION order_compare_status IS
+    'How the status of an order that a broker works differs from ours, what it becomes, and why.';
+
+CREATE FUNCTION order_asked_for(asked broker_command, t snapshot_order) RETURNS boolean
+LANGUAGE sql IMMUTABLE
+RETURN asked.kind = 'MODIFY' AND order_has_terms(
+    asked.payload ->> 'order_type', (asked.payload ->> 'quantity')::numeric,
+    (asked.payload ->> 'limit_price')::numeric, (asked.payload ->> 'stop_price')::numeric, t);
+
+COMMENT ON FUNCTION order_asked_for IS 'Whether a broker works an order as a command asks.';
+
+CREATE FUNCTION order_compare(o orders, t snapshot_order, of_account text, asked broker_command,
+                              is_settled boolean)
+RETURNS TABLE (class text, becomes text, action text, reason text)
+LANGUAGE plpgsql STABLE ROWS 2 SET search_path = public, pg_temp AS $$
+BEGIN
+    IF o.account <> of_account THEN
+        RETURN QUERY SELECT 'ACCOUNT_DIFFERS', NULL, 'ALERTED',
+                            format('it was sent to %s, and %s works it', o.account, of_account);
+        RETURN;
+    ELSIF o.symbol <> t.symbol THEN
+        RETURN QUERY SELECT 'CONTRACT_CHANGED', NULL,
+                            CASE WHEN o.status = ANY ('{PENDING_CANCEL,FILLED,CANCELED,REJECTED,'
+                                                      'EXPIRED}') THEN 'ALERTED'
+                                 ELSE 'CANCEL_SENT' END,
+                            format('%s is %s at the broker', o.symbol, t.symbol);
+        RETURN;
+    END IF;
+    RETURN QUERY SELECT s.* FROM order_compare_status(o, t, asked, is_settled) s
+                 WHERE s.class IS NOT NULL;
+    IF o.status <> 'PENDING_MODIFY' AND (o.side <> t.side OR NOT order_has_terms(
+        o.order_type, o.quantity, o.limit_price, o.stop_price, t)) THEN
+        RETURN QUERY SELECT 'TERMS_DIFFER', NULL,
+            CASE WHEN o.side = t.side AND order_asked_for(asked, t)
+                      AND o.status IN ('ROUTED', 'PARTIALLY_FILLED') THEN 'TERMS_TAKEN'
+                 ELSE 'ALERTED' END,
+            CASE WHEN order_asked_for(asked, t) THEN 'the modification reached the broker'
+                 ELSE 'the broker works it on terms that nobody asked for' END;
+    END IF;
+    IF o.filled_quantity <> t.filled THEN
+        RETURN QUERY SELECT 'FILLED_DIFFERS', NULL, 'ALERTED',
+                            'its executions do not add up to what the broker says is filled';
+    END IF;
+    IF o.status NOT IN ('NEW', 'PENDING')
+       AND (o.broker_order_id, o.perm_id) IS DISTINCT FROM
+           (coalesce(t.broker_order_id, o.broker_order_id), coalesce(t.perm_id, o.perm_id)) THEN
+        RETURN QUERY SELECT 'IDS_DIFFER', NULL, 'RECORDED', 'the broker has other ids for it now';
+    END IF;
+END $$;
+
+COMMENT ON FUNCTION order_compare IS
+    'In what an order of ours and the broker''s differ; one row for each thing.';
+
+-- An order may also differ in several ways at once. The run's lock order keeps moves of one order
+-- apart; here nothing is locked.
+CREATE FUNCTION reconcile_working(of_user uuid, of_account text, of_snapshot uuid)
+RETURNS SETOF order_difference
+LANGUAGE sql STABLE ROWS 100 SET search_path = public, pg_temp AS $$
+    SELECT d.class, o.run_id, o.order_id, o.order_id::text, d.becomes, d.action, d.reason,
+           order_difference_ours(o), jsonb_strip_nulls(to_jsonb(t)), asked.command_id,
+           CASE WHEN d.action = 'TERMS_TAKEN' THEN 'ARRIVED'
+                WHEN d.class = 'STATUS_DIFFERS' AND o.status IN ('PENDING_CANCEL', 'PENDING_MODIFY')
+                THEN 'NEVER_ARRIVED' END,
+           t.broker_order_id, t.perm_id
+    FROM snapshot_facts(of_user, of_account, of_snapshot) s
+    CROSS JOIN snapshot_orders(of_user, of_account, of_snapshot) t
+    JOIN orders o ON o.user_id = of_user AND o.order_id::text = t.order_ref AND o.broker <> 'paper'
+    LEFT JOIN snapshot_overtaken(of_user, of_account, of_snapshot) n ON n.order_ref = t.order_ref
+    -- What was asked of it last.
+    LEFT JOIN LATERAL (
+        SELECT a FROM broker_command a
+        WHERE a.user_id = of_user AND a.run_id = o.run_id AND a.order_id = o.order_id
+          AND a.account = of_account
+          AND a.kind = CASE WHEN o.status = 'PENDING_CANCEL' THEN 'CANCEL' ELSE 'MODIFY' END
+        ORDER BY a.order_version DESC LIMIT 1) l (a) ON true
+    CROSS JOIN LATERAL (SELECT (l.a).*) asked
+    CROSS JOIN LATERAL order_compare(
+        o, t, of_account, l.a, asked.command_id IS NULL
+        OR command_is_settled(l.a, s.asked_at, s.holder, s.first_number)) d
+    WHERE n.order_ref IS NULL AND NOT order_is_alike(o, t, of_account)
+$$;
+
+COMMENT ON FUNCTION reconcile_working IS
+    'Orders that a broker works and that we see differently; UNDECIDED among them.';
+
+-- The run that takes up what turns out to be at an account, as with fills (engine/inbox.py).
+CREATE FUNCTION account_run(of_user uuid, of_account text) RETURNS uuid
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT r.run_id FROM strategy_run r
+    JOIN run_route t ON t.user_id = of_user AND t.run_id = r.run_id AND t.account = of_account
+    WHERE r.user_id = of_user AND r.status IN ('RUNNING', 'STOPPING')
+    ORDER BY r.status, r.run_id LIMIT 1
+$$;
+
+COMMENT ON FUNCTION account_run IS
+    'The run with a route to an account that takes up orders found there, or NULL.';
+
+-- Orders at the broker that none of our runs has.
+CREATE FUNCTION reconcile_strangers(of_user uuid, of_account text, of_snapshot uuid)
+RETURNS SETOF order_difference
+LANGUAGE sql STABLE ROWS 10 SET search_path = public, pg_temp AS $$
+    SELECT CASE WHEN k.is_orphan THEN 'ORPHAN' ELSE 'FOREIGN' END, r.run_id,
+           CASE WHEN k.is_orphan THEN t.order_ref::uuid END,
+           left(coalesce(nullif(t.order_ref, ''), 'perm ' || nullif(t.perm_id, 0),
+                         'order ' || t.broker_order_id, 'unnamed'), 200),
+           CASE WHEN k.is_orphan AND r.run_id IS NOT NULL THEN CASE
+               WHEN t.status = 'PENDING_SUBMIT' THEN t.status ELSE 'ROUTED' END END,
+           CASE WHEN NOT k.is_orphan THEN 'ALERTED' WHEN r.run_id IS NULL THEN 'HELD'
+                ELSE 'ADOPTED' END,
+           CASE WHEN NOT k.is_orphan THEN 'it is not ours'
+                WHEN r.run_id IS NULL THEN 'it is ours, and no run takes it up'
+                ELSE 'it is ours, and we did not know it' END,
+           NULL::jsonb, jsonb_strip_nulls(to_jsonb(t)), NULL::uuid, NULL::text, t.broker_order_id,
+           t.perm_id
+    FROM snapshot_orders(of_user, of_account, of_snapshot) t
+    LEFT JOIN snapshot_overtaken(of_user, of_account, of_snapshot) n ON n.order_ref = t.order_ref
+    LEFT JOIN orders o ON o.user_id = of_user AND o.order_id::text = t.order_ref
+                      AND o.broker <> 'paper'
+    CROSS JOIN (SELECT account_run(of_user, of_account)) r (run_id)
+    CROSS JOIN LATERAL (SELECT coalesce(
+        t.ours AND event_order_id(t.order_ref) IS NOT NULL AND length(t.order_ref) = 36
+        AND t.quantity > 0 AND t.side IN ('BUY', 'SELL')
+        AND t.order_type IN ('MARKET', 'LIMIT', 'STOP', 'STOP_LIMIT', 'TRAIL'), false)) k (is_orphan)
+    WHERE o.order_id IS NULL AND n.order_ref IS NULL
+$$;
+
+COMMENT ON FUNCTION reconcile_strangers IS
+    'Orders that a broker works and no run of ours has: ORPHAN where they are ours, else FOREIGN.';
+
+-- What the ledger makes of orders: one pass, for as many as differ.
+CREATE FUNCTION orders_derived(of_user uuid, of_orders uuid[])
+RETURNS TABLE (order_id uuid, derived jsonb)
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    WITH told AS (
+        SELECT o.order_id, l.seq, l.event_type, l.payload,
+               l.event_type NOT IN ('EXECUTION', 'ORDER_MODIFIED', 'ORDER_RESTATED',
+                                    'ORDER_ID_REUSE', 'ORDER_ID_WRAP') AS is_move
+        FROM orders o
+        JOIN event_ledger l ON l.user_id = of_user AND l.run_id = o.run_id
+                           AND left(l.subject, 36) = o.order_id::text COLLATE "C"
+        WHERE o.user_id = of_user AND o.order_id = ANY (of_orders)
+          AND (l.event_type = 'EXECUTION' OR starts_with(l.event_type, 'ORDER_'))
+    ), summed AS (
+        SELECT t.order_id,
+               coalesce(sum((t.payload ->> 'quantity')::numeric)
+                        FILTER (WHERE t.event_type = 'EXECUTION'), 0) AS filled,
+               max(t.seq) FILTER (WHERE t.event_type = 'EXECUTION') AS filled_seq,
+               (array_agg(t.payload ->> 'quantity' ORDER BY t.seq DESC)
+                FILTER (WHERE t.event_type <> 'EXECUTION' AND t.payload ? 'quantity'))[1]::numeric
+                   AS quantity,
+               max(t.seq) FILTER (WHERE t.is_move) AS moved_seq,
+               (array_agg(substr(t.event_type, 7) ORDER BY t.seq DESC)
+                FILTER (WHERE t.is_move))[1] AS status
+        FROM told t GROUP BY t.order_id
+    )
+    SELECT s.order_id, jsonb_build_object(
+        'filled', trim_scale(s.filled)::text, 'quantity', trim_scale(s.quantity)::text,
+        'status', CASE
+            WHEN s.filled_seq > s.moved_seq AND s.filled >= s.quantity THEN 'FILLED'
+            WHEN s.filled_seq > s.moved_seq AND s.status NOT IN ('PENDING_CANCEL', 'PENDING_MODIFY')
+            THEN CASE WHEN s.filled > 0 THEN 'PARTIALLY_FILLED' ELSE 'ROUTED' END
+            WHEN s.status = 'PLACED' THEN 'NEW' ELSE s.status END)
+    FROM summed s
+$$;
+
+COMMENT ON FUNCTION orders_derived IS 'Status and fills of orders as the ledger tells them.';
+
+-- Orders in a contract that is no longer what it was, of which nothing else says that they are over.
+CREATE FUNCTION reconcile_contracts(of_user uuid, of_account text, of_snapshot uuid)
+RETURNS SETOF order_difference
+LANGUAGE sql STABLE ROWS 10 SET search_path = public, pg_temp AS $$
+    SELECT DISTINCT ON (o.order_id)
+           'CONTRACT_CHANGED', o.run_id, o.order_id, o.order_id::text, NULL, 'CANCEL_SENT',
+           format('%s is %s from now on', o.symbol, e.payload ->> 'new_symbol'),
+           order_difference_ours(o), e.payload, NULL::uuid, NULL, NULL::bigint, NULL::bigint
+    FROM snapshot_facts(of_user, of_account, of_snapshot) s
+    JOIN broker_event e ON e.user_id = of_user AND e.account = of_account
+                       AND e.kind = 'CONTRACT_CHANGED' AND e.number < s.first_number
+    JOIN orders o ON o.user_id = of_user AND o.account = of_account
+                 AND o.symbol = e.payload ->> 'symbol' AND o.recorded_at < e.received_at
+                 AND o.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED', 'PENDING_CANCEL')
+    WHERE e.number > coalesce((SELECT max(r.up_to_number) FROM reconciliation r
+                               WHERE r.user_id = of_user AND r.account = of_account), 0)
+    ORDER BY o.order_id, e.number DESC
+$$;
+
+COMMENT ON FUNCTION reconcile_contracts IS
+    'Open orders in a symbol that has changed since the last reconciliation.';
+
+-- --- Executions, positions, cash ------------------------------------------------------------
+
+-- What the broker executed and our books lack, of what came since the last reconciliation.
+CREATE FUNCTION reconcile_executions(of_user uuid, of_account text, of_snapshot uuid)
+RETURNS TABLE (subject text, ours jsonb, brokers jsonb, derived jsonb)
+LANGUAGE sql STABLE ROWS 10 SET search_path = public, pg_temp AS $$
+    SELECT left(e.execution_id, 200), NULL::jsonb,
+           jsonb_build_object('order_ref', e.order_ref, 'event_at', event_moment(e.event_at))
+           || e.payload, NULL::jsonb
+    FROM snapshot_facts(of_user, of_account, of_snapshot) s
+    JOIN broker_event e ON e.user_id = of_user AND e.account = of_account
+                       AND e.number < s.first_number
+    LEFT JOIN execution x ON x.user_id = of_user AND x.execution_id = e.execution_id
+                         AND x.order_id::text = e.order_ref
+    WHERE e.kind = 'EXECUTION' AND e.finding IN ('NEW', 'CORRECTION', 'ORPHAN', 'HELD')
+      AND x.execution_id IS NULL
+      AND e.number > coalesce((SELECT max(r.up_to_number) FROM reconciliation r
+                               WHERE r.user_id = of_user AND r.account = of_account), 0)
+$$;
+
+COMMENT ON FUNCTION reconcile_executions IS
+    'Executions that a broker told and that are in no run''s books.';
+
+CREATE AGGREGATE numeric_product(factor numeric) (
+    SFUNC = numeric_mul, STYPE = numeric, INITCOND = '1');
+
+COMMENT ON AGGREGATE numeric_product(numeric) IS 'The product of numbers; 1 of none.';
+
+-- Executions of an account in today's units: those from before a split count as many more.
+CREATE FUNCTION account_executions(of_user uuid, of_account text)
+RETURNS TABLE (run_id uuid, execution_id text, symbol text, units numeric, flow numeric,
+               currency text, event_at timestamptz)
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT e.run_id, e.execution_id, e.symbol,
+           CASE WHEN e.side = 'BUY' THEN e.quantity ELSE -e.quantity END * coalesce(
+               (SELECT numeric_product(a.numerator) / numeric_product(a.denominator)
+                FROM split_applied p
+                JOIN corporate_action a ON a.symbol = p.symbol AND a.ex_date = p.ex_date
+                                       AND a.kind = p.kind
+                WHERE p.user_id = of_user AND p.run_id = e.run_id AND p.symbol = e.symbol
+                  AND p.logical_time > e.logical_time HAVING count(*) > 0), 1),
+           execution_cash_flow(e.side, e.quantity, e.price, e.commission), r.currency, e.event_at
+    FROM orders o
+    JOIN execution e ON e.user_id = of_user AND e.run_id = o.run_id AND e.order_id = o.order_id
+    JOIN strategy_run r ON r.user_id = of_user AND r.run_id = o.run_id
+    WHERE o.user_id = of_user AND o.account = of_account
+$$;
+
+COMMENT ON FUNCTION account_executions IS
+    'The executions of all orders that went to an account, as units held and money.';
+
+-- What the ledgers of its runs tell of an account: units by symbol, money by currency. A ledger
+-- knows no split of an execution; where one was applied, the runs' positions were proven with it.
+CREATE FUNCTION account_told(of_user uuid, of_account text)
+RETURNS TABLE (symbol text, units numeric, currency text, flow numeric)
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT l.payload ->> 'symbol',
+           CASE WHEN l.payload ->> 'side' = 'BUY' THEN 1 ELSE -1 END
+           * (l.payload ->> 'quantity')::numeric,
+           CASE WHEN l.event_type = 'COMMISSION' THEN l.payload ->> 'currency' ELSE r.currency END,
+           CASE WHEN l.event_type = 'COMMISSION' THEN -(l.payload ->> 'amount')::numeric
+                ELSE event_cash_flow(l.event_type, l.payload) END
+    FROM run_route t
+    JOIN strategy_run r ON r.user_id = of_user AND r.run_id = t.run_id
+    JOIN event_ledger l ON l.user_id = of_user AND l.run_id = t.run_id
+                       AND l.event_type IN ('EXECUTION', 'COMMISSION')
+    LEFT JOIN execution e ON l.event_type = 'COMMISSION' AND e.user_id = of_user
+                         AND e.run_id = t.run_id AND e.execution_id = l.subject COLLATE "default"
+    JOIN orders o ON o.user_id = of_user AND o.run_id = t.run_id AND o.account = of_account
+                 AND o.order_id = coalesce(e.order_id, event_order_id(l.subject))
+    WHERE t.user_id = of_user AND t.account = of_account
+$$;
+
+COMMENT ON FUNCTION account_told IS 'What the ledger tells of an account''s executions.';
+
+-- A snapshot stands between fills: it agrees with our books as of its own time, or as of its place
+-- among what was heard.
+CREATE FUNCTION reconcile_positions(of_user uuid, of_account text, of_snapshot uuid)
+RETURNS TABLE (subject text, ours jsonb, brokers jsonb, derived jsonb)
+LANGUAGE sql STABLE ROWS 10 SET search_path = public, pg_temp AS $$
+    WITH ours AS (
+        SELECT x.symbol, trunc(sum(x.units), 8) AS quantity,
+               trunc(coalesce(sum(x.units) FILTER (WHERE x.event_at <= s.taken_at), 0), 8) AS earlier
+        FROM snapshot_facts(of_user, of_account, of_snapshot) s
+        CROSS JOIN account_executions(of_user, of_account) x
+        GROUP BY x.symbol
+    ), theirs AS (
+        SELECT p.symbol, sum(p.quantity) AS quantity
+        FROM broker_event e
+        CROSS JOIN LATERAL jsonb_to_recordset(e.payload -> 'positions')
+            AS p (symbol text, quantity numeric)
+        WHERE e.user_id = of_user AND e.account = of_account AND e.kind = 'SNAPSHOT'
+          AND e.payload ->> 'snapshot_id' = of_snapshot::text
+        GROUP BY p.symbol
+    ), told AS (
+        SELECT t.symbol, sum(t.units) AS quantity FROM account_told(of_user, of_account) t
+        WHERE t.symbol IS NOT NULL GROUP BY t.symbol
+    )
+    SELECT symbol, to_jsonb(trim_scale(coalesce(o.quantity, 0))::text),
+           to_jsonb(trim_scale(coalesce(t.quantity, 0))::text),
+           to_jsonb(trim_scale(coalesce(d.quantity, 0))::text)
+    FROM ours o FULL JOIN theirs t USING (symbol) LEFT JOIN told d USING (symbol)
+    WHERE coalesce(t.quantity, 0) NOT IN (coalesce(o.quantity, 0), coalesce(o.earlier, 0))
+    ORDER BY symbol
+$$;
+
+COMMENT ON FUNCTION reconcile_positions IS
+    'Symbols of which an account holds something else than our executions add up to.';
+
+CREATE FUNCTION reconcile_cash(of_user uuid, of_account text, of_snapshot uuid)
+RETURNS TABLE (subject text, ours jsonb, brokers jsonb, derived jsonb)
+LANGUAGE sql STABLE ROWS 2 SET search_path = public, pg_temp AS $$
+    WITH flows AS (
+        SELECT x.currency, x.flow, x.event_at FROM account_executions(of_user, of_account) x
+        UNION ALL
+        SELECT c.currency, -c.amount, c.event_at
+        FROM account_executions(of_user, of_account) x
+        JOIN execution_commission c ON c.user_id = of_user AND c.run_id = x.run_id
+                                   AND c.execution_id = x.execution_id
+        UNION ALL
+        SELECT a.currency, a.opening_cash, '-infinity' FROM broker_account a
+        WHERE a.user_id = of_user AND a.account = of_account
+    ), ours AS (
+        SELECT f.currency, sum(f.flow) AS cash,
+               coalesce(sum(f.flow) FILTER (WHERE f.event_at <= s.taken_at), 0) AS earlier
+        FROM snapshot_facts(of_user, of_account, of_snapshot) s CROSS JOIN flows f
+        GROUP BY f.currency
+    ), theirs AS (
+        SELECT c.currency, max(c.amount::numeric) AS cash
+        FROM broker_event e
+        CROSS JOIN LATERAL jsonb_each_text(e.payload -> 'cash') AS c (currency, amount)
+        WHERE e.user_id = of_user AND e.account = of_account AND e.kind = 'SNAPSHOT'
+          AND e.payload ->> 'snapshot_id' = of_snapshot::text
+        GROUP BY c.currency
+    ), told AS (
+        SELECT f.currency, sum(f.flow) AS cash
+        FROM (SELECT t.currency, t.flow FROM account_told(of_user, of_account) t
+              UNION ALL
+              SELECT a.currency, a.opening_cash FROM broker_account a
+              WHERE a.user_id = of_user AND a.account = of_account) f
+        GROUP BY f.currency
+    )
+    SELECT currency, to_jsonb(trim_scale(coalesce(o.cash, 0))::text),
+           to_jsonb(trim_scale(coalesce(t.cash, 0))::text),
+           to_jsonb(trim_scale(coalesce(d.cash, 0))::text)
+    FROM ours o FULL JOIN theirs t USING (currency) LEFT JOIN told d USING (currency)
+    WHERE coalesce(t.cash, 0) NOT IN (coalesce(o.cash, 0), coalesce(o.earlier, 0))
+    ORDER BY currency
+$$;
+
+COMMENT ON FUNCTION reconcile_cash IS
+    'Currencies of which an account holds something else than its flows add up to.';
+
+-- --- Silence, and other routes --------------------------------------------------------------
+
+-- Orders that the broker works, by what we know, and of which nothing was heard for too long:
+-- neither a word of their own nor a comparison with all that it works.
+CREATE FUNCTION orders_stale(of_user uuid, of_account text, at timestamptz)
+RETURNS TABLE (run_id uuid, order_id uuid, heard_at timestamptz)
+LANGUAGE sql STABLE ROWS 10 SET search_path = public, pg_temp AS $$
+    SELECT o.run_id, o.order_id, h.heard_at
+    FROM broker_account a
+    JOIN orders o ON o.user_id = of_user AND o.account = of_account
+    LEFT JOIN broker_command c ON c.user_id = of_user AND c.account = of_account
+                              AND c.order_id = o.order_id AND c.kind = 'SUBMIT'
+    CROSS JOIN (SELECT max(r.finished_at) FROM reconciliation r
+                WHERE r.user_id = of_user AND r.account = of_account) k (compared_at)
+    CROSS JOIN LATERAL (
+        SELECT greatest(k.compared_at, c.claimed_at,
+                        CASE WHEN o.recovered THEN o.recorded_at END,
+                        (SELECT max(e.received_at) FROM broker_event e
+                         WHERE e.user_id = of_user AND e.account = of_account
+                           AND e.order_ref = o.order_id::text)) AS heard_at) h
+    WHERE a.user_id = of_user AND a.account = of_account
+      AND o.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
+      AND NOT o.pending_reconcile AND (o.recovered OR c.claimed_by IS NOT NULL
+          AND coalesce(c.outcome, '') NOT IN ('NEVER_ARRIVED', 'REFUSED'))
+      AND h.heard_at < at - make_interval(secs => a.stale_seconds)
+$$;
+
+COMMENT ON FUNCTION orders_stale IS
+    'Working orders of an account of which nothing was heard for its stale_seconds.';
+
+-- Whether an account can be sent to. What has no connector, or one that has lost its broker, and
+-- has been so for too long, is down.
+CREATE FUNCTION account_is_up(of_user uuid, of_account text, at timestamptz) RETURNS boolean
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT EXISTS (SELECT FROM broker_lease l
+                   WHERE l.user_id = of_user AND l.account = of_account
+                     AND l.connected AND l.expires_at > at)
+$$;
+
+COMMENT ON FUNCTION account_is_up IS 'Whether an account''s connector is there and connected.';
+
+-- Orders that certainly never reached their account, each with the first account of its run, after
+-- that one, that is up and has not had it.
+CREATE FUNCTION orders_to_reroute(of_user uuid, at timestamptz, down_seconds integer)
+RETURNS TABLE (run_id uuid, order_id uuid, account text, next_account text, why text)
+LANGUAGE sql STABLE ROWS 10 SET search_path = public, pg_temp AS $$
+    SELECT o.run_id, o.order_id, o.account, n.account,
+           CASE WHEN c.outcome IS NULL THEN 'ACCOUNT_DOWN' ELSE c.outcome END
+    FROM strategy_run r
+    JOIN orders o ON o.user_id = of_user AND o.run_id = r.run_id
+    JOIN broker_command c ON c.user_id = of_user AND c.account = o.account
+                         AND c.order_id = o.order_id AND c.kind = 'SUBMIT'
+    JOIN run_route h ON h.user_id = of_user AND h.run_id = o.run_id AND h.account = o.account
+    CROSS JOIN LATERAL (
+        SELECT t.account FROM run_route t
+        WHERE t.user_id = of_user AND t.run_id = o.run_id AND t.preference > h.preference
+          AND account_is_up(of_user, t.account, at)
+          AND NOT EXISTS (SELECT FROM broker_command s
+                          WHERE s.user_id = of_user AND s.account = t.account
+                            AND s.order_id = o.order_id AND s.kind = 'SUBMIT')
+        ORDER BY t.preference LIMIT 1) n
+    WHERE r.user_id = of_user AND r.status = 'RUNNING' AND r.broker <> 'paper'
+      AND o.status IN ('NEW', 'PENDING') AND o.filled_quantity = 0
+      AND (c.outcome = 'NEVER_ARRIVED'
+           OR c.outcome IS NULL AND c.claimed_by IS NULL
+              AND coalesce(c.not_before, c.created_at)
+                  <= at - make_interval(secs => down_seconds)
+              AND NOT account_is_up(of_user, o.account, at)
+              AND NOT EXISTS (SELECT FROM broker_lease l
+                              WHERE l.user_id = of_user AND l.account = o.account
+                                AND greatest(l.last_heard_at, l.taken_at)
+                                    > at - make_interval(secs => down_seconds)))
+    ORDER BY o.order_id
+$$;
+
+COMMENT ON FUNCTION orders_to_reroute IS
+    'Orders that never reached their account, and the account that takes them over.';
+
+-- The next account is sent what the first never had.
+CREATE FUNCTION orders_send_rerouted() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+DECLARE
+    hours record;
+BEGIN
+    hours := account_hours(NEW.user_id, NEW.account, clock_timestamp());
+    INSERT INTO broker_command (user_id, account, priority, kind, run_id, order_id, order_version,
+                                payload, not_before)
+    VALUES (NEW.user_id, NEW.account, CASE WHEN NEW.purpose = 'FLATTEN' THEN 0 ELSE 2 END,
+            'SUBMIT', NEW.run_id, NEW.order_id, NEW.version, orders_command_payload(NEW),
+            CASE WHEN NOT hours.is_open THEN hours.opens_at END);
+    RETURN NULL;
+END $$;
+
+COMMENT ON FUNCTION orders_send_rerouted IS
+    'Trigger: an order that another account takes over goes into that one''s outbox.';
+
+CREATE TRIGGER orders_m_send_rerouted AFTER UPDATE ON orders
+    FOR EACH ROW WHEN (NEW.broker <> 'paper' AND NEW.account IS DISTINCT FROM OLD.account)
+    EXECUTE FUNCTION orders_send_rerouted();

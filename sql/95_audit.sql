@@ -103,7 +103,8 @@ CREATE VIEW audit_cash AS
                   coalesce(l.seq, 0))
     FROM strategy_run r
     LEFT JOIN (SELECT user_id, run_id, max(seq) AS seq FROM event_ledger
-               WHERE event_type IN ('EXECUTION', 'COMMISSION', 'SPLIT_APPLIED') GROUP BY user_id, run_id) l
+               WHERE event_type IN ('EXECUTION', 'COMMISSION', 'SPLIT_APPLIED')
+               GROUP BY user_id, run_id) l
         ON l.user_id = r.user_id AND l.run_id = r.run_id
     WHERE r.books_seq <> coalesce(l.seq, 0);
 
@@ -205,11 +206,13 @@ LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
     SELECT ARRAY[
         'alert', 'app_user', 'broker_account', 'broker_command', 'broker_event', 'broker_lease',
         'calendar_session', 'command_kind', 'corporate_action', 'engine_state', 'engine_status',
-        'event_ledger', 'execution', 'execution_commission', 'execution_cost', 'fx_rate', 'instrument', 'mtm_ledger',
-        'order_broker_id', 'order_status',
-        'order_transition', 'orders', 'pnl_daily', 'position', 'position_pnl', 'price_bar', 'risk_limit',
-        'run_route', 'run_status',
-        'run_transition', 'sip_plan', 'split_applied', 'strategy_run',
+        'event_ledger', 'execution', 'execution_commission', 'execution_cost', 'fx_rate',
+        'instrument', 'mtm_ledger', 'order_broker_id', 'order_status', 'order_transition', 'orders',
+        'pnl_daily', 'position', 'position_pnl', 'price_bar', 'reconciliation',
+        'reconciliation_difference', 'risk_limit', 'run_route',
+        'run_status', 'run_transition', 'sip_plan', 'split_applied', 'strategy_run',
+        'breaker_kind', 'circuit_breaker', 'equity_peak', 'flatten_request', 'limit_kind',
+        'order_refusal', 'system_halt', 'trading_halt',
         'paper_order', 'paper_trade', 'paper_position', 'paper_equity_curve',
         'audit_cash', 'audit_chain', 'audit_duplicate', 'audit_event', 'audit_guard',
         'audit_mark', 'audit_order', 'audit_orphan', 'audit_position', 'audit_running']

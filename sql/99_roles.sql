@@ -54,19 +54,30 @@ LANGUAGE sql IMMUTABLE SET search_path = public, pg_temp AS $$
             ON event_ledger'),
         ('oms_engine', 'UPDATE (status, start_on) ON sip_plan'),
         ('oms_engine', 'EXECUTE ON FUNCTION ticks_write'),
+        ('oms_engine', 'EXECUTE ON FUNCTION halt_place, halt_lift, halt_enforce, system_halt_place,
+            system_halt_lift, run_equity_peak'),
+        ('oms_engine', 'INSERT (user_id, flatten_id, scope, run_id, account, reason, asked_by,
+            asked_at), UPDATE (status, checked_at, finished_at, summary) ON flatten_request'),
         ('oms_engine', 'INSERT, UPDATE (currency, opening_cash, calendar, time_zone, opens_at,
             closes_at, out_of_session, orders_per_second, messages_per_second, heartbeat_seconds,
             stale_seconds, settings) ON broker_account'),
         ('oms_engine', 'INSERT ON run_route'),
-        ('oms_engine', 'INSERT (user_id, account, command_id, priority, kind, payload),
-            UPDATE (done_at, outcome) ON broker_command'),
+        ('oms_engine', 'INSERT (user_id, account, command_id, priority, kind, run_id, order_id,
+            order_version, payload), UPDATE (done_at, outcome) ON broker_command'),
         ('oms_engine', 'UPDATE (applied_at, finding, code, note) ON broker_event'),
         ('oms_engine', 'INSERT ON order_broker_id'),
         ('oms_engine', 'INSERT (user_id, run_id, execution_id, amount, currency, event_at)
             ON execution_commission'),
         ('oms_engine', 'INSERT, UPDATE (acknowledged_at, acknowledged_by) ON alert'),
+        ('oms_engine', 'INSERT ON reconciliation, reconciliation_difference'),
         ('oms_connector', 'USAGE ON SCHEMA public'),
-        ('oms_connector', 'SELECT ON instrument, calendar_session'),
+        ('oms_connector', 'SELECT ON instrument, calendar_session, broker_account, broker_lease,
+            broker_command'),
+        ('oms_connector', 'SELECT (user_id, account, number, holder), INSERT (user_id, account,
+            number, holder, kind, priority, order_ref, broker_order_id, perm_id, execution_id,
+            payload, event_at, received_at) ON broker_event'),
+        ('oms_connector', 'EXECUTE ON FUNCTION lease_take, lease_renew, lease_release,
+            commands_claim, commands_throttled, commands_done, connector_alert'),
         ('oms_auditor', 'USAGE ON SCHEMA public')
 $$;
 
@@ -129,6 +140,10 @@ END $$;
 
 REVOKE EXECUTE ON FUNCTION grant_roles, ticks_write, books_follow, ledger_analyze, run_rebuild,
     run_rebuild_books FROM PUBLIC;
+REVOKE EXECUTE ON FUNCTION lease_take, lease_renew, lease_release, commands_claim,
+    commands_throttled, commands_done, connector_alert FROM PUBLIC;
+REVOKE EXECUTE ON FUNCTION halt_place, halt_lift, halt_enforce, system_halt_place,
+    system_halt_lift, run_equity_peak FROM PUBLIC;
 
 DO $$
 DECLARE

@@ -34,7 +34,7 @@ class MessageKind(StrEnum):
     CANCEL_REJECTED = "CANCEL_REJECTED"  # code, message
     MODIFY_REJECTED = "MODIFY_REJECTED"  # code, message
     WHAT_IF = "WHAT_IF"  # command_id, initial_margin, excess, accepted, message
-    SNAPSHOT = "SNAPSHOT"  # a Snapshot, in parts: see Snapshot.payloads
+    SNAPSHOT = "SNAPSHOT"  # a Snapshot, in parts: payloads.snapshot_parts
     CONTRACT_CHANGED = "CONTRACT_CHANGED"  # symbol, new_symbol
     CONNECTED = "CONNECTED"  # account, broker_time
     DISCONNECTED = "DISCONNECTED"  # reason
@@ -109,6 +109,8 @@ class Snapshot:
     executions: Sequence[Message]  # kinds EXECUTION, BUST and COMMISSION, oldest first
     positions: Sequence[Position]
     cash: Mapping[str, Decimal]  # by currency
+    # Orders that ended since: an order that is here did arrive, whatever became of it.
+    closed_orders: Sequence[OpenOrder] = ()
 
 
 class Broker(Protocol):

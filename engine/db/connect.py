@@ -16,11 +16,18 @@ if TYPE_CHECKING:
     import sqlalchemy
 
 Connection = psycopg.Connection[TupleRow]
+AsyncConnection = psycopg.AsyncConnection[TupleRow]
 
 ENGINE_ROLE = "oms_engine"
+CONNECTOR_ROLE = "oms_connector"
 CONNECT_TIMEOUT_SECONDS = 10
 LOCK_TIMEOUT_MS = 30_000
 POOL_SIZE_MAX = 5
+_SETTINGS: dict[str, Any] = {
+    "application_name": "oms",
+    "connect_timeout": CONNECT_TIMEOUT_SECONDS,
+    "options": f"-c timezone=UTC -c lock_timeout={LOCK_TIMEOUT_MS}",
+}
 
 
 def open_connection(dsn: str, *, role: str | None = None) -> Connection:
@@ -29,14 +36,27 @@ def open_connection(dsn: str, *, role: str | None = None) -> Connection:
     ``role`` is what it acts as, where the login may. Raises ConfigurationError in one
     sentence where the server can't be reached.
     """
+    with _told_in_one_sentence():
+        conn = psycopg.connect(dsn, autocommit=True, **_SETTINGS)
+    if role is not None:
+        _act_as(conn, role)
+    return conn
+
+
+async def open_async_connection(dsn: str, *, role: str | None = None) -> AsyncConnection:
+    """What ``open_connection`` returns, for programs that wait for many things at once."""
+    with _told_in_one_sentence():
+        conn = await psycopg.AsyncConnection.connect(dsn, autocommit=True, **_SETTINGS)
+    if role is not None:
+        with _unless_not_ours():
+            await conn.execute(f"SET ROLE {role}".encode())
+    return conn
+
+
+@contextmanager
+def _told_in_one_sentence() -> Iterator[None]:
     try:
-        conn = psycopg.connect(
-            dsn,
-            autocommit=True,
-            application_name="oms",
-            connect_timeout=CONNECT_TIMEOUT_SECONDS,
-            options=f"-c timezone=UTC -c lock_timeout={LOCK_TIMEOUT_MS}",
-        )
+        yield
     except psycopg.OperationalError as error:
         lines = str(error).strip().splitlines()
         # The last lines are libpq's questions; of several attempts each has its own line.
@@ -48,14 +68,16 @@ def open_connection(dsn: str, *, role: str | None = None) -> Connection:
         raise ConfigurationError(
             f"the DSN can't be read: {str(error).strip()}; write it as postgresql://user@host/name"
         ) from error
-    if role is not None:
-        _act_as(conn, role)
-    return conn
+
+
+def _unless_not_ours() -> suppress:
+    """A role that isn't there, or isn't the login's to act as, is left out."""
+    return suppress(psycopg.errors.InsufficientPrivilege, psycopg.errors.InvalidParameterValue)
 
 
 def _act_as(conn: Connection, role: str) -> None:
     """Act with the least rights that serve; without the role, with the login's own."""
-    with suppress(psycopg.errors.InsufficientPrivilege, psycopg.errors.InvalidParameterValue):
+    with _unless_not_ours():
         conn.execute(f"SET ROLE {role}")
 
 

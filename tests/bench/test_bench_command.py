@@ -14,6 +14,7 @@ import pytest
 import bench.run
 from bench import MEASUREMENTS
 from bench.harness import Row
+from bench.profile import Cost
 from bench.run import Benchmark
 from bench.sizes import FULL, QUICK, Sizes
 from bench.space import Relation
@@ -34,6 +35,7 @@ class Faked:
         self.asked: dict[str, Any] = {}
         self.answer = Benchmark(
             list(rows),
+            [Cost("ticks_write", 1.0, 900.0, 300.0), Cost("client", None, 250.0, 250.0)],
             [Relation("orders", "table", 553.0, None), Relation("orders_pkey", "index", 86.0, 7)],
             {"fsync": "on"},
             {"live": list(findings)},
@@ -91,6 +93,7 @@ def test_people_see_the_rows_the_bars_the_space_and_the_audit(
     _, out, _ = _bench()
     for words in (
         *("live tick / pgbench", ">= 0.8x", "<= 0.3 s", "WRONG", "│", "orders_pkey", "553.0"),
+        *("PART OF A LIVE TICK", "ticks_write", "900.0", "300.0"),
         *("Server: fsync on.", "Audit: nothing found in live."),
     ):
         assert words in out

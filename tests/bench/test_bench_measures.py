@@ -9,17 +9,19 @@ from pathlib import Path
 
 import pytest
 
-from bench import growth, live, memory, replays, sips, space
-from bench.ground import ground
+from bench import growth, live, memory, profile, replays, sips, space
+from bench.ground import Ground, ground
 from bench.growth import histories
 from bench.market import FIRST_DAY, feed, is_ordering_bar, write_csv
 from bench.sizes import FULL, QUICK, Sizes
+from engine.db.connect import open_connection
 from engine.market.calendar import sessions
 
 TINY = replace(
     QUICK,
     live_rounds=1,
     live_seconds=1,
+    profile_ticks=10,
     replay_rounds=1,
     dense_bars=300,
     sparse_bars=300,
@@ -55,6 +57,8 @@ def test_each_measurement_works_and_leaves_books_that_hold() -> None:
         settings = on.settings()
         (tick,) = live.measure(on, TINY)
         against_one, against_other = replays.measure(replays.DENSE, on, TINY, peers)
+        floors, costs = profile.measure(on, TINY)
+        assert_floors_are_the_same_rows(on)
         (day,) = sips.measure(on, TINY)
         (grown,) = growth.measure(on, TINY)
         (taken,), relations = space.measure(on, TINY)
@@ -66,6 +70,12 @@ def test_each_measurement_works_and_leaves_books_that_hold() -> None:
     assert tick.ours > 0
     assert tick.peer is not None
     assert tick.peer > 0
+    assert [floor.name for floor in floors] == ["profiled tick", *profile.FLOORS]
+    assert all(floor.ours > 0 for floor in floors)
+    called = {cost.name: cost for cost in costs}
+    assert called["ticks_write"].calls == called["books_follow"].calls == 1
+    assert called["event_hash"].calls == 6
+    assert all(0 <= cost.self_us <= cost.total_us for cost in costs)
     assert (against_one.peer, against_other.peer) == (600.0, 1_200.0)
     assert against_one.ours == against_other.ours > 0
     assert day.ours > 0
@@ -75,8 +85,27 @@ def test_each_measurement_works_and_leaves_books_that_hold() -> None:
     assert 10 < peak.ours < 1_000
     assert flat.ratio is not None
     assert flat.ratio >= 1
-    assert len(findings) == 7
+    assert len(findings) == 8
     assert not any(findings.values())
+
+
+def assert_floors_are_the_same_rows(on: Ground) -> None:
+    """What a floor has written is what the engine had written, row by row."""
+    ticks = profile.WARM_UP_TICKS + TINY.profile_ticks * TINY.live_rounds
+    with open_connection(on.owner_dsn("profile")) as engine:
+        for number in range(len(profile.FLOORS)):
+            with open_connection(on.server.dsn(f"floor_{number}")) as floor:
+                for table, count in {"event_ledger": 3 * ticks + 1, "orders": ticks}.items():
+                    query = f"SELECT t::text FROM {table} t"
+                    written = {row for (row,) in floor.execute(query)}
+                    assert len(written) == count
+                    assert written <= {row for (row,) in engine.execute(query)}
+                # What is changed in place stands where the newest mark says.
+                cash, marked = floor.execute(
+                    """SELECT (SELECT cash FROM strategy_run),
+                              (SELECT cash FROM mtm_ledger ORDER BY logical_time DESC LIMIT 1)"""
+                ).fetchone() or (None, None)
+                assert cash == marked
 
 
 def test_the_bars_are_always_the_same_and_follow_the_sessions() -> None:

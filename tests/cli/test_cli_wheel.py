@@ -45,7 +45,7 @@ def _pip(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_wheel_holds_what_a_database_is_made_of(wheel: Path) -> None:
     names = ZipFile(wheel).namelist()
 
-    for folder in ("sql", "migrations", "data"):
+    for folder in ("sql", "migrations", "data", "plans"):
         files = [path for path in (ROOT / folder).rglob("*") if path.is_file()]
         travelling = [path for path in files if "__pycache__" not in path.parts]
         assert travelling

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -45,7 +45,7 @@ def a_broker_run(
     made = create_run(
         conn,
         user_id,
-        Terms(**({"initial_cash": Decimal(100_000), "accounts": accounts} | terms)),
+        replace(Terms(initial_cash=Decimal(100_000), accounts=accounts), **terms),
     )
     return start_run(conn, user_id, made.run_id)
 
@@ -186,7 +186,7 @@ class Wire:
     def modify(self, order_id: UUID, **terms: str) -> str:
         version = self.order(order_id)["version"]
         given = {name: Decimal(value) for name, value in terms.items()}
-        return modify_order(self.conn, self.run, order_id, version, **given)  # type: ignore[arg-type]
+        return modify_order(self.conn, self.run, order_id, version, **given)
 
     def commands(self, order_id: UUID) -> int:
         """How many commands there are about the order."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import psycopg
 import pytest
 from psycopg import sql
+from market_cases import build_broker_world
 from schema_cases import build_world
 
 from engine.db.connect import Connection, open_connection
@@ -38,6 +39,22 @@ def world_dsn(server: Server, postgresql_noproc: object) -> str:
 def world(world_dsn: str) -> Iterator[Connection]:
     """The owner's connection to the filled database, in a transaction that is rolled back."""
     with open_connection(world_dsn) as conn, conn.transaction(force_rollback=True):
+        yield conn
+
+
+@pytest.fixture(scope="session")
+def market_dsn(server: Server, world_dsn: str) -> str:
+    """The owner's DSN of the filled database with orders at brokers; nobody commits to it."""
+    dsn = copy_database(server, "world", "market")
+    with open_connection(dsn) as conn:
+        build_broker_world(conn)
+    return dsn
+
+
+@pytest.fixture
+def market(market_dsn: str) -> Iterator[Connection]:
+    """The owner's connection to orders at brokers, in a transaction that is rolled back."""
+    with open_connection(market_dsn) as conn, conn.transaction(force_rollback=True):
         yield conn
 
 

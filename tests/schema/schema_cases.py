@@ -32,6 +32,9 @@ RUN_TABLES = (
     "sip_plan",
     "risk_limit",
 )
+# What belongs to a run at a broker, and what to a user's account there.
+BROKER_TABLES = ("run_route", "execution_commission", "order_broker_id")
+ACCOUNT_TABLES = ("broker_account", "broker_lease", "broker_command", "broker_event", "alert")
 HISTORY = ("execution", "event_ledger", "mtm_ledger", "split_applied")
 LOOKUPS = (
     "instrument",
@@ -42,6 +45,7 @@ LOOKUPS = (
     "run_transition",
     "order_status",
     "order_transition",
+    "command_kind",
 )
 
 # The people of the world and their runs. Times are in January 2024.
@@ -69,6 +73,27 @@ NAMES: Mapping[str, str] = {
     "theirs": "bb000000-0000-0000-0000-000000000001",  # Ben's, resting
     "new_order": "ff000000-0000-0000-0000-000000000001",
     "limit": "cc000000-0000-0000-0000-000000000001",
+    # Who trades at a broker, their runs, and orders of Dan's (market_cases.py).
+    "dan": "0d000000-0000-0000-0000-000000000000",
+    "deals": "0d000000-0000-0000-0000-000000000001",  # RUNNING at A1, then A2
+    "idle": "0d000000-0000-0000-0000-000000000002",  # CREATED, at A1
+    "fay": "09000000-0000-0000-0000-000000000000",
+    "fays": "09000000-0000-0000-0000-000000000001",  # RUNNING at an A1 of her own
+    "connector": "05000000-0000-0000-0000-000000000000",
+    "o_waits": "d0000000-0000-0000-0000-000000000001",  # NEW, no connector has it yet
+    "o_sent": "d0000000-0000-0000-0000-000000000002",  # NEW, taken by a connector
+    "o_routed": "d0000000-0000-0000-0000-000000000003",  # BUY 10 at 20, ROUTED; fill U.01 unbooked
+    "o_partly": "d0000000-0000-0000-0000-000000000004",  # 4 of 10 filled: P.01
+    "o_filled": "d0000000-0000-0000-0000-000000000005",  # F.01, its commission unbooked
+    "o_busted": "d0000000-0000-0000-0000-000000000006",  # B.01, its bust unbooked
+    "o_corrected": "d0000000-0000-0000-0000-000000000007",  # C.01, C.02 unbooked
+    "o_canceling": "d0000000-0000-0000-0000-000000000008",
+    "o_modifying": "d0000000-0000-0000-0000-000000000009",  # to 12
+    "o_canceled": "d0000000-0000-0000-0000-00000000000a",
+    "o_rejected": "d0000000-0000-0000-0000-00000000000b",  # by the gate
+    "o_lost": "d0000000-0000-0000-0000-00000000000c",  # NEW, never arrived at A1
+    "o_orphan": "d0000000-0000-0000-0000-00000000000d",  # known to the broker only
+    "o_fays": "d0000000-0000-0000-0000-0000000000f1",  # Fay's, ROUTED
 }
 TIMES: Mapping[str, str] = {
     "t0": "2024-01-02 21:00+00",
@@ -218,7 +243,7 @@ _CONTENTS = sql.SQL(" UNION ALL ").join(
         "SELECT {}, count(*), md5(coalesce(string_agg(t::text, '|' ORDER BY t::text), '')) "
         "FROM public.{} t"
     ).format(sql.Literal(table), sql.Identifier(table))
-    for table in (*RUN_TABLES, *LOOKUPS, "app_user")
+    for table in (*RUN_TABLES, *BROKER_TABLES, *ACCOUNT_TABLES, *LOOKUPS, "app_user")
 )
 
 

@@ -444,8 +444,15 @@ _ORDERS = [
             engine,
         )
         for column, value, rule, engine in (
-            ("quantity", "quantity + 1", "orders_terms_fixed", DENIED),
-            ("limit_price", "1000000", "orders_terms_fixed", DENIED),
+            ("quantity", "quantity + 1", "orders_terms_fixed", None),
+            ("limit_price", "1000000", "orders_terms_fixed", None),
+            ("trail_amount", "1", "orders_terms_fixed", None),
+            ("purpose", "'FLATTEN'", "orders_terms_fixed", DENIED),
+            ("recovered", "true", "orders_terms_fixed", DENIED),
+            ("account", "'A1'", "orders_terms_fixed", None),
+            ("broker_order_id", "7", "orders_account_unless_paper", None),
+            ("perm_id", "7", "orders_account_unless_paper", None),
+            ("pending_reconcile", "true", "orders_account_unless_paper", None),
             ("reference_price", "-1", "orders_terms_fixed", DENIED),
             ("symbol", "'IBM'", "orders_terms_fixed", DENIED),
             ("side", "'SELL'", "orders_terms_fixed", DENIED),
@@ -805,7 +812,6 @@ _SPLITS = [
         "UPDATE orders SET quantity = quantity * 3, limit_price = round(limit_price / 3, 8) "
         "WHERE order_id = :'resting' AND run_id = :'live'",
         "orders_terms_fixed",
-        DENIED,
     ),
 ]
 
@@ -1046,8 +1052,9 @@ def _edits_of_history() -> list[Attack]:
             ("TRUNCATE", ""),
             ("TRUNCATE", "CASCADE"),
         )
-        # The stopped run went through no split.
+        # The stopped run went through no split; Postgres itself refuses to empty what others name.
         if not (table == "split_applied" and "stopped" in rest)
+        and (table, verb, rest) != ("execution", "TRUNCATE", "")
     ]
     kept = [table for table in RUN_TABLES if table not in (*HISTORY, "risk_limit")]
     found += [
@@ -1128,7 +1135,8 @@ _TRICKS = [
             "CREATE TRIGGER deep AFTER INSERT ON mine FOR EACH ROW "
             "EXECUTE FUNCTION pg_temp.deep(); INSERT INTO mine VALUES (1)",
             rule,
-            DENIED,
+            # New terms may be the engine's to write, where a broker has them.
+            rule if name == "a quantity" else DENIED,
         )
         for name, sql, rule in (
             (
@@ -1233,7 +1241,6 @@ _TRICKS = [
         "ON o.order_id = s.id AND o.run_id = :'live' "
         "WHEN MATCHED THEN UPDATE SET quantity = 1",
         "orders_terms_fixed",
-        DENIED,
     ),
     _attack(
         "MERGE that deletes history",
@@ -1388,6 +1395,9 @@ def test_a_view_takes_no_row_of_a_run_that_is_not_on_paper(world: Connection, vi
         said(
             "INSERT INTO strategy_run (user_id, run_id, status, broker, initial_cash) "
             "VALUES (:'eve', :'new_order', 'RUNNING', 'dummy', 1000); "
+            "INSERT INTO broker_account (user_id, account, broker) "
+            "VALUES (:'eve', 'A1', 'dummy'); "
+            "INSERT INTO run_route (user_id, run_id, account) VALUES (:'eve', :'new_order', 'A1'); "
             "INSERT INTO orders (user_id, run_id, order_id, symbol, side, quantity) "
             "VALUES (:'eve', :'new_order', :'new_order', 'AAPL', 'BUY', 1)"
         )

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from schema_cases import LOOKUPS, RUN_TABLES
+from schema_cases import ACCOUNT_TABLES, BROKER_TABLES, LOOKUPS, RUN_TABLES
 
 from engine import resources
 from engine.db.connect import Connection
@@ -22,7 +22,9 @@ SOURCES = {
     for name in (resources.sql_dir() / "order.txt").read_text(encoding="utf-8").split()
 }
 ALL_SQL = "\n".join(SOURCES.values())
-OWNED_BY_USERS = {*RUN_TABLES, "app_user"}
+OWNED_BY_USERS = {*RUN_TABLES, *BROKER_TABLES, *ACCOUNT_TABLES, "app_user"}
+# What belongs to a user, or to an account of a user's, whichever the run.
+OF_NO_RUN = {*ACCOUNT_TABLES, "app_user", "risk_limit"}
 
 # A table's name without the quotes that "position" gets as a word of SQL.
 _KEYS = """
@@ -74,16 +76,22 @@ def test_user_and_run_come_first_in_every_key_of_a_run(conn: Connection) -> None
             continue
         assert columns[0] == "user_id", name
         # A user's limits need not be a run's; everything else that is in a run says so.
-        if table not in ("app_user", "risk_limit"):
+        if table not in OF_NO_RUN:
             assert columns[:2] == ["user_id", "run_id"], name
+        elif table.startswith("broker_"):
+            assert columns[:2] == ["user_id", "account"], name
 
 
 def test_user_comes_first_in_every_index(conn: Connection) -> None:
     for table, name, unique, columns in _rows(conn, _INDEXES):
         if table in OWNED_BY_USERS:
             assert columns[0] == "user_id", name
-            if unique and name != "strategy_run_one_running_per_user":
-                assert table in ("app_user", "risk_limit") or columns[1] == "run_id", name
+            # A broker knows our orders by their own ids, whatever the run.
+            if unique and name not in (
+                "strategy_run_one_running_per_user",
+                "orders_id_once_at_brokers",
+            ):
+                assert table in OF_NO_RUN or columns[1] == "run_id", name
 
 
 def test_foreign_keys_between_users_rows_carry_the_user(conn: Connection) -> None:
@@ -200,12 +208,29 @@ def test_money_is_exact_and_time_knows_its_zone(conn: Connection) -> None:
         """SELECT DISTINCT format_type(a.atttypid, a.atttypmod) FROM pg_attribute a
            JOIN pg_class c ON c.oid = a.attrelid
            WHERE c.relnamespace = 'public'::regnamespace AND c.relkind IN ('r', 'v')
-             AND a.attnum > 0 AND NOT a.attisdropped""",
+             AND a.attnum > 0 AND NOT a.attisdropped
+             AND a.atttypid NOT IN ('time'::regtype, 'interval'::regtype)""",
     )
     assert {kind for (kind,) in used} == {
         "bigint", "boolean", "bytea", "date", "integer", "jsonb", "numeric", "text",
         "timestamp with time zone", "uuid",
     }  # fmt: skip
+
+
+def test_times_of_day_and_spans_are_only_where_they_are_meant(conn: Connection) -> None:
+    """Hours of an account are of its own time zone; a span is none of money."""
+    used = _rows(
+        conn,
+        """SELECT c.relname || '.' || a.attname, a.atttypid::regtype::text FROM pg_attribute a
+           JOIN pg_class c ON c.oid = a.attrelid
+           WHERE c.relnamespace = 'public'::regnamespace AND c.relkind IN ('r', 'v')
+             AND a.atttypid IN ('time'::regtype, 'interval'::regtype)""",
+    )
+    assert dict(used) == {
+        "broker_account.opens_at": "time without time zone",
+        "broker_account.closes_at": "time without time zone",
+        "broker_lease.clock_skew": "interval",
+    }
 
 
 def test_functions_compute_with_nothing_inexact() -> None:
@@ -326,7 +351,7 @@ def test_triggers_and_functions_are_named_for_their_table(conn: Connection) -> N
            WHERE NOT tgisinternal""",
     ):
         # The letter is the order in which Postgres fires them.
-        assert re.fullmatch(rf"{table}_[abmz]_[a-z_]+", trigger), trigger
+        assert re.fullmatch(rf"{table}_[abcmz]_[a-z_]+", trigger), trigger
 
 
 def test_every_search_path_is_pinned(conn: Connection) -> None:
@@ -341,15 +366,27 @@ def test_every_search_path_is_pinned(conn: Connection) -> None:
 
 
 def test_few_functions_have_the_owners_rights(conn: Connection) -> None:
-    """What triggers call, and the one function by which the engine writes ticks."""
+    """What triggers call, the function by which the engine writes ticks, and a connector's."""
     assert _rows(
         conn,
         """SELECT proname, prorettype::regtype::text FROM pg_proc
            WHERE pronamespace = 'public'::regnamespace AND prosecdef ORDER BY proname""",
     ) == [
         ("books_follow", "bigint"),
+        ("broker_command_move_order", "trigger"),
+        ("commands_claim", "broker_command"),
+        ("commands_done", "void"),
+        ("commands_throttled", "record"),
+        ("connector_alert", "void"),
         ("event_ledger_prove", "trigger"),
         ("execution_apply", "trigger"),
+        ("execution_commission_apply", "trigger"),
+        ("lease_release", "void"),
+        ("lease_renew", "timestamp with time zone"),
+        ("lease_take", "timestamp with time zone"),
+        ("orders_send", "trigger"),
+        ("orders_send_move", "trigger"),
+        ("orders_send_terms", "trigger"),
         ("split_applied_apply", "trigger"),
         ("ticks_write", "void"),
     ]

@@ -85,6 +85,9 @@ def story(conn: Connection) -> Story:
            VALUES (%s, %s, 'RUNNING', 1000)""",
         [user, run],
     )
+    conn.execute(
+        "INSERT INTO broker_account (user_id, account, broker) VALUES (%s, 'A1', 'ibkr')", [user]
+    )
     row = conn.execute(
         """INSERT INTO event_ledger (user_id, run_id, logical_time, event_type)
            VALUES (%s, %s, %s, 'RUN_STARTED') RETURNING seq, hash""",
@@ -257,8 +260,16 @@ LIES: dict[str, tuple[Lie, str]] = {
         TOLD,
     ),
     "an order at another broker": (
-        _in("orders", broker="ibkr"),
+        _all(_in("orders", broker="ibkr", account="A1"), _say(0, account="A1")),
         "orders_gate_decides",
+    ),
+    "an order at another broker and of no account": (
+        _in("orders", broker="ibkr"),
+        "orders_account_unless_paper",
+    ),
+    "an order that a broker is said to have known": (
+        _in("orders", recovered=True),
+        "orders_account_unless_paper",
     ),
     "a mark beside the tick's, of other books": (
         lambda story: story.marks.append({"logical_time": AT + DAY, "cash": 1, "market_value": 1}),

@@ -27,6 +27,8 @@ from engine.errors import (
     IllegalOrderMove,
     IllegalRunMove,
     InvalidValue,
+    LeaseHeld,
+    LeaseLost,
     NotOurNumber,
     OrderNotOpen,
     Retryable,
@@ -200,6 +202,13 @@ def test_the_views_that_check_what_goes_in_are_known(conn: Connection) -> None:
             "VALUES (:'ann', :'live', 'NOTE', :'t0')",
         ),
         (HistoryIsFixed, "DELETE FROM event_ledger"),
+        (
+            LeaseHeld,
+            "INSERT INTO broker_account (user_id, account, broker) VALUES (:'ann', 'A', 'dummy'); "
+            "SELECT lease_take(:'ann', 'A', :'ann', 'first', 60); "
+            "SELECT lease_take(:'ann', 'A', :'ben', 'second', 60)",
+        ),
+        (LeaseLost, "SELECT commands_claim(:'ann', 'A', :'ann', 1, 1)"),
         (AlreadyHappened, "INSERT INTO app_user (user_id) VALUES (:'ann')"),
         (
             UnknownReference,

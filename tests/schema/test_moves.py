@@ -17,7 +17,7 @@ _PATHS = {
     "ROUTED": ("ROUTED",),
     "PARTIALLY_FILLED": ("trade 1",),
     "PENDING_CANCEL": ("ROUTED", "PENDING_CANCEL"),
-    "PENDING_MODIFY": ("ROUTED", "PENDING_MODIFY"),
+    "PENDING_MODIFY": ("ROUTED", "modify"),
     "FILLED": ("trade 2",),
     "CANCELED": ("CANCELED",),
     "REJECTED": ("REJECTED",),
@@ -42,19 +42,56 @@ def _move(to: str) -> str:
     )
 
 
+def _trade(quantity: int, broker: str, number: int = 1) -> str:
+    """A fill; at a broker the inbox says it first."""
+    trade = f"{TRADE}, execution_id) VALUES (:'eve', :'new_order', :'new_order', {quantity}, 10, "
+    if broker == "paper":
+        return f"{trade}'E{number}')"
+    return (
+        "INSERT INTO broker_event (user_id, account, number, holder, kind, order_ref, "
+        "execution_id, payload, event_at) "
+        f"VALUES (:'eve', 'A1', {number}, :'nobody', 'EXECUTION', :'new_order', 'E{number}', "
+        f'\'{{"side": "BUY", "quantity": "{quantity}", "price": "10"}}\', :\'t0\'); '
+        f"{trade}'E{number}')"
+    )
+
+
+# A connector has taken what was sent.
+_CLAIM = f"UPDATE broker_command SET claimed_by = :'nobody', claimed_at = now() {_KEY}"
+_MODIFY = (
+    f"SELECT order_modify(user_id, run_id, order_id, version, new_quantity => 3) FROM orders {_KEY}"
+)
+
+
 def _order_in(world: Connection, status: str, broker: str) -> None:
     world.execute(
         said(
             "INSERT INTO strategy_run (user_id, run_id, status, broker, initial_cash) "
             f"VALUES (:'eve', :'new_order', 'RUNNING', '{broker}', 1000); "
+        )
+    )
+    if broker != "paper":
+        world.execute(
+            said(
+                "INSERT INTO broker_account (user_id, account, broker, calendar) "
+                f"VALUES (:'eve', 'A1', '{broker}', 'NONE'); "
+                "INSERT INTO run_route (user_id, run_id, account) "
+                "VALUES (:'eve', :'new_order', 'A1')"
+            )
+        )
+    world.execute(
+        said(
             f"{ORDER}, logical_time) "
             "VALUES (:'eve', :'new_order', :'new_order', 'AAPL', 'BUY', 2, :'t0')"
         )
     )
+    if status not in ("NEW", "PENDING"):
+        world.execute(said(_CLAIM))
     for step in _PATHS[status]:
         if step.startswith("trade"):
-            quantity = step.split()[1]
-            step = f"{TRADE}) VALUES (:'eve', :'new_order', :'new_order', {quantity}, 10)"
+            step = _trade(int(step.split()[1]), broker)
+        elif step == "modify":
+            step = _MODIFY if broker != "paper" else _move("PENDING_MODIFY")
         else:
             step = _move(step)
         world.execute(said(step))
@@ -63,6 +100,17 @@ def _order_in(world: Connection, status: str, broker: str) -> None:
 
 def _table(world: Connection, name: str) -> set[tuple[str, str]]:
     return set(rows(world, f"SELECT from_status, to_status FROM {name}"))
+
+
+def _agrees(status: str, filled: int) -> bool:
+    """Whether an order of two units that has filled so many may be in a status."""
+    if status == "FILLED":
+        return filled == 2
+    if status == "PARTIALLY_FILLED":
+        return filled == 1
+    if status in ("NEW", "PENDING", "PENDING_SUBMIT", "ROUTED", "REJECTED"):
+        return filled == 0
+    return filled < 2
 
 
 @pytest.mark.parametrize("broker", ["paper", "dummy"])
@@ -74,17 +122,23 @@ def test_an_order_moves_as_the_table_says_and_not_otherwise(
     known = {name for (name,) in rows(world, "SELECT status FROM order_status")}
     assert known == _PATHS.keys()
     _order_in(world, status, broker)
-    closed_on_paper = broker == "paper" and status in ("CANCELED", "EXPIRED", "REJECTED")
+    closed_on_paper = broker == "paper" and status in ("FILLED", "CANCELED", "EXPIRED", "REJECTED")
+    filled = {"PARTIALLY_FILLED": 1, "FILLED": 2}.get(status, 0)
     for to in sorted(known - {status}):
         if (status, to) not in allowed or closed_on_paper:
             for role in ("oms_owner", "oms_engine"):
                 assert_refused(world, _move(to), role, "orders_status_transition")
-        elif to in ("FILLED", "PARTIALLY_FILLED") and status != "PARTIALLY_FILLED":
+        elif not _agrees(to, filled):
             # A legal move, but of an execution: without one it contradicts what is filled.
             assert_refused(world, _move(to), "oms_engine", "orders_status_agrees_with_fills")
-        elif to != "FILLED":
+        else:
             with world.transaction(force_rollback=True):
-                world.execute(said(_move(to)))
+                if (to, broker) == ("PENDING_MODIFY", "dummy"):
+                    for role in ("oms_owner", "oms_engine"):
+                        assert_refused(world, _move(to), role, "orders_modified_by_command")
+                    world.execute(said(_MODIFY))
+                else:
+                    world.execute(said(_move(to)))
                 assert rows(world, f"SELECT status FROM orders {_KEY}") == [(to,)]
                 assert findings(world) == []
 
@@ -92,12 +146,13 @@ def test_an_order_moves_as_the_table_says_and_not_otherwise(
 @pytest.mark.parametrize("status", ["FILLED", "CANCELED", "EXPIRED", "REJECTED"])
 def test_an_order_of_a_real_broker_takes_a_late_fill(world: Connection, status: str) -> None:
     """What the broker did is a fact, whatever we believed; on paper nothing comes late."""
-    late = f"{TRADE}) VALUES (:'eve', :'new_order', :'new_order', 2, 10)"
+    late = _trade(2, "paper", 2)
     with world.transaction(force_rollback=True):
         _order_in(world, status, "paper")
         assert_refused(world, late, "oms_engine", "execution_order_is_open")
     _order_in(world, status, "dummy")
-    world.execute(said(late))
+    assert_refused(world, late, "oms_engine", "execution_said_by_broker")
+    world.execute(said(_trade(2, "dummy", 2)))
     # More than was ordered is real exposure too.
     filled = 4 if status == "FILLED" else 2
     assert rows(world, f"SELECT status, filled_quantity, reject_code FROM orders {_KEY}") == [
@@ -166,6 +221,19 @@ def test_a_cancel_that_was_refused_is_told(world: Connection) -> None:
         ("ORDER_PARTIALLY_FILLED",),
         ("ORDER_PENDING_CANCEL",),
     ]
+
+
+def test_an_order_that_we_refused_ourselves_does_not_come_back(world: Connection) -> None:
+    """No broker has ever heard of it, so that nothing can have disproved it."""
+    _order_in(world, "NEW", "dummy")
+    world.execute(
+        said(
+            "UPDATE orders SET status = 'REJECTED', reject_source = 'RISK', reject_code = 'X' "
+            f"{_KEY}"
+        )
+    )
+    for role in ("oms_owner", "oms_engine"):
+        assert_refused(world, _move("ROUTED"), role, "orders_status_transition")
 
 
 def test_the_moves_lead_from_birth_to_an_end(world: Connection) -> None:

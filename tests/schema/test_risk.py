@@ -9,7 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal
+from pathlib import Path
 from typing import Any, NamedTuple
 from uuid import UUID
 
@@ -111,16 +113,37 @@ class Book:
         self.trade(order, abs(quantity), price)
 
     def limit(
-        self, kind: str, value: object = None, *, symbol: str | None = None, per_run: bool = True
+        self,
+        kind: str,
+        value: object = None,
+        *,
+        symbol: str | None = None,
+        per_run: bool = True,
+        **more: object,
     ) -> None:
-        row: Columns = {
+        row: dict[str, object] = {
             "user_id": self.user,
             "run_id": self.run if per_run else None,
             "kind": kind,
             "symbol": symbol,
             "limit_value": value,
         }
-        _insert(self.conn, "risk_limit", [row])
+        _insert(self.conn, "risk_limit", [row | more])
+
+    def mark(self, price: object, at: str) -> None:
+        """Everything that is held is worth ``price`` a unit, and the run is marked."""
+        self.conn.execute(
+            """UPDATE position SET mark_price = %s, marked_at = %s
+               WHERE user_id = %s AND run_id = %s""",
+            (price, at, self.user, self.run),
+        )
+        row = {"user_id": self.user, "run_id": self.run, "logical_time": at}
+        _insert(self.conn, "mtm_ledger", [row])
+
+    def session(self, day: str, opens: str, closes: str) -> None:
+        """A session of the run's exchange, in UTC."""
+        row = {"calendar": "XNYS", "session_date": day, "open_at": f"{day} {opens}+00"}
+        _insert(self.conn, "calendar_session", [row | {"close_at": f"{day} {closes}+00"}])
 
     def events(self, order: Stored) -> list[tuple[str, dict[str, Any]]]:
         """Type and payload of an order's events."""
@@ -428,21 +451,17 @@ def test_refusal_is_stored_told_and_final(book: Book, refusal: Refusal) -> None:
 
 def test_every_risk_code_is_reached(conn: Connection) -> None:
     gate = re.findall(r"\bcode := '([A-Z_]+)'", _source(conn, "orders_gate"))
-    source = _source(conn, "orders_broken_limit")
-    limits = re.findall(r"WHEN h\.kind = '([A-Z_]+)'", source)
-    symbols = re.findall(r"SELECT '([A-Z_]+)'", source)
-    assert (len(gate), len(limits), len(symbols)) == (2, 3, 2)
-    assert {*gate, *limits, *symbols} == {refusal.code for refusal in REFUSALS}
+    assert {*gate} - {"FLATTEN_MUST_SHRINK"} == {
+        refusal.code for refusal in REFUSALS if refusal.limit is None
+    }
+    codes = conn.execute("SELECT kind, code FROM limit_kind").fetchall()
+    assert {(r.limit[0], r.code) for r in REFUSALS if r.limit} <= set(codes)
 
 
-def test_every_kind_of_limit_is_reached(conn: Connection) -> None:
-    row = conn.execute(
-        "SELECT pg_get_constraintdef(oid) FROM pg_constraint WHERE conname = %s",
-        ("risk_limit_kind_known",),
-    ).fetchone()
-    assert row is not None
-    kinds = set(re.findall(r"'([A-Z_]+)'", str(row[0])))
-    assert kinds == {refusal.limit[0] for refusal in REFUSALS if refusal.limit is not None}
+def test_every_kind_of_limit_is_tried_here(conn: Connection) -> None:
+    text = Path(__file__).read_text(encoding="utf-8")
+    for (kind,) in conn.execute("SELECT kind FROM limit_kind").fetchall():
+        assert re.search(rf'"{kind}"', text), kind
 
 
 def test_the_refused_one_of_a_statement_does_not_harm_the_others(book: Book) -> None:
@@ -897,3 +916,320 @@ def test_margin_account_sells_short(margin: Book) -> None:
     _assert_accepted(margin.order(side="SELL", quantity=5))
     margin.hold(-5)
     _assert_accepted(margin.order(side="SELL", quantity=5))
+
+
+# More kinds of limits. A window, a day and an hour of a paper run are those of its logical time.
+
+
+def _at(seconds: float) -> str:
+    """A logical time so many seconds after T0."""
+    return (datetime(2024, 1, 2, 21, tzinfo=UTC) + timedelta(seconds=seconds)).isoformat()
+
+
+@pytest.mark.parametrize("change", [{"side": "SELL"}, {"quantity": 2}, {"symbol": "IBM"}])
+def test_same_intent_again_within_the_window(margin: Book, change: Columns) -> None:
+    margin.limit("DUPLICATE_INTENT", 5)
+    _assert_accepted(margin.order(**_LIMIT))
+    _assert_refused(
+        margin.order(**_LIMIT, logical_time=_at(4.5)),
+        "DUPLICATE_INTENT",
+        "DUPLICATE_INTENT: limit 5, would be 4.5",
+    )
+    _assert_accepted(margin.order(**(_LIMIT | {"limit_price": 11}), logical_time=_at(4.5)))
+    _assert_accepted(margin.order(**_LIMIT, **change, logical_time=_at(4.5)))
+    _assert_accepted(margin.order(**_LIMIT, logical_time=_at(5)))
+
+
+def test_same_intent_twice_in_one_statement(margin: Book) -> None:
+    margin.limit("DUPLICATE_INTENT", 5)
+    placed = margin.place({"quantity": 3}, {"quantity": 3}, {"quantity": 4})
+    assert [order.reject_code for order in placed] == [None, "DUPLICATE_INTENT", None]
+
+
+def test_what_was_refused_is_no_first_intent(margin: Book) -> None:
+    margin.limit("DUPLICATE_INTENT", 5)
+    margin.limit("MAX_ORDER_QUANTITY", 1)
+    _assert_refused(margin.order(quantity=2), "MAX_ORDER_QUANTITY")
+    _assert_refused(margin.order(quantity=2), "MAX_ORDER_QUANTITY")
+
+
+def test_order_rate_on_both_sides_of_its_limit(margin: Book) -> None:
+    margin.limit("ORDER_RATE_MAX", 2)
+    placed = margin.place({"quantity": 1}, {"quantity": 2}, {"quantity": 3})
+    assert [order.reject_code for order in placed] == [None, None, "ORDER_RATE_MAX"]
+    _assert_refused(
+        margin.order(quantity=4, logical_time=_at(0.9)),
+        "ORDER_RATE_MAX",
+        "ORDER_RATE_MAX: limit 2, would be 3",
+    )
+    _assert_accepted(margin.order(quantity=4, logical_time=_at(1)))
+
+
+def test_order_rate_counts_what_is_filled_and_cancelled_in_a_longer_window(margin: Book) -> None:
+    margin.limit("ORDER_RATE_MAX", 2, seconds=60)
+    margin.hold(1)
+    margin.move(margin.order(), "CANCELED")
+    _assert_refused(margin.order(logical_time=_at(59)), "ORDER_RATE_MAX")
+    _assert_accepted(margin.order(logical_time=_at(60)))
+
+
+def test_open_orders_on_both_sides_of_their_limit(margin: Book) -> None:
+    margin.limit("OPEN_ORDERS_MAX", 2)
+    first = margin.order()
+    _assert_accepted(margin.order(symbol="IBM"))
+    _assert_refused(margin.order(), "OPEN_ORDERS_MAX", "OPEN_ORDERS_MAX: limit 2, would be 3")
+    margin.move(first, "CANCELED")
+    _assert_accepted(margin.order())
+
+
+def test_open_orders_of_a_symbol(margin: Book) -> None:
+    margin.limit("OPEN_ORDERS_MAX", 1, symbol="AAPL")
+    _assert_accepted(margin.order(symbol="IBM"))
+    _assert_accepted(margin.order())
+    _assert_refused(margin.order(), "OPEN_ORDERS_MAX")
+    _assert_accepted(margin.order(symbol="IBM"))
+
+
+@pytest.mark.parametrize(
+    ("inside", "outside"),
+    [
+        (_LIMIT | {"limit_price": 110}, _LIMIT | {"limit_price": "110.01"}),
+        (_LIMIT | {"limit_price": 90}, _LIMIT | {"limit_price": "89.99"}),
+        (_STOP | {"stop_price": 110}, _STOP | {"stop_price": 111}),
+        (_STOP_LIMIT | {"limit_price": 110, "stop_price": 90}, _STOP_LIMIT | {"limit_price": 100}),
+    ],
+)
+def test_price_collar_on_both_sides(margin: Book, inside: Columns, outside: Columns) -> None:
+    margin.hold(1, price=100)
+    margin.limit("PRICE_COLLAR", 10)
+    _assert_accepted(margin.order(**inside))
+    _assert_refused(margin.order(**outside), "PRICE_COLLAR")
+    _assert_accepted(margin.order(quantity=7))
+
+
+def test_price_collar_where_nothing_is_known_of_the_price(margin: Book) -> None:
+    margin.limit("PRICE_COLLAR", 10)
+    _assert_refused(
+        margin.order(**_LIMIT), "PRICE_COLLAR", "PRICE_COLLAR: limit 10, would be unknown"
+    )
+
+
+def test_price_collar_goes_by_the_newest_price(margin: Book) -> None:
+    margin.hold(1, price=100)
+    bar = {"symbol": "AAPL", "bar_start": T1, "bar_end": T1}
+    _insert(margin.conn, "price_bar", [bar | {"open": 50, "high": 50, "low": 50, "close": 50}])
+    margin.limit("PRICE_COLLAR", 10)
+    _assert_refused(margin.limit_order(1, 50), "PRICE_COLLAR")
+    _assert_accepted(margin.limit_order(1, 50, logical_time=T1))
+
+
+def test_gross_exposure_on_both_sides_of_its_limit(margin: Book) -> None:
+    margin.hold(5, price=100)
+    margin.hold(-2, price=100, symbol="IBM")
+    margin.limit("GROSS_EXPOSURE_MAX", 1000)
+    _assert_refused(
+        margin.limit_order(4, 100),
+        "GROSS_EXPOSURE_MAX",
+        "GROSS_EXPOSURE_MAX: limit 1000, would be 1100",
+    )
+    _assert_accepted(margin.limit_order(3, 100, symbol="MSFT"))
+    _assert_refused(margin.limit_order(1, 100), "GROSS_EXPOSURE_MAX")
+    # What only shrinks may always go.
+    _assert_accepted(margin.limit_order(5, 100, side="SELL"))
+    _assert_refused(margin.limit_order(1, 100, side="SELL", symbol="X"), "GROSS_EXPOSURE_MAX")
+
+
+def test_net_exposure_takes_shorts_off(margin: Book) -> None:
+    margin.hold(5, price=100)
+    margin.hold(-2, price=100, symbol="IBM")
+    margin.limit("NET_EXPOSURE_MAX", 500)
+    _assert_refused(
+        margin.limit_order(3, 100),
+        "NET_EXPOSURE_MAX",
+        "NET_EXPOSURE_MAX: limit 500, would be 600",
+    )
+    _assert_accepted(margin.limit_order(2, 100))
+
+
+def test_concentration_on_both_sides_of_its_limit(margin: Book) -> None:
+    # Equity is 1,000, whatever is bought.
+    margin.hold(1, price=100, symbol="IBM")
+    margin.limit("CONCENTRATION_MAX", 25)
+    _assert_refused(
+        margin.limit_order("2.51", 100),
+        "CONCENTRATION_MAX",
+        "CONCENTRATION_MAX: limit 25, would be 25.1",
+    )
+    _assert_accepted(margin.limit_order("2.5", 100))
+    _assert_refused(margin.limit_order(2, 100, symbol="IBM"), "CONCENTRATION_MAX")
+
+
+def test_leverage_on_both_sides_of_its_limit(margin: Book) -> None:
+    margin.hold(15, price=100)
+    margin.limit("LEVERAGE_MAX", 2)
+    _assert_refused(
+        margin.limit_order("5.5", 100), "LEVERAGE_MAX", "LEVERAGE_MAX: limit 2, would be 2.05"
+    )
+    _assert_accepted(margin.limit_order(5, 100))
+
+
+def test_leverage_without_equity_is_unknown_and_only_shrinking_is_left(margin: Book) -> None:
+    margin.hold(100, price=100)
+    margin.mark(89, T1)
+    margin.limit("LEVERAGE_MAX", 1000)
+    _assert_refused(margin.limit_order(1, 89, symbol="IBM", logical_time=T1), "LEVERAGE_MAX")
+    _assert_accepted(margin.limit_order(100, 89, side="SELL", logical_time=T1))
+
+
+def test_daily_loss_counts_from_the_mark_before_the_session(margin: Book) -> None:
+    margin.session("2024-01-02", "14:30", "21:00")
+    margin.session("2024-01-03", "14:30", "21:00")
+    margin.hold(10, price=100)
+    margin.mark(110, T0)  # equity 1,100 at the end of the first session
+    margin.limit("DAILY_LOSS_MAX", 50)
+    margin.mark(105, "2024-01-03 15:00+00")  # 50 less
+    _assert_accepted(margin.order(logical_time="2024-01-03 15:00+00"))
+    margin.mark("104.99", "2024-01-03 16:00+00")
+    refused = margin.order(logical_time="2024-01-03 16:00+00")
+    _assert_refused(refused, "DAILY_LOSS_MAX", "DAILY_LOSS_MAX: limit 50, would be 50.1")
+    _assert_accepted(margin.order(side="SELL", logical_time="2024-01-03 16:00+00"))
+    # The next day counts from the mark of this one.
+    margin.session("2024-01-04", "14:30", "21:00")
+    _assert_accepted(margin.order(logical_time="2024-01-04 15:00+00"))
+
+
+def test_drawdown_counts_from_the_highest_mark(margin: Book) -> None:
+    margin.hold(10, price=100)
+    margin.mark(100, T0)
+    margin.limit("DRAWDOWN_MAX", 10)
+    margin.mark(150, "2024-01-03 15:00+00")  # 1,500
+    margin.mark(135, "2024-01-03 16:00+00")  # 10 % below
+    _assert_accepted(margin.order(logical_time="2024-01-03 16:00+00"))
+    margin.mark(134, "2024-01-03 17:00+00")
+    refused = margin.order(logical_time="2024-01-03 17:00+00")
+    _assert_refused(refused, "DRAWDOWN_MAX", "DRAWDOWN_MAX: limit 10, would be 10.66666667")
+    _assert_accepted(margin.order(side="SELL", logical_time="2024-01-03 17:00+00"))
+
+
+def test_highest_mark_is_kept_so_that_few_are_read(margin: Book) -> None:
+    margin.hold(10, price=100)
+    start = datetime(2024, 1, 2, 21, tzinfo=UTC)
+    for number in range(120):
+        margin.mark(200 if number == 3 else 100, (start + timedelta(minutes=number)).isoformat())
+    margin.limit("DRAWDOWN_MAX", 10)
+    late = (start + timedelta(minutes=200)).isoformat()
+    for _ in range(2):
+        refused = margin.order(logical_time=late)
+        _assert_refused(refused, "DRAWDOWN_MAX", "DRAWDOWN_MAX: limit 10, would be 50")
+    kept = margin.conn.execute(
+        "SELECT equity, as_of FROM equity_peak WHERE user_id = %s AND run_id = %s",
+        (margin.user, margin.run),
+    ).fetchone()
+    assert kept == (2000, start + timedelta(minutes=119))
+
+
+def test_restricted_symbol_from_its_first_day_to_its_last(margin: Book) -> None:
+    margin.limit("RESTRICTED_SYMBOL", symbol="AAPL", valid_from="2024-01-03", valid_to="2024-01-04")
+    _assert_accepted(margin.order(logical_time="2024-01-02 23:59:59+00"))
+    for moment in ("2024-01-03 00:00+00", "2024-01-04 23:59:59+00"):
+        refused = margin.order(logical_time=moment)
+        assert (refused.reject_source, refused.reject_code, refused.status_reason) == (
+            "COMPLIANCE",
+            "RESTRICTED_SYMBOL",
+            "RESTRICTED_SYMBOL: AAPL",
+        )
+    _assert_accepted(margin.order(symbol="IBM", logical_time="2024-01-04 23:59:59+00"))
+    _assert_accepted(margin.order(logical_time="2024-01-05 00:00+00"))
+
+
+def test_restricted_symbol_without_days_is_always(margin: Book) -> None:
+    margin.limit("RESTRICTED_SYMBOL", symbol="AAPL")
+    assert margin.order().reject_code == "RESTRICTED_SYMBOL"
+    assert margin.order(side="SELL").reject_code == "RESTRICTED_SYMBOL"
+
+
+@pytest.mark.parametrize(
+    ("resting", "crosses", "passes"),
+    [
+        ({"side": "SELL", "price": 100}, {"side": "BUY", "price": 100}, {"price": "99.99"}),
+        ({"side": "BUY", "price": 100}, {"side": "SELL", "price": 100}, {"price": "100.01"}),
+    ],
+)
+def test_wash_trade_on_both_sides(
+    margin: Book, resting: dict[str, Any], crosses: dict[str, Any], passes: dict[str, Any]
+) -> None:
+    margin.limit("WASH_TRADE")
+    working = margin.limit_order(5, resting["price"], side=resting["side"])
+    refused = margin.limit_order(1, crosses["price"], side=crosses["side"])
+    assert (refused.reject_source, refused.reject_code) == ("COMPLIANCE", "WASH_TRADE")
+    assert margin.order(side=crosses["side"], quantity=1).reject_code == "WASH_TRADE"
+    _assert_accepted(margin.limit_order(1, passes["price"], side=crosses["side"]))
+    _assert_accepted(margin.limit_order(1, crosses["price"], side=crosses["side"], symbol="IBM"))
+    # Those of one's own side, and stops that nothing has reached, trade with nobody.
+    _assert_accepted(margin.limit_order(1, resting["price"], side=resting["side"]))
+    _assert_accepted(margin.order(side=crosses["side"], **_STOP | {"stop_price": 100}))
+    margin.conn.execute("UPDATE orders SET status = 'CANCELED' WHERE side = %s", [resting["side"]])
+    del working
+    _assert_accepted(margin.limit_order(1, crosses["price"], side=crosses["side"]))
+
+
+def test_trading_hours_and_holidays(margin: Book) -> None:
+    margin.session("2024-01-02", "14:30", "21:00")
+    margin.limit("TRADING_HOURS")
+    _assert_accepted(margin.order(logical_time="2024-01-02 14:30+00"))
+    _assert_accepted(margin.order(logical_time="2024-01-02 21:00+00"))
+    for moment, code in (
+        ("2024-01-02 21:00:01+00", "MARKET_CLOSED"),
+        ("2024-01-03 15:00+00", "MARKET_HOLIDAY"),
+    ):
+        refused = margin.order(logical_time=moment)
+        assert (refused.reject_source, refused.reject_code) == ("COMPLIANCE", code)
+
+
+def test_first_broken_limit_is_told_in_the_order_of_the_kinds(margin: Book) -> None:
+    margin.limit("MAX_POSITION", 1)
+    margin.limit("MAX_ORDER_QUANTITY", 2)
+    margin.limit("MAX_ORDER_QUANTITY", 1)
+    margin.limit("RESTRICTED_SYMBOL", symbol="IBM")
+    _assert_refused(
+        margin.order(quantity=3), "MAX_ORDER_QUANTITY", "MAX_ORDER_QUANTITY: limit 1, would be 3"
+    )
+    assert margin.order(quantity=3, symbol="IBM").reject_code == "RESTRICTED_SYMBOL"
+
+
+def test_refusal_is_taken_apart_for_people(margin: Book) -> None:
+    margin.limit("MAX_POSITION", "5.50")
+    refused = margin.order(quantity=6)
+    assert margin.conn.execute(
+        "SELECT reject_code, log_code, limit_value, value FROM order_refusal WHERE order_id = %s",
+        [refused.order_id],
+    ).fetchall() == [("MAX_POSITION", "POSITION_LIMIT", Decimal("5.5"), 6)]
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"kind": "MAX_POSITION"},
+        {"kind": "MAX_POSITION", "limit_value": -1},
+        {"kind": "MAX_POSITION", "limit_value": 1, "seconds": 1},
+        {"kind": "MAX_POSITION", "limit_value": 1, "valid_from": "2024-01-01"},
+        {"kind": "ORDER_RATE_MAX", "limit_value": 1, "seconds": 0},
+        {"kind": "ORDER_RATE_MAX", "limit_value": 1, "seconds": 86401},
+        {"kind": "DUPLICATE_INTENT", "limit_value": 86401},
+        {"kind": "RESTRICTED_SYMBOL"},
+        {"kind": "RESTRICTED_SYMBOL", "symbol": "A", "limit_value": 1},
+        {"kind": "WASH_TRADE", "limit_value": 1},
+        {"kind": "TRADING_HOURS", "limit_value": 1},
+        {
+            "kind": "RESTRICTED_SYMBOL",
+            "symbol": "A",
+            "valid_from": "2024-01-02",
+            "valid_to": "2024-01-01",
+        },
+        {"kind": "NO_SUCH_LIMIT", "limit_value": 1},
+    ],
+    ids=_name,
+)
+def test_limit_that_makes_no_sense_is_refused(margin: Book, wrong: Columns) -> None:
+    with pytest.raises(psycopg.IntegrityError), margin.conn.transaction():
+        _insert(margin.conn, "risk_limit", [{"user_id": margin.user} | dict(wrong)])

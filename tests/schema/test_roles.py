@@ -19,6 +19,8 @@ READ_ONLY = (
     "run_transition",
     "order_status",
     "order_transition",
+    "command_kind",
+    "broker_lease",
     "risk_limit",
     "audit_cash",
     "audit_chain",
@@ -30,6 +32,13 @@ READ_ONLY = (
     "audit_orphan",
     "audit_position",
     "audit_running",
+    "alert",
+    "broker_account",
+    "broker_command",
+    "broker_event",
+    "broker_lease",
+    "command_kind",
+    "order_broker_id",
 )
 
 # What the engine's role may do besides reading: of columns where not of all of them.
@@ -40,23 +49,38 @@ ENGINE: dict[str, dict[str, str]] = {
     "price_bar": {"INSERT": "*"},
     "corporate_action": {"INSERT": "*"},
     "strategy_run": {
-        "INSERT": "account_type broker calendar currency initial_cash name paper parameters run_id "
-        "status strategy tick_at user_id",
+        "INSERT": "account_type broker calendar currency initial_cash name paper parameters "
+        "pnl_method run_id status strategy tick_at user_id",
         "UPDATE": "status",
     },
     "engine_state": {"INSERT": "*", "UPDATE": "last_logical_time recorded_at state"},
     "engine_status": {"INSERT": "*", "UPDATE": "error_at heartbeat_at lag_seconds last_error"},
     "orders": {
-        "INSERT": "client_order_id expire_at limit_price logical_time order_id order_type quantity "
-        "reference_price run_id side stop_price symbol time_in_force trail_amount trail_percent "
-        "user_id",
-        "UPDATE": "expire_at reject_code reject_source status status_at status_reason stop_price "
-        "triggered_at",
+        "INSERT": "account client_order_id expire_at limit_price logical_time order_id order_type "
+        "purpose quantity recovered reference_price run_id side stop_price symbol time_in_force "
+        "trail_amount trail_percent user_id",
+        "UPDATE": "account broker_order_id expire_at limit_price pending_reconcile perm_id "
+        "quantity reject_code reject_source status status_at status_reason stop_price "
+        "trail_amount triggered_at",
     },
     "execution": {
         "INSERT": "commission commission_currency event_at execution_id logical_time order_id "
-        "price quantity run_id side symbol user_id",
+        "price quantity reverses run_id side symbol user_id",
     },
+    "execution_commission": {"INSERT": "amount currency event_at execution_id run_id user_id"},
+    "run_route": {"INSERT": "*"},
+    "order_broker_id": {"INSERT": "*"},
+    "broker_account": {
+        "INSERT": "*",
+        "UPDATE": "calendar closes_at currency heartbeat_seconds messages_per_second opening_cash "
+        "opens_at orders_per_second out_of_session settings stale_seconds time_zone",
+    },
+    "broker_command": {
+        "INSERT": "account command_id kind order_id order_version payload priority run_id user_id",
+        "UPDATE": "done_at outcome",
+    },
+    "broker_event": {"UPDATE": "applied_at code finding note"},
+    "alert": {"INSERT": "*", "UPDATE": "acknowledged_at acknowledged_by"},
     "position": {"UPDATE": "mark_price marked_at"},
     "split_applied": {"INSERT": "ex_date kind logical_time run_id symbol user_id"},
     "mtm_ledger": {"INSERT": "logical_time run_id user_id"},
@@ -66,12 +90,41 @@ ENGINE: dict[str, dict[str, str]] = {
 }
 # The names of people's SQL have the rights of the tables that they show.
 ENGINE |= {
-    "paper_order": ENGINE["orders"],
-    "paper_trade": ENGINE["execution"],
+    "paper_order": {
+        "INSERT": "client_order_id expire_at limit_price logical_time order_id order_type quantity "
+        "reference_price run_id side stop_price symbol time_in_force trail_amount trail_percent "
+        "user_id",
+        "UPDATE": "expire_at reject_code reject_source status status_at status_reason stop_price "
+        "triggered_at",
+    },
+    "paper_trade": {
+        "INSERT": "commission commission_currency event_at execution_id logical_time order_id "
+        "price quantity run_id side symbol user_id",
+    },
     "paper_position": ENGINE["position"],
     "paper_equity_curve": ENGINE["mtm_ledger"],
 }
-CONNECTOR = ("instrument", "calendar_session")
+# What the connector's role may read, and of the inbox write; the rest is behind its functions.
+CONNECTOR: dict[str, dict[str, str]] = {
+    **dict.fromkeys(
+        ("instrument", "calendar_session", "broker_account", "broker_lease", "broker_command"),
+        {"SELECT": "*"},
+    ),
+    "broker_event": {
+        "SELECT": "account holder number user_id",
+        "INSERT": "account broker_order_id event_at execution_id holder kind number order_ref "
+        "payload perm_id priority received_at user_id",
+    },
+}
+CONNECTOR_FUNCTIONS = [
+    "commands_claim",
+    "commands_done",
+    "commands_throttled",
+    "connector_alert",
+    "lease_release",
+    "lease_renew",
+    "lease_take",
+]
 
 _TABLE_RIGHTS = """
     SELECT c.relname, x.privilege_type, '*'
@@ -107,8 +160,8 @@ def test_the_auditor_reads_everything_and_writes_nothing(conn: Connection) -> No
     assert _rights(conn, "oms_auditor") == {table: {"SELECT": "*"} for table in ENGINE}
 
 
-def test_the_connector_reads_what_is_traded_and_when(conn: Connection) -> None:
-    assert _rights(conn, "oms_connector") == {table: {"SELECT": "*"} for table in CONNECTOR}
+def test_the_connector_has_these_rights_and_no_other(conn: Connection) -> None:
+    assert _rights(conn, "oms_connector") == CONNECTOR
 
 
 def test_nobody_else_has_any_right(conn: Connection) -> None:
@@ -133,9 +186,10 @@ def test_trigger_functions_are_for_their_triggers_alone(conn: Connection) -> Non
            WHERE p.pronamespace = 'public'::regnamespace
              AND (p.prorettype = 'trigger'::regtype OR p.prosecdef OR p.proname = 'grant_roles')
              AND EXISTS (SELECT FROM aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) x
-                         WHERE x.grantee <> p.proowner)"""
+                         WHERE x.grantee <> p.proowner)
+           ORDER BY p.proname"""
     ).fetchall()
-    assert open_to_all == [("ticks_write",)]
+    assert open_to_all == [(name,) for name in (*CONNECTOR_FUNCTIONS, "ticks_write")]
 
 
 @pytest.mark.parametrize("role", ["oms_auditor", "oms_connector"])
@@ -183,6 +237,8 @@ def test_auditor_and_connector_can_write_nowhere(world: Connection, role: str, t
     ):
         if table.startswith("audit_") or (table.startswith("paper_") and "TRUNC" in statement):
             continue  # no view of that kind can be written by anybody
+        if (role, table) == ("oms_connector", "broker_event") and "INSERT" in statement:
+            continue  # the inbox is its to write
         assert_refused(world, statement, role, DENIED)
 
 

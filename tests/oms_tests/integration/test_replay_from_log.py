@@ -210,7 +210,8 @@ def test_a_changed_file_is_refused(owner_conn: Connection) -> None:
     payload = json.loads(lines[execution])["payload"]
     note = next(i for i, line in enumerate(lines) if '"sip_plan"' in line)
     for tampered, says in (
-        (changed(lines, 0, terms=terms.replace("10000", "99999")), "the terms or a note"),
+        (changed(lines, 0, terms=terms.replace("10000", "99999")), "tells another initial_cash"),
+        (changed(lines, 0, terms=terms.replace("life", "other")), "the terms or a note"),
         (changed(lines, note, row=json.loads(lines[note])["row"] + " "), "the terms or a note"),
         (
             changed(lines, execution, payload=payload.replace('"BUY"', '"SELL"')),
