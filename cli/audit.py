@@ -126,9 +126,7 @@ def check(file: _File, as_json: Json = False) -> None:
 
 
 @app.command()
-def rebuild(
-    file: _File, recover: _Recover = False, dsn: Dsn = None, as_json: Json = False
-) -> None:
+def rebuild(file: _File, recover: _Recover = False, dsn: Dsn = None, as_json: Json = False) -> None:
     """Write an exported run into a database that doesn't have it.
 
     Orders, executions, positions, cash and marks are made anew from the
@@ -159,9 +157,9 @@ def _read(file: Path) -> Export:
     from engine.export import read_export
 
     try:
-        with closing(file.open(encoding="utf-8", newline="\n")) as text:
+        with closing(file.open(encoding="utf-8", errors="surrogateescape", newline="\n")) as text:
             return read_export(text)
-    except (OSError, UnicodeDecodeError) as error:
+    except OSError as error:
         raise BadInput(f"{file.name} can't be read: {error}") from error
     except BadInput as error:
         raise BadInput(f"{file.name}: {error}") from error

@@ -9,6 +9,8 @@ commits. Nobody sees the tables without their triggers: switching them locks the
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from decimal import Decimal
 from uuid import UUID
 
 from psycopg import sql
@@ -19,7 +21,7 @@ from engine.errors import BadInput, translated
 from engine.export import Export, LedgerEvent, Note
 from engine.runs import Run, find_run
 
-__all__ = ["export_run", "rebuild_run"]
+__all__ = ["Books", "export_run", "fold", "rebuild_run"]
 
 # What run_rebuild makes of the ledger. Every other table that hangs on a run is in the notes.
 _FROM_LEDGER = (
@@ -252,3 +254,46 @@ def _complete(conn: Connection, note: Note, user_id: UUID, run_id: UUID) -> None
     )
     if key is None and not done.rowcount:
         _insert(conn, note)
+
+
+@dataclass(frozen=True, slots=True)
+class Books:
+    """What a run's ledger makes of it up to event ``seq``: a snapshot of the books.
+
+    ``orders`` and ``positions`` are rows as text, which the database reads back.
+    """
+
+    seq: int
+    cash: Decimal
+    orders: tuple[str, ...]
+    positions: tuple[str, ...]
+
+
+def fold(conn: Connection, run: Run, upto_seq: int, snapshot_of: Books | None = None) -> Books:
+    """Fold a run's events up to ``upto_seq``, from nothing or from a snapshot of the books.
+
+    Both ways come to the same, which is what makes a snapshot worth keeping.
+    """
+    known = snapshot_of or Books(0, run.initial_cash, (), ())
+    row = conn.execute(
+        """SELECT %(cash)s::numeric + coalesce((
+                      SELECT sum(event_cash_flow(l.event_type, l.payload)) FROM event_ledger l
+                      WHERE l.user_id = %(user)s AND l.run_id = %(run)s
+                        AND l.seq > %(after)s AND l.seq <= %(upto)s), 0),
+                  ARRAY(SELECT o::text FROM orders_from_ledger(
+                      %(user)s, %(run)s, %(orders)s::text[]::orders[], %(after)s, %(upto)s) o),
+                  ARRAY(SELECT p::text FROM positions_from_ledger(
+                      %(user)s, %(run)s, %(positions)s::text[]::public.position[], %(after)s,
+                      %(upto)s) p)""",
+        {
+            "user": run.user_id,
+            "run": run.run_id,
+            "cash": known.cash,
+            "orders": list(known.orders),
+            "positions": list(known.positions),
+            "after": known.seq,
+            "upto": upto_seq,
+        },
+    ).fetchone()
+    assert row is not None
+    return Books(upto_seq, row[0], tuple(row[1]), tuple(row[2]))
