@@ -436,6 +436,11 @@ class Work:
             "strategy": self.run.strategy,
             "parameters": dict(self.run.parameters),
             "initial_cash": str(self.run.initial_cash),
+            "broker": self.run.broker,
+            "paper": self.run.paper.model_dump(mode="json"),
+            "account_type": self.run.account_type,
+            "calendar": self.run.calendar,
+            "currency": self.run.currency,
         }
         self._record(ledger.Event("RUN_STARTED", "", facts))
 
