@@ -11,21 +11,32 @@ import json
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
+from select import POLLIN, poll
 from typing import Any
 from uuid import UUID
+from weakref import WeakSet
+
+import psycopg
+from psycopg.pq import ConnStatus, ExecStatus
+from psycopg.pq.abc import PGconn, PGresult
 
 from engine.db.connect import Connection
 from engine.ledger import Told
 from engine.orders.model import Fill, Order
 
-_TICKS_WRITE = """SELECT ticks_write(
-    %s::uuid, %s::uuid, %s::bigint, %s::jsonb,
-    %s::timestamptz[], %s::text[], %s::text[], %s::jsonb[],
-    %s::timestamptz[], %s::uuid[], %s::text[], %s::text[], %s::numeric[], %s::text[], %s::text[],
-    %s::numeric[], %s::timestamptz[], %s::numeric[], %s::text[], %s::numeric[], %s::numeric[],
-    %s::timestamptz[],
-    %s::timestamptz[], %s::numeric[], %s::numeric[],
-    %s::timestamptz, %s::numeric)"""
+# Prepared under a name of ours, once a connection. Its parameters are text as it comes.
+_NAME = b"oms_ticks_write"
+_TICKS_WRITE = b"""SELECT ticks_write(
+    $1::uuid, $2::uuid, $3::bigint, $4::jsonb,
+    $5::timestamptz[], $6::text[], $7::text[], $8::jsonb[],
+    $9::timestamptz[], $10::uuid[], $11::text[], $12::text[], $13::numeric[], $14::text[],
+    $15::text[], $16::numeric[], $17::timestamptz[], $18::numeric[], $19::text[], $20::numeric[],
+    $21::numeric[], $22::timestamptz[],
+    $23::timestamptz[], $24::numeric[], $25::numeric[],
+    $26::timestamptz, $27::numeric)"""
+_prepared: WeakSet[Connection] = WeakSet()
+
+Taken = list[str | None]
 
 
 class Journal:
@@ -159,35 +170,106 @@ class Journal:
         *,
         now: datetime | None,
         lag_seconds: Decimal | None,
-    ) -> list[Any]:
+    ) -> Taken:
         """The parameters that write all of it; the journal is empty afterwards.
 
         ``state`` is the strategy's after the last tick, ``None`` where it stays what it is; ``now``
         the wall clock of a live tick, for the run's heartbeat.
         """
-        taken = [
-            user_id,
-            run_id,
-            self.head,
+        taken: Taken = [
+            str(user_id),
+            str(run_id),
+            str(self.head),
             None if state is None else json.dumps(dict(state)),
             *_columns(self._told, 4),
             *_columns(self._trades, 14),
             *_columns(self._ticks, 3),
-            now,
-            lag_seconds,
+            None if now is None else str(now),
+            None if lag_seconds is None else str(lag_seconds),
         ]
         self.head += len(self._told)
         self._clear()
         return taken
 
 
-def write(conn: Connection, taken: list[Any]) -> None:
+def write(conn: Connection, taken: Taken) -> None:
     """Write what was taken from a journal, in one statement.
 
     Raises Retryable when the run has moved since the journal was begun, and what the database
     refuses, in which case nothing is written.
     """
-    conn.execute(_TICKS_WRITE, taken, prepare=True)
+    # Through libpq itself: a cursor costs more than all that it would do here.
+    with conn.lock:
+        _prepare(conn)
+        encoding = conn.info.encoding
+        # psycopg's types forget that a parameter may be NULL.
+        result = conn.pgconn.exec_prepared(_NAME, _encoded(taken, encoding))  # type: ignore[arg-type]
+    failure = _failure(result, encoding)
+    if failure is not None:
+        raise failure
+
+
+def write_each(conn: Connection, many: Sequence[Taken]) -> list[psycopg.Error | None]:
+    """Write what was taken from several runs' journals, each in a transaction of its own.
+
+    Returns for each why it was not written, or ``None``. They are sent together, so that none
+    costs a round trip of its own.
+    """
+    server, encoding = conn.pgconn, conn.info.encoding
+    with conn.lock:
+        _prepare(conn)
+        server.enter_pipeline_mode()
+        for taken in many:
+            server.send_query_prepared(_NAME, _encoded(taken, encoding))
+            # Ends the transaction: what was sent before it can't fail what is sent after it.
+            server.pipeline_sync()
+        failures = [_answer(server, encoding) for _ in many]
+        if server.status == ConnStatus.OK:
+            server.exit_pipeline_mode()
+    return failures
+
+
+def _prepare(conn: Connection) -> None:
+    if conn not in _prepared:
+        failure = _failure(conn.pgconn.prepare(_NAME, _TICKS_WRITE), conn.info.encoding)
+        if failure is not None:
+            raise failure
+        _prepared.add(conn)
+
+
+def _encoded(taken: Taken, encoding: str) -> list[bytes | None]:
+    return [None if text is None else text.encode(encoding) for text in taken]
+
+
+def _answer(server: PGconn, encoding: str) -> psycopg.Error | None:
+    """The answer to one statement of a pipeline, up to the end of its transaction."""
+    failure = None
+    try:
+        while True:
+            # Not left to get_result, which would keep all threads waiting.
+            while server.is_busy():
+                _await_word(server)
+            result = server.get_result()
+            if result is None:
+                continue
+            if result.status == ExecStatus.PIPELINE_SYNC:
+                return failure
+            failure = failure or _failure(result, encoding)
+    except psycopg.OperationalError as lost:
+        return failure or lost
+
+
+def _await_word(server: PGconn) -> None:
+    waiting = poll()
+    waiting.register(server.socket, POLLIN)
+    waiting.poll()
+    server.consume_input()
+
+
+def _failure(result: PGresult, encoding: str) -> psycopg.Error | None:
+    if result.status in (ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK):
+        return None
+    return psycopg.errors.error_from_result(result, encoding)
 
 
 def _columns(rows: Sequence[tuple[str, ...]], width: int) -> list[str]:
