@@ -8,7 +8,7 @@ and times that go in are known to need no quoting. Whatever people may have writ
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
 from select import POLLIN, poll
@@ -17,24 +17,27 @@ from uuid import UUID
 from weakref import WeakSet
 
 import psycopg
-from psycopg.pq import ConnStatus, ExecStatus
+from psycopg.pq import ConnStatus, ExecStatus, TransactionStatus
 from psycopg.pq.abc import PGconn, PGresult
 
 from engine.db.connect import Connection
 from engine.ledger import Told
 from engine.orders.model import Fill, Order
 
-# Prepared under a name of ours, once a connection. Its parameters are text as it comes.
+_CALL = """SELECT ticks_write(
+    {}::uuid, {}::uuid, {}::bigint, {}::jsonb,
+    {}::timestamptz[], {}::text[], {}::text[], {}::jsonb[],
+    {}::timestamptz[], {}::uuid[], {}::text[], {}::text[], {}::numeric[], {}::text[], {}::text[],
+    {}::numeric[], {}::timestamptz[], {}::numeric[], {}::text[], {}::numeric[], {}::numeric[],
+    {}::timestamptz[],
+    {}::timestamptz[], {}::numeric[], {}::numeric[],
+    {}::timestamptz, {}::numeric)"""
+_PARAMETERS = _CALL.count("{}")
+_TICKS_WRITE = _CALL.format(*["%s"] * _PARAMETERS)
+# The same, prepared by us under a name of ours.
 _NAME = b"oms_ticks_write"
-_TICKS_WRITE = b"""SELECT ticks_write(
-    $1::uuid, $2::uuid, $3::bigint, $4::jsonb,
-    $5::timestamptz[], $6::text[], $7::text[], $8::jsonb[],
-    $9::timestamptz[], $10::uuid[], $11::text[], $12::text[], $13::numeric[], $14::text[],
-    $15::text[], $16::numeric[], $17::timestamptz[], $18::numeric[], $19::text[], $20::numeric[],
-    $21::numeric[], $22::timestamptz[],
-    $23::timestamptz[], $24::numeric[], $25::numeric[],
-    $26::timestamptz, $27::numeric)"""
-_prepared: WeakSet[Connection] = WeakSet()
+_PREPARED = _CALL.format(*[f"${place}" for place in range(1, _PARAMETERS + 1)]).encode()
+_has_prepared: WeakSet[Connection] = WeakSet()
 
 Taken = list[str | None]
 
@@ -198,13 +201,10 @@ def write(conn: Connection, taken: Taken) -> None:
     Raises Retryable when the run has moved since the journal was begun, and what the database
     refuses, in which case nothing is written.
     """
-    # Through libpq itself: a cursor costs more than all that it would do here.
-    with conn.lock:
-        _prepare(conn)
-        encoding = conn.info.encoding
-        # psycopg's types forget that a parameter may be NULL.
-        result = conn.pgconn.exec_prepared(_NAME, _encoded(taken, encoding))  # type: ignore[arg-type]
-    failure = _failure(result, encoding)
+    if conn.info.transaction_status != TransactionStatus.IDLE:
+        conn.execute(_TICKS_WRITE, taken, prepare=True)
+        return
+    (failure,) = _written(conn, [taken], _write_one)
     if failure is not None:
         raise failure
 
@@ -213,32 +213,57 @@ def write_each(conn: Connection, many: Sequence[Taken]) -> list[psycopg.Error | 
     """Write what was taken from several runs' journals, each in a transaction of its own.
 
     Returns for each why it was not written, or ``None``. They are sent together, so that none
-    costs a round trip of its own.
+    costs a round trip of its own. The connection must be outside of a transaction.
     """
-    server, encoding = conn.pgconn, conn.info.encoding
+    return _written(conn, many, _write_in_pipeline) if many else []
+
+
+Parameters = list[bytes | None]
+Failures = list[psycopg.Error | None]
+
+
+def _written(
+    conn: Connection,
+    many: Sequence[Taken],
+    send: Callable[[PGconn, Sequence[Parameters], str], Failures],
+) -> Failures:
+    """Send it through libpq itself: a cursor costs more than all that it would do here."""
+    encoding = conn.info.encoding
+    sent = [[None if text is None else text.encode(encoding) for text in taken] for taken in many]
     with conn.lock:
-        _prepare(conn)
-        server.enter_pipeline_mode()
-        for taken in many:
-            server.send_query_prepared(_NAME, _encoded(taken, encoding))
-            # Ends the transaction: what was sent before it can't fail what is sent after it.
-            server.pipeline_sync()
-        failures = [_answer(server, encoding) for _ in many]
-        if server.status == ConnStatus.OK:
-            server.exit_pipeline_mode()
+        if conn not in _has_prepared:
+            _prepare(conn, encoding)
+        failures = send(conn.pgconn, sent, encoding)
+        # psycopg lets the server forget all that is prepared when a transaction is rolled back.
+        if isinstance(failures[0], psycopg.errors.InvalidSqlStatementName):
+            _prepare(conn, encoding)
+            failures = send(conn.pgconn, sent, encoding)
     return failures
 
 
-def _prepare(conn: Connection) -> None:
-    if conn not in _prepared:
-        failure = _failure(conn.pgconn.prepare(_NAME, _TICKS_WRITE), conn.info.encoding)
-        if failure is not None:
-            raise failure
-        _prepared.add(conn)
+def _prepare(conn: Connection, encoding: str) -> None:
+    failure = _failure(conn.pgconn.prepare(_NAME, _PREPARED), encoding)
+    if failure is not None:
+        raise failure
+    _has_prepared.add(conn)
 
 
-def _encoded(taken: Taken, encoding: str) -> list[bytes | None]:
-    return [None if text is None else text.encode(encoding) for text in taken]
+def _write_one(server: PGconn, sent: Sequence[Parameters], encoding: str) -> Failures:
+    (parameters,) = sent
+    # psycopg's types forget that a parameter may be NULL.
+    return [_failure(server.exec_prepared(_NAME, parameters), encoding)]  # type: ignore[arg-type]
+
+
+def _write_in_pipeline(server: PGconn, sent: Sequence[Parameters], encoding: str) -> Failures:
+    server.enter_pipeline_mode()
+    for parameters in sent:
+        server.send_query_prepared(_NAME, parameters)
+        # Ends the transaction: what was sent before it can't fail what is sent after it.
+        server.pipeline_sync()
+    failures = [_answer(server, encoding) for _ in sent]
+    if server.status == ConnStatus.OK:
+        server.exit_pipeline_mode()
+    return failures
 
 
 def _answer(server: PGconn, encoding: str) -> psycopg.Error | None:

@@ -117,7 +117,8 @@ def run_ticks(
         kept.reference(conn, opened.run).ask_anew(planned.logical_time)
     done = [_worked_out(conn, kept, planned, opened) for planned, opened in ticks]
     taken = [each.taken for each in done if each is not None and each.taken is not None]
-    failures = iter(journals.write_each(conn, taken))
+    with translated():
+        failures = iter(journals.write_each(conn, taken))
     results: list[TickResult | Exception] = []
     for (planned, _), each in zip(ticks, done, strict=True):
         if each is None or (each.taken is not None and next(failures) is not None):
