@@ -42,13 +42,8 @@ from engine.market.view import Prices, View, look
 from engine.orders import write
 from engine.outbox import wake
 from engine.reference import Reference
-<<<<<<< HEAD
 from engine.runs import PAPER, Run, fail_run, lock_run, require_aware, require_running
-from engine.strategies.base import Intent, PlaceOrder, SipDue
-=======
-from engine.runs import Run, fail_run, lock_run, require_aware, require_running
 from engine.strategies.base import Intent, PlaceOrder
->>>>>>> perf
 from engine.work import (
     FILL_ROUNDS_MAX,
     Desk,
@@ -239,19 +234,6 @@ class Planned:
         kept.reference(conn, opened.run).ask_anew(self.logical_time)
         return self._kept_tick(conn, kept, opened)
 
-<<<<<<< HEAD
-    def _kept_tick(
-        self,
-        conn: Connection,
-        kept: _Kept,
-        run: Run,
-        books: Books,
-        due: tuple[date, tuple[SipDue, ...]] | None = None,
-    ) -> TickResult:
-        if run.broker != PAPER:
-            raise NeedsSteps  # its orders wait for a broker
-        reference = kept.reference(conn, run)
-=======
     def _kept_tick(self, conn: Connection, kept: _Kept, opened: Opened) -> TickResult:
         desk, view = self.desk(conn, kept, opened)
         result = self.work_out(desk, view)
@@ -263,8 +245,9 @@ class Planned:
 
     def desk(self, conn: Connection, kept: _Kept, opened: Opened) -> tuple[Desk, View]:
         """Where the tick is worked out without a lock, and what it sees."""
+        if opened.run.broker != PAPER:
+            raise NeedsSteps  # its orders wait for a broker
         run, due, reference = opened.run, opened.due, kept.reference(conn, opened.run)
->>>>>>> perf
         view = self._look(run, reference)
         # What was read is of the session that was stored then, which may be an earlier one.
         read = due if due and view.session and due[0] == view.session.day else None
@@ -283,6 +266,8 @@ class Planned:
             desk = Desk(conn, run, opened.books, reference)
             result = self.work_out(desk, view)
             desk.write_out(self.beat(view))
+            if run.broker != PAPER:
+                wake(conn)
             return result
 
     def _look(self, run: Run, reference: Reference) -> View:
@@ -292,15 +277,6 @@ class Planned:
             reference, self.logical_time, self.prices, now=self.now, market_open=self.market_open
         )
 
-<<<<<<< HEAD
-    def _tick(self, desk: Desk, view: View) -> TickResult:
-        work = Work(desk, strategy_of(desk.run), view)
-        result = work.tick(self.intents)
-        desk.write_out(None if self.now is None else view)
-        if work.sent:
-            wake(desk.conn)
-        return result
-=======
     def work_out(self, desk: Desk, view: View) -> TickResult:
         """Do the tick's work; its journal is still to be written."""
         return Work(desk, strategy_of(desk.run), view).tick(self.intents)
@@ -308,7 +284,6 @@ class Planned:
     def beat(self, view: View) -> View | None:
         """What the heartbeat is made of; only a live tick has one."""
         return None if self.now is None else view
->>>>>>> perf
 
 
 @contextmanager
