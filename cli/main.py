@@ -35,6 +35,7 @@ from cli import (
     schedule,
     sip,
     tick,
+    up,
     user,
     work,
 )
@@ -80,6 +81,7 @@ app.command("demo", rich_help_panel=_START)(demo.demo)
 app.command("tick", rich_help_panel=_RUNS)(tick.tick)
 app.command("replay", rich_help_panel=_RUNS)(replay.replay)
 app.command("schedule", rich_help_panel=_RUNS)(schedule.schedule)
+app.command("up", rich_help_panel=_BROKERS)(up.up)
 app.command("work", rich_help_panel=_BROKERS)(work.work)
 app.command("connect", rich_help_panel=_BROKERS)(connect.connect)
 app.command("equity", rich_help_panel=_LOOK)(equity.equity)
