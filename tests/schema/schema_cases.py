@@ -61,6 +61,7 @@ LOOKUPS = (
     "fx_rate",
     "system_halt",
     "breaker_kind",
+    "limit_kind",
 )
 
 # The people of the world and their runs. Times are in January 2024.

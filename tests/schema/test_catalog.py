@@ -376,7 +376,7 @@ def test_few_functions_have_the_owners_rights(conn: Connection) -> None:
         ("broker_command_move_order", "trigger"),
         ("commands_claim", "broker_command"),
         ("commands_done", "void"),
-        ("commands_throttled", "broker_command"),
+        ("commands_throttled", "record"),
         ("connector_alert", "void"),
         ("commands_claim", "broker_command"),
         ("commands_done", "void"),
