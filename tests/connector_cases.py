@@ -31,7 +31,9 @@ from engine.brokers.store import Store
 from engine.db.connect import Connection
 
 ACCOUNT = "DU1"
-QUICK = Pace(lease=6, poll=0.05, ping=0.1, retry_first=0.01, retry_max=0.05, connect_max=1.0, leave_max=5.0)
+QUICK = Pace(
+    lease=6, poll=0.05, ping=0.1, retry_first=0.01, retry_max=0.05, connect_max=1.0, leave_max=5.0
+)
 
 
 def now() -> datetime:

@@ -404,7 +404,8 @@ def test_what_a_command_says_is_fixed(desk: Desk, change: str) -> None:
 
 def test_an_order_that_waits_may_be_given_new_terms_and_nothing_else(desk: Desk) -> None:
     waiting, withdrawn = (desk.command("SUBMIT", order) for order in desk.orders(2))
-    modify = 'UPDATE broker_command SET payload = \'{"quantity": "2"}\' WHERE command_id = %s'
+    modify = """UPDATE broker_command c SET payload = orders_command_payload(o) FROM orders o
+                WHERE o.user_id = c.user_id AND o.order_id = c.order_id AND c.command_id = %s"""
     desk.conn.execute(modify.encode(), [waiting])
     rule = "broker_command_terms_fixed"
     claiming = "payload = '{}', claimed_by = gen_random_uuid()"
