@@ -327,6 +327,21 @@ def test_two_connectors_never_claim_the_same_command(
         claim(first, own_desk, FIRST)
 
 
+def test_a_lease_does_not_end_under_a_claim(
+    own_desk: Desk, racers: tuple[Connection, Connection]
+) -> None:
+    first, second = racers
+    take(first, own_desk, FIRST)
+    first.execute("BEGIN")
+    assert claim(first, own_desk, FIRST) == []
+    thread = threading.Thread(target=call, args=(second, "lease_release", own_desk, FIRST))
+    thread.start()
+    wait_until_blocked(own_desk.conn, second, by=first)
+    first.execute("COMMIT")
+    thread.join(SECONDS_MAX)
+    assert not own_desk.lease()[0]
+
+
 def test_a_command_that_somebody_else_holds_is_passed_over(
     own_desk: Desk, racers: tuple[Connection, Connection]
 ) -> None:
