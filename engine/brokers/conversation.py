@@ -362,10 +362,14 @@ class Conversation:
     async def _answer_rows(self, command: Command) -> list[Heard]:
         if command.kind == "SNAPSHOT":
             snapshot = await self._broker.snapshot(moment_of(command.payload, "since"))
-            # As urgent as executions are: those that came before it are to be applied before it.
+            # As urgent as executions are: those that came before it are to be applied before it,
+            # and those of which we never heard are heard now.
             return [
-                Heard("SNAPSHOT", snapshot.taken_at, self._clock(), part)
-                for part in snapshot_parts(snapshot, str(command.command_id))
+                *await self._journal.unheard([self._row(each) for each in snapshot.executions]),
+                *(
+                    Heard("SNAPSHOT", snapshot.taken_at, self._clock(), part)
+                    for part in snapshot_parts(snapshot, str(command.command_id))
+                ),
             ]
         ref = command.order_ref or str(command.command_id)
         answer = await self._broker.what_if(order_of(command.payload, ref))
