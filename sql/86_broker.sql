@@ -568,11 +568,16 @@ END $$;
 COMMENT ON FUNCTION broker_command_prove IS
     'Trigger: a command is what its order says, and never arrived only if the broker shows it.';
 
--- A submit that may have gone out is given up only if the broker, asked afterwards, tells nothing
--- of its order.
+-- A submit that may have gone out is given up only if the connector that had taken it says that it
+-- never wrote it, or if the broker, asked afterwards, tells nothing of its order.
 CREATE FUNCTION broker_command_never_arrived(c broker_command) RETURNS boolean
 LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
     SELECT EXISTS (SELECT FROM broker_event e
+                   WHERE e.user_id = c.user_id AND e.account = c.account
+                     AND e.order_ref = c.order_id::text AND e.kind = 'SEND_FAILED'
+                     AND e.holder = c.claimed_by
+                     AND e.payload ->> 'command_id' = c.command_id::text)
+       OR EXISTS (SELECT FROM broker_event e
                    WHERE e.user_id = c.user_id AND e.account = c.account
                      AND e.kind = 'SNAPSHOT' AND e.received_at >= c.claimed_at)
        AND NOT EXISTS (SELECT FROM broker_event e
@@ -586,7 +591,8 @@ LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
 $$;
 
 COMMENT ON FUNCTION broker_command_never_arrived IS
-    'Whether a SNAPSHOT since a command was claimed shows that its order is not at the broker.';
+    'Whether its connector says that it was not sent, or a SNAPSHOT since it was claimed shows that '
+    'its order is not at the broker.';
 
 CREATE TRIGGER broker_command_b_prove BEFORE INSERT ON broker_command
     FOR EACH ROW EXECUTE FUNCTION broker_command_prove();
