@@ -35,6 +35,7 @@ from cli import (
     schedule,
     sip,
     tick,
+    up,
     user,
     work,
 )
@@ -80,12 +81,12 @@ app.command("demo", rich_help_panel=_START)(demo.demo)
 app.command("tick", rich_help_panel=_RUNS)(tick.tick)
 app.command("replay", rich_help_panel=_RUNS)(replay.replay)
 app.command("schedule", rich_help_panel=_RUNS)(schedule.schedule)
+app.command("up", rich_help_panel=_BROKERS)(up.up)
 app.command("work", rich_help_panel=_BROKERS)(work.work)
 app.command("connect", rich_help_panel=_BROKERS)(connect.connect)
 app.command("equity", rich_help_panel=_LOOK)(equity.equity)
 app.command("pnl", rich_help_panel=_LOOK)(pnl.pnl)
 app.command("report", rich_help_panel=_LOOK)(report.report)
-app.command("audit", rich_help_panel=_LOOK)(audit.audit)
 app.command("bench", rich_help_panel=_LOOK)(bench.bench)
 app.command("flatten", rich_help_panel=_SAFETY)(flatten.flatten)
 app.add_typer(halt.app, rich_help_panel=_SAFETY)
@@ -93,6 +94,7 @@ app.add_typer(limit.app, rich_help_panel=_SAFETY)
 app.add_typer(alert.app, rich_help_panel=_SAFETY)
 app.add_typer(runs.app, rich_help_panel=_RUNS)
 app.add_typer(sip.app, rich_help_panel=_RUNS)
+app.add_typer(audit.app, rich_help_panel=_LOOK)
 app.add_typer(order.app, rich_help_panel=_LOOK)
 app.add_typer(position.app, rich_help_panel=_LOOK)
 app.add_typer(account.app, rich_help_panel=_BROKERS)
