@@ -26,6 +26,7 @@ from cli import (
     order,
     pnl,
     position,
+    reconcile,
     replay,
     report,
     schedule,
@@ -78,6 +79,7 @@ app.command("replay", rich_help_panel=_RUNS)(replay.replay)
 app.command("schedule", rich_help_panel=_RUNS)(schedule.schedule)
 app.command("work", rich_help_panel=_BROKERS)(work.work)
 app.command("connect", rich_help_panel=_BROKERS)(connect.connect)
+app.command("reconcile", rich_help_panel=_BROKERS)(reconcile.reconcile)
 app.command("equity", rich_help_panel=_LOOK)(equity.equity)
 app.command("pnl", rich_help_panel=_LOOK)(pnl.pnl)
 app.command("report", rich_help_panel=_LOOK)(report.report)

@@ -154,8 +154,8 @@ def _record_ids(
            FROM unnest(%s::uuid[], %s::uuid[], %s::bigint[], %s::bigint[])
                 AS d (run_id, order_id, broker_order_id, perm_id)
            WHERE o.user_id = %s AND o.run_id = d.run_id AND o.order_id = d.order_id
-             AND (o.broker_order_id, o.perm_id) IS DISTINCT FROM
-                 (coalesce(d.broker_order_id, o.broker_order_id), coalesce(d.perm_id, o.perm_id))""",
+             AND (coalesce(d.broker_order_id, o.broker_order_id), coalesce(d.perm_id, o.perm_id))
+                 IS DISTINCT FROM (o.broker_order_id, o.perm_id)""",
         [*columns, whose.user_id],
     )
 

@@ -38,7 +38,7 @@ __all__ = [
     "watch",
 ]
 
-# Below the default stale_seconds of accounts, so that what works is known to work before it is stale.
+# Below the default stale_seconds of accounts: what works is known to work before it is stale.
 RECONCILE_EVERY_SECONDS = 240
 # Between two questions, where one was not enough.
 ASK_AGAIN_SECONDS = 5
@@ -264,7 +264,7 @@ class _Comparison:
         rows = self.conn.execute(
             "SELECT order_id, derived FROM orders_derived(%s, %s)", [self.whose.user_id, orders]
         ).fetchall()
-        derived = dict(rows)
+        derived: dict[UUID, Any] = dict(rows)
         return [d._replace(derived=derived.get(d.order_id)) if d.order_id else d for d in found]
 
     def books(self) -> list[Difference]:
@@ -365,7 +365,7 @@ def due_reconciliations(
            CROSS JOIN LATERAL (
                SELECT max(b.claimed_at) FILTER (WHERE b.outcome = 'SENT') AS asked_at,
                       max(b.created_at) AS tried_at,
-                      bool_or(b.done_at IS NULL AND (b.claimed_by IS NULL OR b.claimed_by = l.holder))
+                      bool_or(b.done_at IS NULL AND coalesce(b.claimed_by = l.holder, true))
                           AS is_waiting
                FROM broker_command b JOIN broker_lease l
                  ON l.user_id = b.user_id AND l.account = b.account
@@ -439,16 +439,17 @@ def mark_stale(conn: Connection, user_id: UUID, account: str, now: datetime) -> 
 
 
 def watch(conn: Connection, user_id: UUID, now: datetime) -> None:
-    """Look after a user's accounts: compare what was answered, mark what is stale, ask what is due."""
-    rows = conn.execute(
-        "SELECT account FROM broker_account WHERE user_id = %s ORDER BY account", [user_id]
-    ).fetchall()
-    for (account,) in rows:
-        reconcile(conn, user_id, account, now)
-        if mark_stale(conn, user_id, account, now):
-            request_snapshot(conn, user_id, account, "STALE")
-    for due in due_reconciliations(conn, now, user_id=user_id):
-        request_snapshot(conn, *due)
+    """Compare what was answered, mark what is stale, and ask what is due, of a user's accounts."""
+    with translated():
+        rows = conn.execute(
+            "SELECT account FROM broker_account WHERE user_id = %s ORDER BY account", [user_id]
+        ).fetchall()
+        for (account,) in rows:
+            reconcile(conn, user_id, account, now)
+            if mark_stale(conn, user_id, account, now):
+                request_snapshot(conn, user_id, account, "STALE")
+        for due in due_reconciliations(conn, now, user_id=user_id):
+            request_snapshot(conn, *due)
 
 
 def on_start(conn: Connection, user_id: UUID, now: datetime) -> None:
