@@ -158,7 +158,9 @@ RETURN jsonb_strip_nulls(jsonb_build_object(
     'symbol', o.symbol, 'side', o.side, 'quantity', o.quantity, 'order_type', o.order_type,
     'time_in_force', o.time_in_force, 'limit_price', o.limit_price,
     'stop_price', o.stop_price, 'account', o.account, 'purpose', o.purpose,
-    'recovered', nullif(o.recovered, false), 'trail_amount', o.trail_amount,
+    'recovered', nullif(o.recovered, false),
+    -- Of what was born NEW it goes without saying, and who is over tells it by an event.
+    'status', CASE WHEN o.status = 'PENDING' THEN o.status END, 'trail_amount', o.trail_amount,
     'trail_percent', o.trail_percent, 'expire_at', event_moment(o.expire_at),
     'reference_price', o.reference_price, 'client_order_id', o.client_order_id,
     'reject_source', o.reject_source, 'reject_code', o.reject_code,

@@ -8,9 +8,12 @@ from decimal import Decimal
 from typing import Any
 from uuid import UUID, uuid4
 
+from market_days import FRI, MON, THU, TUE, WED, a_bar, a_plan, a_run, close_on
 from psycopg.types.json import Jsonb
 
 from engine.db.connect import Connection
+from engine.runs import Run, find_run
+from engine.tick import run_tick
 
 # A Monday, in the session of New York.
 MONDAY = datetime(2024, 1, 8, 15, tzinfo=UTC)
@@ -102,7 +105,12 @@ class Book:
             self.heard(
                 "EXECUTION",
                 event_at or self.at,
-                {"quantity": quantity.lstrip("-"), "price": price},
+                {
+                    "quantity": quantity.lstrip("-"),
+                    "price": price,
+                    "symbol": symbol,
+                    "side": "SELL" if quantity.startswith("-") else "BUY",
+                },
                 order_ref=str(order_id),
                 execution_id=execution_id,
             )
@@ -183,21 +191,73 @@ class Book:
     def pnl(self, columns: str, symbol: str = "AAPL") -> tuple[Any, ...]:
         """Columns of position_pnl."""
         return self.one(
-            f"SELECT {columns} FROM position_pnl WHERE user_id = %s AND run_id = %s AND symbol = %s",
+            f"""SELECT {columns} FROM position_pnl
+                WHERE user_id = %s AND run_id = %s AND symbol = %s""",
             *self.key,
             symbol,
         )
 
-    def lots(self, symbol: str = "AAPL") -> list[tuple[Decimal, Decimal]]:
+    def lots(self, symbol: str = "AAPL") -> list[Any]:
         """Quantity and cost of the open lots."""
         return self.conn.execute(
             "SELECT quantity, cost FROM position_lots(%s, %s, %s)", [*self.key, symbol]
         ).fetchall()
 
-    def days(self) -> list[tuple[str, Decimal, Decimal, Decimal | None]]:
+    def days(self) -> list[Any]:
         """Session, realised, commission and total by day."""
         return self.conn.execute(
             """SELECT session_date::text, realized_pnl, commission, total_pnl FROM pnl_daily
                WHERE user_id = %s AND run_id = %s ORDER BY session_date""",
             self.key,
         ).fetchall()
+
+
+def a_life(conn: Connection) -> Run:
+    """A run with everything that can happen on paper."""
+    run = a_run(conn, account_type="MARGIN", name="life", paper={"seed": 3})
+    a_plan(conn, run)
+    key = [run.user_id, run.run_id]
+    conn.execute(
+        """INSERT INTO risk_limit (user_id, run_id, kind, limit_value)
+           VALUES (%s, %s, 'MAX_POSITION', 500)""",
+        key,
+    )
+    place = """INSERT INTO orders (user_id, run_id, symbol, side, quantity, order_type, limit_price,
+                                   stop_price, trail_amount, time_in_force, logical_time)
+               VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)"""
+    run_tick(conn, *key, close_on(MON), [a_bar(MON), a_bar(MON, symbol="IBM")])
+    conn.execute(
+        """INSERT INTO corporate_action (symbol, ex_date, numerator, denominator)
+           VALUES ('AAPL', %s, 2, 1)""",
+        [THU],
+    )
+    at = close_on(MON)
+    for order in (
+        ("IBM", "BUY", 10, "MARKET", None, None, None, "DAY"),
+        ("IBM", "BUY", 0, "MARKET", None, None, None, "DAY"),
+        ("AAPL", "BUY", 3, "LIMIT", 50, None, None, "GTC"),
+        ("AAPL", "SELL", 2, "TRAIL", None, None, 20, "GTC"),
+        ("IBM", "SELL", 15, "STOP", None, 95, None, "GTC"),
+        ("IBM", "BUY", 1, "LIMIT", 40, None, None, "DAY"),
+        ("IBM", "BUY", 1, "STOP_LIMIT", 60, 104, None, "GTC"),
+    ):
+        conn.execute(place, [*key, *order, at])
+    for day, prices in ((TUE, "100 110 98 105"), (WED, "105 130 104 128"), (THU, "64 66 60 61")):
+        ibm = a_bar(day, "104 106 90 96", symbol="IBM")
+        run_tick(conn, *key, close_on(day), [a_bar(day, prices), ibm])
+    # A mark outside of a tick, and something in the strategy's memory.
+    conn.execute(
+        """UPDATE position SET mark_price = 62.5, marked_at = %s
+           WHERE user_id = %s AND run_id = %s AND symbol = 'AAPL'""",
+        [close_on(THU) + timedelta(hours=1), *key],
+    )
+    conn.execute(
+        "INSERT INTO mtm_ledger (user_id, run_id, logical_time) VALUES (%s, %s, %s)",
+        [*key, close_on(THU) + timedelta(hours=1)],
+    )
+    conn.execute(
+        """UPDATE engine_state SET state = '{"seen": 1.50}' WHERE user_id = %s AND run_id = %s""",
+        key,
+    )
+    run_tick(conn, *key, close_on(FRI), [a_bar(FRI, "61 63 58 59"), a_bar(FRI, symbol="IBM")])
+    return find_run(conn, run.run_id)

@@ -1,0 +1,83 @@
+"""What is left after a crash: snapshots and the events after them."""
+
+from __future__ import annotations
+
+import pytest
+from traded_books import Book, a_life
+
+from engine.db.connect import Connection
+from engine.rebuild import fold
+from engine.runs import Run, find_run
+
+
+def the_books(conn: Connection, run: Run) -> tuple[object, ...]:
+    """The same as the tables have them, without what the ledger doesn't tell."""
+    return (
+        find_run(conn, run.run_id).cash,
+        conn.execute(
+            """SELECT order_id, status, status_at, status_reason, reject_code, quantity,
+                      filled_quantity, filled_notional, limit_price, reference_price
+               FROM orders WHERE user_id = %s AND run_id = %s ORDER BY order_id""",
+            [run.user_id, run.run_id],
+        ).fetchall(),
+        conn.execute(
+            """SELECT symbol, quantity, cost_basis, realized_pnl FROM position
+               WHERE user_id = %s AND run_id = %s ORDER BY symbol""",
+            [run.user_id, run.run_id],
+        ).fetchall(),
+    )
+
+
+def told(conn: Connection, run: Run, seq: int) -> tuple[object, ...]:
+    """What a fold says of the same, in the tables' types."""
+    books = fold(conn, run, seq)
+    return (
+        books.cash,
+        conn.execute(
+            """SELECT (o).order_id, (o).status, (o).status_at, (o).status_reason, (o).reject_code,
+                      (o).quantity, (o).filled_quantity, (o).filled_notional, (o).limit_price,
+                      (o).reference_price
+               FROM unnest(%s::text[]::orders[]) o ORDER BY 1""",
+            [list(books.orders)],
+        ).fetchall(),
+        conn.execute(
+            """SELECT (p).symbol, (p).quantity, (p).cost_basis, (p).realized_pnl
+               FROM unnest(%s::text[]::public.position[]) p ORDER BY 1""",
+            [list(books.positions)],
+        ).fetchall(),
+    )
+
+
+def newest(conn: Connection, run: Run) -> int:
+    row = conn.execute(
+        "SELECT max(seq) FROM event_ledger WHERE user_id = %s AND run_id = %s",
+        [run.user_id, run.run_id],
+    ).fetchone()
+    assert row is not None
+    return int(row[0])
+
+
+@pytest.mark.scenario("SNAPSHOT-DIVERGENCE")
+def test_snapshot_plus_tail_events_equals_full_replay(owner_conn: Connection) -> None:
+    """From every event on: the books there, and the events after it, come to the same end."""
+    run = a_life(owner_conn)
+    last = newest(owner_conn, run)
+    whole = fold(owner_conn, run, last)
+    assert last > 20
+    for seq in range(last + 1):
+        snapshot = fold(owner_conn, run, seq)
+        assert fold(owner_conn, run, last, snapshot) == whole, f"after event {seq}"
+    assert told(owner_conn, run, last) == the_books(owner_conn, run)
+
+
+def test_a_snapshot_of_a_run_at_a_broker_holds_too(conn: Connection) -> None:
+    book = Book(conn, broker="dummy")
+    book.trade("10", "100.50")
+    book.bust(book.trade("5", "200"), "5", "200")
+    book.trade("-14", "101")
+    run = find_run(conn, book.run_id)
+    last = newest(conn, run)
+    whole = fold(conn, run, last)
+    for seq in range(last + 1):
+        assert fold(conn, run, last, fold(conn, run, seq)) == whole
+    assert told(conn, run, last) == the_books(conn, run)
