@@ -271,20 +271,33 @@ class _Comparison:
         """How executions, positions and cash differ."""
         row = self.conn.execute("SELECT account_run(%s, %s)", [*self.whose]).fetchone()
         run_id = row[0] if row else None
+        parts = ["executions"] if self._fills_wait() else list(_OF_BOOKS)
         return [
             Difference(kind, run_id, None, subject, None, "ALERTED", reason, ours, theirs)._replace(
                 derived=derived
             )
-            for part, (kind, reason) in _OF_BOOKS.items()
+            for part in parts
+            for kind, reason in [_OF_BOOKS[part]]
             for subject, ours, theirs, derived in self._rows(
                 f"SELECT subject, ours, brokers, derived FROM reconcile_{part}(%s, %s, %s)"
             )
         ]
 
+    def _fills_wait(self) -> bool:
+        """Whether fills have arrived since, of which the broker's holdings may know already."""
+        row = self.conn.execute(
+            """SELECT EXISTS (SELECT FROM broker_event
+                              WHERE user_id = %s AND account = %s AND applied_at IS NULL
+                                AND kind IN ('EXECUTION', 'BUST', 'COMMISSION'))""",
+            [*self.whose],
+        ).fetchone()
+        return row is not None and bool(row[0])
+
     def finish(self, found: Sequence[Difference], runs: set[UUID]) -> None:
         """Store what was found, tell of what is new, and end the question that is answered."""
         self._store(found)
-        note(self.conn, self.whose, [d for d in found if d.key not in self._before], runs)
+        news = [d for d in found if d.key not in self._before]
+        note(self.conn, self.whose, news, runs, self.facts.last_number)
         self.conn.execute(
             """UPDATE orders SET pending_reconcile = false
                WHERE user_id = %s AND account = %s AND pending_reconcile AND run_id = ANY(%s)
