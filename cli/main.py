@@ -30,6 +30,7 @@ from cli import (
     order,
     pnl,
     position,
+    reconcile,
     replay,
     report,
     schedule,
@@ -84,6 +85,7 @@ app.command("schedule", rich_help_panel=_RUNS)(schedule.schedule)
 app.command("up", rich_help_panel=_BROKERS)(up.up)
 app.command("work", rich_help_panel=_BROKERS)(work.work)
 app.command("connect", rich_help_panel=_BROKERS)(connect.connect)
+app.command("reconcile", rich_help_panel=_BROKERS)(reconcile.reconcile)
 app.command("equity", rich_help_panel=_LOOK)(equity.equity)
 app.command("pnl", rich_help_panel=_LOOK)(pnl.pnl)
 app.command("report", rich_help_panel=_LOOK)(report.report)

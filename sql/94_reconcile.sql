@@ -571,28 +571,35 @@ $$;
 
 COMMENT ON FUNCTION orders_derived IS 'Status and fills of orders as the ledger tells them.';
 
--- Orders in a contract that is no longer what it was, of which nothing else says that they are
--- over.
+-- Contracts that are no longer what they were, and orders in them of which nothing else says that
+-- they are over.
 CREATE FUNCTION reconcile_contracts(of_user uuid, of_account text, of_snapshot uuid)
 RETURNS SETOF order_difference
 LANGUAGE sql STABLE ROWS 10 SET search_path = public, pg_temp AS $$
-    SELECT DISTINCT ON (o.order_id)
-           'CONTRACT_CHANGED', o.run_id, o.order_id, o.order_id::text, NULL, 'CANCEL_SENT',
-           format('%s is %s from now on', o.symbol, e.payload ->> 'new_symbol'),
-           order_difference_ours(o), e.payload, NULL::uuid, NULL, NULL::bigint, NULL::bigint
-    FROM snapshot_facts(of_user, of_account, of_snapshot) s
-    JOIN broker_event e ON e.user_id = of_user AND e.account = of_account
-                       AND e.kind = 'CONTRACT_CHANGED' AND e.number < s.first_number
+    WITH changed AS (
+        SELECT e.number, e.received_at, e.payload
+        FROM snapshot_facts(of_user, of_account, of_snapshot) s
+        JOIN broker_event e ON e.user_id = of_user AND e.account = of_account
+                           AND e.kind = 'CONTRACT_CHANGED' AND e.number < s.first_number
+        WHERE e.number > coalesce((SELECT max(r.up_to_number) FROM reconciliation r
+                                   WHERE r.user_id = of_user AND r.account = of_account), 0)
+    )
+    SELECT 'CONTRACT_CHANGED', account_run(of_user, of_account), NULL::uuid,
+           c.payload ->> 'symbol', NULL, 'ALERTED', 'it is ' || (c.payload ->> 'new_symbol')
+           || ' from now on', NULL::jsonb, c.payload, NULL::uuid, NULL, NULL::bigint, NULL::bigint
+    FROM changed c
+    UNION ALL
+    SELECT DISTINCT 'CONTRACT_CHANGED', o.run_id, o.order_id, o.order_id::text, NULL, 'CANCEL_SENT',
+           'its symbol is another from now on', order_difference_ours(o), NULL::jsonb, NULL::uuid,
+           NULL, NULL::bigint, NULL::bigint
+    FROM changed c
     JOIN orders o ON o.user_id = of_user AND o.account = of_account
-                 AND o.symbol = e.payload ->> 'symbol' AND o.recorded_at < e.received_at
+                 AND o.symbol = c.payload ->> 'symbol' AND o.recorded_at < c.received_at
                  AND o.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED', 'PENDING_CANCEL')
-    WHERE e.number > coalesce((SELECT max(r.up_to_number) FROM reconciliation r
-                               WHERE r.user_id = of_user AND r.account = of_account), 0)
-    ORDER BY o.order_id, e.number DESC
 $$;
 
 COMMENT ON FUNCTION reconcile_contracts IS
-    'Open orders in a symbol that has changed since the last reconciliation.';
+    'Symbols that have changed since the last reconciliation, and the open orders in them.';
 
 -- --- Executions, positions, cash ------------------------------------------------------------
 
