@@ -30,6 +30,7 @@ from cli import (
     report,
     schedule,
     sip,
+    status,
     tick,
     user,
     work,
@@ -79,6 +80,8 @@ app.command("schedule", rich_help_panel=_RUNS)(schedule.schedule)
 app.command("work", rich_help_panel=_BROKERS)(work.work)
 app.command("connect", rich_help_panel=_BROKERS)(connect.connect)
 app.command("equity", rich_help_panel=_LOOK)(equity.equity)
+app.command("status", rich_help_panel=_LOOK)(status.status)
+app.command("health", rich_help_panel=_LOOK)(status.health)
 app.command("pnl", rich_help_panel=_LOOK)(pnl.pnl)
 app.command("report", rich_help_panel=_LOOK)(report.report)
 app.command("bench", rich_help_panel=_LOOK)(bench.bench)
