@@ -64,9 +64,11 @@ def _serve(dsn: str, user: str, account: str) -> Ended:
     from engine.brokers.connector import connect as serve
     from engine.brokers.sessions import prepare
     from engine.clock import utc_now
+    from engine.reads import find_user
 
     with acting(dsn) as conn:
-        user_id = prepare(conn, user, account, utc_now().date())
+        user_id = find_user(conn, user).user_id
+        prepare(conn, user_id, account, utc_now().date())
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     note(f"Serving account {account}; Ctrl-C ends it.")
     jitter = random.Random().random

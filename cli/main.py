@@ -14,6 +14,7 @@ import typer
 
 from cli import (
     account,
+    alert,
     audit,
     bench,
     broker,
@@ -23,6 +24,9 @@ from cli import (
     demo,
     equity,
     errors,
+    flatten,
+    halt,
+    limit,
     order,
     pnl,
     position,
@@ -71,7 +75,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-_START, _RUNS, _LOOK, _SET_UP = "Start here", "Runs", "Look", "Set up"
+_START, _RUNS, _SAFETY, _LOOK, _SET_UP = "Start here", "Runs", "Safety", "Look", "Set up"
 _BROKERS = "Brokers"
 app.command("demo", rich_help_panel=_START)(demo.demo)
 app.command("tick", rich_help_panel=_RUNS)(tick.tick)
@@ -85,6 +89,10 @@ app.command("health", rich_help_panel=_LOOK)(status.health)
 app.command("pnl", rich_help_panel=_LOOK)(pnl.pnl)
 app.command("report", rich_help_panel=_LOOK)(report.report)
 app.command("bench", rich_help_panel=_LOOK)(bench.bench)
+app.command("flatten", rich_help_panel=_SAFETY)(flatten.flatten)
+app.add_typer(halt.app, rich_help_panel=_SAFETY)
+app.add_typer(limit.app, rich_help_panel=_SAFETY)
+app.add_typer(alert.app, rich_help_panel=_SAFETY)
 app.add_typer(runs.app, rich_help_panel=_RUNS)
 app.add_typer(sip.app, rich_help_panel=_RUNS)
 app.add_typer(audit.app, rich_help_panel=_LOOK)

@@ -9,6 +9,7 @@ import typer
 from cli.completion import complete_run, complete_strategy, complete_symbol
 
 __all__ = [
+    "By",
     "Calendar",
     "Dsn",
     "Json",
@@ -87,6 +88,10 @@ SymbolFilter = Annotated[
         autocompletion=complete_symbol,
         show_default=False,
     ),
+]
+By = Annotated[
+    str | None,
+    typer.Option("--by", metavar="NAME", help="Who does it.", show_default="the login's name"),
 ]
 Limit = Annotated[int, typer.Option("--limit", metavar="N", min=1, help="Rows to show at most.")]
 Strategy = Annotated[

@@ -45,7 +45,7 @@ def work(
     where = owner_dsn(dsn)
     if once:
         with acting(where) as conn:
-            words = work_through(conn, taken)
+            words = work_through(conn, taken).words
         _report(words, as_json=as_json)
         return
     with acting(where):

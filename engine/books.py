@@ -6,6 +6,7 @@ a write whose cash or market value isn't what the ledger makes of it is refused.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from decimal import Decimal
@@ -26,7 +27,7 @@ _COST_DECIMALS = 12
 _AVERAGE_DECIMALS = 10
 
 # One statement, so that all of it is of one moment.
-_READ = f"""
+_READ_FROM = f"""
     SELECT r.cash, s.last_logical_time, s.state, h.seq, h.logical_time,
            (SELECT jsonb_agg(jsonb_build_array(p.symbol, p.quantity::text, p.cost_basis::text,
                                                p.avg_cost::text, p.mark_price::text, p.marked_at))
@@ -41,19 +42,29 @@ _READ = f"""
                        d.plan, d.symbol, d.amount::text, d.missed_policy, d.occasion, d.planned_on,
                        d.next_open_at, d.session_date, d.open_at, d.close_at))
             FROM sip_due(r.user_id, r.run_id, u.upto) d WHERE u.upto IS NOT NULL),
+           ARRAY(SELECT a.symbol FROM sip_plan a
+                 WHERE a.user_id = r.user_id AND a.run_id = r.run_id AND a.status = 'ACTIVE'),
            t.*, {", ".join(f"r.{column}" for column in RUN_COLUMNS)}
-    FROM strategy_run r
+    FROM {{keys}}
+    JOIN strategy_run r ON r.user_id = k.user_id AND r.run_id = k.run_id
     LEFT JOIN engine_state s ON s.user_id = r.user_id AND s.run_id = r.run_id
     LEFT JOIN LATERAL (SELECT l.seq, l.logical_time FROM event_ledger l
                        WHERE l.user_id = r.user_id AND l.run_id = r.run_id
                        ORDER BY l.seq DESC LIMIT 1) h ON true
     LEFT JOIN LATERAL (SELECT {TOLD} FROM event_ledger l
                        WHERE l.user_id = r.user_id AND l.run_id = r.run_id
-                         AND l.logical_time = %(at)s AND l.event_type = 'TICK' AND l.subject = ''
+                         AND l.logical_time = k.at AND l.event_type = 'TICK' AND l.subject = ''
                       ) t ON true
-    LEFT JOIN LATERAL (SELECT (calendar_session_at(r.calendar, %(at)s)).session_date AS upto
-                       WHERE r.strategy = 'sip') u ON true
-    WHERE r.user_id = %(user)s AND r.run_id = %(run)s"""
+    LEFT JOIN LATERAL (SELECT (calendar_session_at(r.calendar, k.at)).session_date AS upto
+                       WHERE r.strategy = 'sip') u ON true"""
+_READ = _READ_FROM.format(
+    keys="(SELECT %(user)s::uuid AS user_id, %(run)s::uuid AS run_id,"
+    " %(at)s::timestamptz AS at) AS k"
+)
+_READ_MANY = _READ_FROM.format(
+    keys="unnest(%(users)s::uuid[], %(runs)s::uuid[], %(ats)s::timestamptz[])"
+    " AS k (user_id, run_id, at)"
+)
 
 _OPEN_ORDERS = """
     SELECT status, reserved_cash,
@@ -167,13 +178,15 @@ class Opened(NamedTuple):
     """A run and its books at one moment, and what its TICK at a logical time told, if any.
 
     ``due`` is a session and the occasions of its plans that are due at it, where its strategy
-    carries them out and the session is stored.
+    carries them out and the session is stored. ``symbols`` are those that the run holds, has
+    ordered or plans to buy.
     """
 
     run: Run
     books: Books
-    told: Told | None
-    due: tuple[date, tuple[SipDue, ...]] | None
+    told: Told | None = None
+    due: tuple[date, tuple[SipDue, ...]] | None = None
+    symbols: frozenset[str] = frozenset()
 
 
 def open_books(conn: Connection, user_id: UUID, run_id: UUID, at: datetime | None = None) -> Opened:
@@ -181,20 +194,38 @@ def open_books(conn: Connection, user_id: UUID, run_id: UUID, at: datetime | Non
     row = conn.execute(_READ, {"at": at, "user": user_id, "run": run_id}, prepare=True).fetchone()
     if row is None:
         raise BadInput(f"user {user_id} has no run {run_id}; `oms run list` shows the runs")
-    books, (told, run) = Books(), (row[9:14], run_of(row[14:]))
+    return _opened(conn, row)
+
+
+def open_many(conn: Connection, keys: Sequence[tuple[UUID, UUID, datetime]]) -> dict[UUID, Opened]:
+    """Read several runs as ``open_books`` does, by run; ``keys`` are users, runs and times.
+
+    Unknown runs are left out.
+    """
+    users, runs, times = zip(*keys, strict=True) if keys else ((), (), ())
+    rows = conn.execute(
+        _READ_MANY, {"users": [*users], "runs": [*runs], "ats": [*times]}, prepare=True
+    ).fetchall()
+    opened = (_opened(conn, row) for row in rows)
+    return {each.run.run_id: each for each in opened}
+
+
+def _opened(conn: Connection, row: tuple[Any, ...]) -> Opened:
+    books, told, run = Books(), row[10:15], run_of(row[15:])
     books.last_tick, books.state = row[1], row[2] or {}
     _take_up(conn, run, books, row)
     if books.last_tick is None and books.head:
         first = conn.execute(
             """SELECT logical_time FROM event_ledger
                WHERE user_id = %s AND run_id = %s ORDER BY seq LIMIT 1""",
-            [user_id, run_id],
+            [run.user_id, run.run_id],
         ).fetchone()
         books.began = first[0] if first else None
     due = None
     if row[7] is not None:
         due = row[7], tuple(_due(run.calendar, *occasion) for occasion in row[8] or ())
-    return Opened(run, books, None if told[0] is None else Told(*told), due)
+    symbols = frozenset(books.symbols().union(row[9]))
+    return Opened(run, books, None if told[0] is None else Told(*told), due, symbols)
 
 
 def read_books(conn: Connection, run: Run) -> Books:

@@ -5,12 +5,13 @@ The environment is read at each call, never at import, so that a test or a calle
 
 from __future__ import annotations
 
+import getpass
 import os
 from pathlib import Path
 
 import platformdirs
 
-__all__ = ["configured_dsn", "home", "log_folder"]
+__all__ = ["configured_dsn", "home", "log_folder", "operator"]
 
 _ROOT_HOME = Path("/var/lib/oms")
 
@@ -51,3 +52,11 @@ def configured_dsn() -> str | None:
     if any(os.environ.get(name) for name in _PLACE_VARIABLES):
         return ""
     return None
+
+
+def operator() -> str:
+    """Who works with this installation: the login's name, or its number where it has none."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):
+        return str(os.geteuid())

@@ -130,7 +130,7 @@ def _settle_commands(conn: Connection, whose: Subject, found: Sequence[Differenc
 def _record_ids(
     conn: Connection, whose: Subject, found: Sequence[Difference], at: datetime
 ) -> None:
-    named = [d for d in found if d.broker_order_id or d.perm_id]
+    named = [d for d in found if d.order_id and (d.broker_order_id or d.perm_id)]
     columns: list[Any] = [
         [d.run_id for d in named],
         [d.order_id for d in named],
@@ -182,13 +182,16 @@ def _take_terms(conn: Connection, whose: Subject, taken: Sequence[Difference]) -
 def _move(conn: Connection, whose: Subject, moved: Sequence[Difference]) -> None:
     """Move orders; where a modification turned out to have arrived, on its terms."""
     conn.execute(
-        f"""UPDATE orders o SET status = d.status, status_reason = d.reason, {_TERMS}
+        f"""UPDATE orders o
+            SET status = d.status, status_reason = d.reason,
+                reject_source = CASE WHEN d.status = 'REJECTED' THEN 'BROKER' END,
+                reject_code = CASE WHEN d.status = 'REJECTED' THEN d.reason END, {_TERMS}
             FROM unnest(%s::uuid[], %s::uuid[], %s::text[], %s::text[], %s::uuid[])
                  AS d (run_id, order_id, status, reason, command_id)
             LEFT JOIN broker_command c
                    ON c.user_id = %s AND c.account = %s AND c.command_id = d.command_id
             WHERE o.user_id = %s AND o.run_id = d.run_id AND o.order_id = d.order_id
-              AND (o.status <> d.status)""",
+              AND o.status <> d.status""",
         [
             [d.run_id for d in moved],
             [d.order_id for d in moved],

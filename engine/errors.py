@@ -204,6 +204,7 @@ RULES: dict[str, Rule] = {
             "broker_account_account_format",
             "broker_account_broker_format",
             "broker_account_currency_format",
+            "broker_account_time_zone_known",
             "broker_event_kind_format",
             "execution_commission_known_currency",
             "system_halt_name_format",

@@ -68,6 +68,10 @@ class Applied:
     events: int = 0
     codes: list[str] = field(default_factory=list)
     runs: set[UUID] = field(default_factory=set)
+    # Filled orders that flatten, with their runs.
+    flattened: set[tuple[UUID, UUID]] = field(default_factory=set)
+    # Whether there were words about the connection or the account.
+    of_account: bool = False
 
 
 class _Row(NamedTuple):
@@ -263,6 +267,7 @@ class _Batch:
     def _hear(self, row: _Row) -> Verdict:
         heard = row.heard
         if heard.kind not in _OF_ORDERS:
+            self.applied.of_account = True
             return self._hear_account(heard)
         order_id = self._order_of(row)
         order = self.orders.get(order_id) if order_id is not None else None
@@ -292,6 +297,8 @@ class _Batch:
 
     def _keep(self, order: OrderState, heard: Heard, verdict: Verdict) -> None:
         """Remember what is to be written of an order."""
+        if order.purpose == "FLATTEN" and heard.kind == "EXECUTION":
+            self.applied.flattened.add((order.run_id, order.order_id))
         for effect in verdict.effects:
             if isinstance(effect, Tell):
                 facts = {"order_id": order.order_id, "symbol": order.symbol, **effect.facts}

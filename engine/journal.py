@@ -8,24 +8,38 @@ and times that go in are known to need no quoting. Whatever people may have writ
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from decimal import Decimal
+from select import POLLIN, poll
 from typing import Any
 from uuid import UUID
+from weakref import WeakSet
+
+import psycopg
+from psycopg.pq import ConnStatus, ExecStatus, TransactionStatus
+from psycopg.pq.abc import PGconn, PGresult
 
 from engine.db.connect import Connection
 from engine.ledger import Told
 from engine.orders.model import Fill, Order
 
-_TICKS_WRITE = """SELECT ticks_write(
-    %s::uuid, %s::uuid, %s::bigint, %s::jsonb,
-    %s::timestamptz[], %s::text[], %s::text[], %s::jsonb[],
-    %s::timestamptz[], %s::uuid[], %s::text[], %s::text[], %s::numeric[], %s::text[], %s::text[],
-    %s::numeric[], %s::timestamptz[], %s::numeric[], %s::text[], %s::numeric[], %s::numeric[],
-    %s::timestamptz[],
-    %s::timestamptz[], %s::numeric[], %s::numeric[],
-    %s::timestamptz, %s::numeric)"""
+_CALL = """SELECT ticks_write(
+    {}::uuid, {}::uuid, {}::bigint, {}::jsonb,
+    {}::timestamptz[], {}::text[], {}::text[], {}::jsonb[],
+    {}::timestamptz[], {}::uuid[], {}::text[], {}::text[], {}::numeric[], {}::text[], {}::text[],
+    {}::numeric[], {}::timestamptz[], {}::numeric[], {}::text[], {}::numeric[], {}::numeric[],
+    {}::timestamptz[],
+    {}::timestamptz[], {}::numeric[], {}::numeric[],
+    {}::timestamptz, {}::numeric)"""
+_PARAMETERS = _CALL.count("{}")
+_TICKS_WRITE = _CALL.format(*["%s"] * _PARAMETERS)
+# The same, prepared by us under a name of ours.
+_NAME = b"oms_ticks_write"
+_PREPARED = _CALL.format(*[f"${place}" for place in range(1, _PARAMETERS + 1)]).encode()
+_has_prepared: WeakSet[Connection] = WeakSet()
+
+Taken = list[str | None]
 
 
 class Journal:
@@ -159,35 +173,128 @@ class Journal:
         *,
         now: datetime | None,
         lag_seconds: Decimal | None,
-    ) -> list[Any]:
+    ) -> Taken:
         """The parameters that write all of it; the journal is empty afterwards.
 
         ``state`` is the strategy's after the last tick, ``None`` where it stays what it is; ``now``
         the wall clock of a live tick, for the run's heartbeat.
         """
-        taken = [
-            user_id,
-            run_id,
-            self.head,
+        taken: Taken = [
+            str(user_id),
+            str(run_id),
+            str(self.head),
             None if state is None else json.dumps(dict(state)),
             *_columns(self._told, 4),
             *_columns(self._trades, 14),
             *_columns(self._ticks, 3),
-            now,
-            lag_seconds,
+            None if now is None else str(now),
+            None if lag_seconds is None else str(lag_seconds),
         ]
         self.head += len(self._told)
         self._clear()
         return taken
 
 
-def write(conn: Connection, taken: list[Any]) -> None:
+def write(conn: Connection, taken: Taken) -> None:
     """Write what was taken from a journal, in one statement.
 
     Raises Retryable when the run has moved since the journal was begun, and what the database
     refuses, in which case nothing is written.
     """
-    conn.execute(_TICKS_WRITE, taken, prepare=True)
+    if conn.info.transaction_status != TransactionStatus.IDLE:
+        conn.execute(_TICKS_WRITE, taken, prepare=True)
+        return
+    (failure,) = _written(conn, [taken], _write_one)
+    if failure is not None:
+        raise failure
+
+
+def write_each(conn: Connection, many: Sequence[Taken]) -> list[psycopg.Error | None]:
+    """Write what was taken from several runs' journals, each in a transaction of its own.
+
+    Returns for each why it was not written, or ``None``. They are sent together, so that none
+    costs a round trip of its own. The connection must be outside of a transaction.
+    """
+    return _written(conn, many, _write_in_pipeline) if many else []
+
+
+Parameters = list[bytes | None]
+Failures = list[psycopg.Error | None]
+
+
+def _written(
+    conn: Connection,
+    many: Sequence[Taken],
+    send: Callable[[PGconn, Sequence[Parameters], str], Failures],
+) -> Failures:
+    """Send it through libpq itself: a cursor costs more than all that it would do here."""
+    encoding = conn.info.encoding
+    sent = [[None if text is None else text.encode(encoding) for text in taken] for taken in many]
+    with conn.lock:
+        if conn not in _has_prepared:
+            _prepare(conn, encoding)
+        failures = send(conn.pgconn, sent, encoding)
+        # psycopg lets the server forget all that is prepared when a transaction is rolled back.
+        if isinstance(failures[0], psycopg.errors.InvalidSqlStatementName):
+            _prepare(conn, encoding)
+            failures = send(conn.pgconn, sent, encoding)
+    return failures
+
+
+def _prepare(conn: Connection, encoding: str) -> None:
+    failure = _failure(conn.pgconn.prepare(_NAME, _PREPARED), encoding)
+    if failure is not None:
+        raise failure
+    _has_prepared.add(conn)
+
+
+def _write_one(server: PGconn, sent: Sequence[Parameters], encoding: str) -> Failures:
+    (parameters,) = sent
+    # psycopg's types forget that a parameter may be NULL.
+    return [_failure(server.exec_prepared(_NAME, parameters), encoding)]  # type: ignore[arg-type]
+
+
+def _write_in_pipeline(server: PGconn, sent: Sequence[Parameters], encoding: str) -> Failures:
+    server.enter_pipeline_mode()
+    for parameters in sent:
+        server.send_query_prepared(_NAME, parameters)
+        # Ends the transaction: what was sent before it can't fail what is sent after it.
+        server.pipeline_sync()
+    failures = [_answer(server, encoding) for _ in sent]
+    if server.status == ConnStatus.OK:
+        server.exit_pipeline_mode()
+    return failures
+
+
+def _answer(server: PGconn, encoding: str) -> psycopg.Error | None:
+    """The answer to one statement of a pipeline, up to the end of its transaction."""
+    failure = None
+    try:
+        while True:
+            # Not left to get_result, which would keep all threads waiting.
+            while server.is_busy():
+                _await_word(server)
+            result = server.get_result()
+            if result is None:
+                continue
+            if result.status == ExecStatus.PIPELINE_SYNC:
+                return failure
+            failure = failure or _failure(result, encoding)
+    except psycopg.OperationalError as lost:
+        return failure or lost
+
+
+def _await_word(server: PGconn) -> None:
+    waiting = poll()
+    waiting.register(server.socket, POLLIN)
+    waiting.poll()
+    server.consume_input()
+
+
+def _failure(result: PGresult, encoding: str) -> psycopg.Error | None:
+    if result.status in (ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK):
+        return None
+    return psycopg.errors.error_from_result(result, encoding)
 
 
 def _columns(rows: Sequence[tuple[str, ...]], width: int) -> list[str]:

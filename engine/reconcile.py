@@ -173,7 +173,7 @@ def _facts(conn: Connection, whose: Subject, snapshot_id: UUID | None) -> Any:
     """What there is to know of the snapshot, as ``snapshot_facts`` says; ``None`` without one."""
     with conn.cursor(row_factory=namedtuple_row) as cursor:
         return cursor.execute(
-            """SELECT n.snapshot_id, f.*
+            """SELECT n.snapshot_id, f.is_whole, f.is_waiting, f.why, f.taken_at, f.last_number
                FROM (SELECT coalesce(%(snapshot)s, snapshot_newest(%(user_id)s, %(account)s)))
                     AS n (snapshot_id)
                CROSS JOIN LATERAL snapshot_facts(%(user_id)s, %(account)s, n.snapshot_id) f

@@ -14,7 +14,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
-from typing import Any
 from uuid import UUID
 
 from psycopg.pq import TransactionStatus
@@ -25,12 +24,13 @@ from engine.agenda import Agenda
 from engine.books import read_books
 from engine.db.connect import Connection
 from engine.errors import BadInput, Retryable, RuleViolation, StrategyFailed, translated
+from engine.journal import Taken
 from engine.market.model import Bar
 from engine.market.view import look
 from engine.reference import Reference
 from engine.runs import PAPER, find_run, lock_run, require_aware, require_running
 from engine.tick import run_tick
-from engine.work import Desk, NeedsSteps, Work, strategies_of
+from engine.work import Desk, Mode, NeedsSteps, Work, strategies_of
 
 BATCH_TICKS = 2_000
 FIRST_BATCH_TICKS = 125
@@ -176,9 +176,8 @@ class _AtOnce:
         if run.user_id != user_id or run.status != "RUNNING":
             raise NeedsSteps
         reference, books = Reference(conn, run.calendar), read_books(conn, run)
-        self._desk = Desk(
-            conn, run, books, reference, at_once=True, agenda=Agenda(conn, run, ahead=True)
-        )
+        agenda = Agenda(conn, run, ahead=True)
+        self._desk = Desk(conn, run, books, reference, Mode.AT_ONCE, agenda=agenda)
         self._strategy = strategies_of(run)
 
     def tick(self, at: datetime, bars: list[Bar]) -> None:
@@ -195,7 +194,7 @@ class _AtOnce:
             desk.books.state, desk.books.remembered = state
             raise
 
-    def take(self) -> list[Any]:
+    def take(self) -> Taken:
         """What writes the ticks that were worked out."""
         return self._desk.take()
 
@@ -211,9 +210,8 @@ def _tick_batch(conn: Connection, user_id: UUID, run_id: UUID, ticks: Ticks) -> 
             return 0
         require_running(run)
         reference, books = Reference(conn, run.calendar), read_books(conn, run)
-        desk = Desk(
-            conn, run, books, reference, trusting=True, agenda=Agenda(conn, run, ahead=True)
-        )
+        agenda = Agenda(conn, run, ahead=True)
+        desk = Desk(conn, run, books, reference, Mode.BATCH, agenda=agenda)
         strategy = strategies_of(run)
         for at, bars in new:
             Work(desk, strategy(), look(reference, at, bars)).tick()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any
 from uuid import UUID, uuid4
 
@@ -66,7 +68,13 @@ _COLUMNS = ", ".join(RUN_COLUMNS)
 def run_of(row: tuple[Any, ...]) -> Run:
     """The run that a row of RUN_COLUMNS is."""
     before, (paper, *after) = row[:7], row[7:]
-    return Run(*before, paper_settings(paper), *after)  # type: ignore[call-arg]
+    return Run(*before, _stored_settings(json.dumps(paper)), *after)  # type: ignore[call-arg]
+
+
+# They can't be changed, and nearly all runs have the same: they are checked once a process.
+@lru_cache(maxsize=256)
+def _stored_settings(paper: str) -> PaperSettings:
+    return paper_settings(json.loads(paper))
 
 
 def paper_settings(given: Mapping[str, Any]) -> PaperSettings:

@@ -10,33 +10,33 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import NamedTuple
 from uuid import UUID
 
+from engine.books import Opened, open_many
 from engine.clock import Clock, utc_now
 from engine.db.connect import Connection, pool, pooled
 from engine.errors import (
     BadInput,
     DatabaseUnavailable,
     EngineError,
-    Retryable,
     RunNotRunning,
     translated,
 )
-from engine.feeds import Needed, StoredPrices, needed_by, symbols_of
+from engine.feeds import StoredPrices, symbols_of
 from engine.market.calendar import ensure_sessions
 from engine.strategies.sip import ON_TIME_HOURS_MAX
-from engine.tick import run_tick
+from engine.tick import Planned, run_ticks
 
 # Planned times that one round takes up of one run; the next round goes on from there.
 CATCH_UP_TICKS_MAX = 500
-# Ticks for which what their runs need is read in one query.
-CHUNK_TICKS = 500
-# How often a tick is tried again at once after a deadlock or a lock timeout.
-ATTEMPTS_MAX = 3
+# Runs that are read together, and whose ticks are sent together: the last one of them is ticked on
+# what was read some milliseconds before.
+BATCH_RUNS_MAX = 32
 
 log = logging.getLogger(__name__)
 
@@ -115,38 +115,64 @@ def drive(conn: Connection, clock: Clock = utc_now, share: Share = ALL) -> Round
 
 def _take(conn: Connection, clock: Clock, planned: Sequence[Due], done: Round) -> None:
     prices = StoredPrices(conn)
-    for start in range(0, len(planned), CHUNK_TICKS):
-        chunk = planned[start : start + CHUNK_TICKS]
-        keys = {(each.user_id, each.run_id): None for each in chunk}
-        needed = needed_by(conn, list(keys))
-        for each in chunk:
-            if each.run_id in done.stuck:
-                continue
-            try:
-                # After a tick it may hold and have ordered something else.
-                known = needed.pop(each.run_id, None)
-                _tick(conn, each, known or _needed(conn, each), prices, clock(), done)
-            except RunNotRunning:
-                done.stuck[each.run_id] = "was stopped meanwhile"
-            except DatabaseUnavailable:
-                raise
-            except Exception as error:  # whatever it is, the other runs go on
-                done.stuck[each.run_id] = str(error)
-                log.error("run %s can't tick at %s: %r", each.run_id, each.planned_at, error)
+    for batch in _batches(planned, done):
+        opened = open_many(conn, [(each.user_id, each.run_id, each.planned_at) for each in batch])
+        ready: list[tuple[Planned, Opened]] = []
+        for each in batch:
+            with _others_go_on(each, done):
+                tick = _ready(conn, each, opened.get(each.run_id), prices, clock(), done)
+                if tick is not None:
+                    ready.append(tick)
+        by_run = {each.run_id: each for each in batch}
+        for (ticked, _), result in zip(ready, run_ticks(conn, ready), strict=True):
+            with _others_go_on(by_run[ticked.run_id], done):
+                if isinstance(result, Exception):
+                    raise result
+                done.ticks += not result.repeated
+                done.repeated += result.repeated
 
 
-def _needed(conn: Connection, planned: Due) -> Needed:
-    found = needed_by(conn, [(planned.user_id, planned.run_id)])
-    if planned.run_id not in found:
+def _batches(planned: Sequence[Due], done: Round) -> Iterator[list[Due]]:
+    """Ticks that are taken up together, in their order: no more than one of a run, none stuck."""
+    batch: dict[UUID, Due] = {}
+    for each in planned:
+        if each.run_id in done.stuck:
+            continue
+        if each.run_id in batch or len(batch) == BATCH_RUNS_MAX:
+            yield list(batch.values())
+            batch = {}
+        batch[each.run_id] = each
+    if batch:
+        yield list(batch.values())
+
+
+@contextmanager
+def _others_go_on(planned: Due, done: Round) -> Iterator[None]:
+    """Whatever becomes of a run, unless there is no database any more."""
+    try:
+        yield
+    except RunNotRunning:
+        done.stuck[planned.run_id] = "was stopped meanwhile"
+    except DatabaseUnavailable:
+        raise
+    except Exception as error:  # whatever it is, the other runs go on
+        done.stuck[planned.run_id] = str(error)
+        log.error("run %s can't tick at %s: %r", planned.run_id, planned.planned_at, error)
+
+
+def _ready(
+    conn: Connection,
+    planned: Due,
+    opened: Opened | None,
+    prices: StoredPrices,
+    now: datetime,
+    done: Round,
+) -> tuple[Planned, Opened] | None:
+    """A tick with its prices; ``None`` where it waits for some, which is noted."""
+    if opened is None:
         raise BadInput(f"run {planned.run_id} was deleted")
-    return found[planned.run_id]
-
-
-def _tick(
-    conn: Connection, planned: Due, needed: Needed, prices: StoredPrices, now: datetime, done: Round
-) -> None:
-    run = needed.run
-    symbols = symbols_of(conn, run, needed)
+    run = opened.run
+    symbols = symbols_of(conn, run, opened.symbols)
     bars = prices.at(run.calendar, planned.planned_at, symbols)
     missing = symbols - {bar.symbol for bar in bars}
     if missing and now - planned.planned_at <= timedelta(hours=ON_TIME_HOURS_MAX):
@@ -156,16 +182,8 @@ def _tick(
         )
         done.stuck[planned.run_id] = reason
         _note_waiting(conn, planned, reason, now)
-        return
-    for attempt in range(1, ATTEMPTS_MAX + 1):
-        try:
-            result = run_tick(conn, run.user_id, run.run_id, planned.planned_at, bars, now=now)
-            break
-        except Retryable:
-            if attempt == ATTEMPTS_MAX:
-                raise
-    done.ticks += not result.repeated
-    done.repeated += result.repeated
+        return None
+    return Planned(run.user_id, run.run_id, planned.planned_at, bars, now), opened
 
 
 def _note_waiting(conn: Connection, planned: Due, reason: str, now: datetime) -> None:

@@ -15,34 +15,39 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import date, datetime
+from datetime import datetime
 from decimal import Decimal
+from typing import NamedTuple
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
 from psycopg.pq import TransactionStatus
 
+from engine import journal as journals
 from engine.agenda import Agenda
-from engine.books import Books, open_books, read_books
+from engine.books import Books, Opened, open_books, read_books
 from engine.clock import utc_now
 from engine.db.connect import Connection
 from engine.errors import (
     BadInput,
+    DatabaseUnavailable,
     Retryable,
     RuleViolation,
     RunNotRunning,
     StrategyFailed,
     translated,
 )
+from engine.journal import Taken
 from engine.market.view import Prices, View, look
 from engine.orders import write
 from engine.outbox import wake
 from engine.reference import Reference
 from engine.runs import PAPER, Run, fail_run, lock_run, require_aware, require_running
-from engine.strategies.base import Intent, PlaceOrder, SipDue
+from engine.strategies.base import Intent, PlaceOrder
 from engine.work import (
     FILL_ROUNDS_MAX,
     Desk,
+    Mode,
     NeedsSteps,
     TickResult,
     Work,
@@ -53,13 +58,19 @@ from engine.work import (
 
 __all__ = [
     "FILL_ROUNDS_MAX",
+    "Planned",
     "TickResult",
     "log_mtm",
     "place_orders",
     "run_tick",
+    "run_ticks",
     "strategy_of",
     "try_execute_sip",
 ]
+
+
+# How often a tick of many is tried again after a deadlock or a lock timeout.
+ATTEMPTS_MAX = 3
 
 
 def run_tick(
@@ -86,13 +97,78 @@ def run_tick(
     logical_time = require_aware(logical_time, "logical_time")
     if not isinstance(prices, Mapping):
         prices = list(prices)  # they may be looked at twice
-    planned = _Planned(user_id, run_id, logical_time, prices, now, market_open, tuple(intents))
+    planned = Planned(user_id, run_id, logical_time, prices, now, market_open, tuple(intents))
     if conn.autocommit and conn.info.transaction_status == TransactionStatus.IDLE:
-        # Whatever goes wrong goes wrong again, in steps, where it is told apart.
-        with suppress(NeedsSteps, Retryable, RuleViolation, BadInput, StrategyFailed), translated():
+        with suppress(*_IN_STEPS), translated():
             return planned.at_once(conn)
-    with _whole_or_nothing(conn, user_id, run_id, now):
-        return planned.in_steps(conn)
+    return planned.in_steps(conn)
+
+
+def run_ticks(
+    conn: Connection, ticks: Sequence[tuple[Planned, Opened]]
+) -> list[TickResult | Exception]:
+    """Tick several runs, each once and in a transaction of its own; none waits for another's end.
+
+    Each comes with what was read of it, which needn't be so any more: what can't be written as it
+    was worked out is ticked by itself, as ``run_tick`` does it. Returns for each what ``run_tick``
+    would have returned or raised. The connection must be in autocommit, outside of a transaction.
+    """
+    kept = _kept.setdefault(conn, _Kept())
+    for planned, opened in ticks:
+        kept.reference(conn, opened.run).ask_anew(planned.logical_time)
+    done = [_worked_out(conn, kept, planned, opened) for planned, opened in ticks]
+    taken = [each.taken for each in done if each is not None and each.taken is not None]
+    with translated():
+        failures = iter(journals.write_each(conn, taken))
+    results: list[TickResult | Exception] = []
+    for (planned, _), each in zip(ticks, done, strict=True):
+        if each is None or (each.taken is not None and next(failures) is not None):
+            results.append(_by_itself(conn, planned))
+        else:
+            results.append(each.result)
+    return results
+
+
+class _WorkedOut(NamedTuple):
+    """A tick's result, and what writes it; ``None`` where that was done before."""
+
+    result: TickResult
+    taken: Taken | None
+
+
+def _worked_out(
+    conn: Connection, kept: _Kept, planned: Planned, opened: Opened
+) -> _WorkedOut | None:
+    """A tick that can be written at once; ``None`` for one that must be ticked by itself."""
+    if opened.told is not None:
+        told = TickResult.told(planned.logical_time, opened.told, repeated=True)
+        return _WorkedOut(told, None)
+    # A state may be put right by hand, which no event tells: it is read just before it is used.
+    if opened.books.state:
+        return None
+    with suppress(*_IN_STEPS), translated():
+        desk, view = planned.desk(conn, kept, opened)
+        result = planned.work_out(desk, view)
+        return _WorkedOut(result, desk.take(planned.beat(view)))
+    return None
+
+
+def _by_itself(conn: Connection, planned: Planned) -> TickResult | Exception:
+    """What becomes of a tick in steps; a deadlock or a lock timeout is tried again."""
+    attempts = 0
+    while True:
+        attempts += 1
+        try:
+            return planned.in_steps(conn)
+        except DatabaseUnavailable:
+            raise
+        except Exception as error:  # a user's code may raise anything; the other runs go on
+            if attempts == ATTEMPTS_MAX or not isinstance(error, Retryable):
+                return error
+
+
+# What goes wrong at once goes wrong again, in steps, where it is told apart.
+_IN_STEPS = (NeedsSteps, Retryable, RuleViolation, BadInput, StrategyFailed)
 
 
 class _Kept:
@@ -113,7 +189,7 @@ class _Kept:
             self.references[run.calendar] = Reference(conn, run.calendar)
         return self.references[run.calendar]
 
-    def opened(self, user_id: UUID, run_id: UUID, at: datetime) -> tuple[Run, Books] | None:
+    def opened(self, user_id: UUID, run_id: UUID, at: datetime) -> Opened | None:
         """The run and its books as its last tick here left them, if ``at`` is of its session."""
         run, books = self.run, self.books
         self.run = self.books = None
@@ -124,7 +200,7 @@ class _Kept:
         reference = self.references[run.calendar]
         if reference.session_at(at) != reference.session_at(books.last_tick):
             return None
-        return run, books
+        return Opened(run, books)
 
     def keep(self, run: Run, books: Books) -> None:
         self.run, self.books = run, books
@@ -134,16 +210,16 @@ _kept: WeakKeyDictionary[Connection, _Kept] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True)
-class _Planned:
-    """What a tick was called with."""
+class Planned:
+    """What a tick is called with: see ``run_tick``. ``logical_time`` is in UTC."""
 
     user_id: UUID
     run_id: UUID
     logical_time: datetime
     prices: Prices
-    now: datetime | None
-    market_open: bool | None
-    intents: Sequence[Intent]
+    now: datetime | None = None
+    market_open: bool | None = None
+    intents: Sequence[Intent] = ()
 
     def at_once(self, conn: Connection) -> TickResult:
         """Work out without a lock, write in one statement. Raises NeedsSteps if that can't be."""
@@ -151,44 +227,48 @@ class _Planned:
         known = kept.opened(self.user_id, self.run_id, self.logical_time)
         if known is not None:
             with suppress(Retryable, RuleViolation), translated():
-                return self._kept_tick(conn, kept, *known)
-        run, books, told, due = open_books(conn, self.user_id, self.run_id, self.logical_time)
-        if told is not None:
-            return TickResult.told(self.logical_time, told, repeated=True)
-        kept.reference(conn, run).ask_anew(self.logical_time)
-        return self._kept_tick(conn, kept, run, books, due)
+                return self._kept_tick(conn, kept, known)
+        opened = open_books(conn, self.user_id, self.run_id, self.logical_time)
+        if opened.told is not None:
+            return TickResult.told(self.logical_time, opened.told, repeated=True)
+        kept.reference(conn, opened.run).ask_anew(self.logical_time)
+        return self._kept_tick(conn, kept, opened)
 
-    def _kept_tick(
-        self,
-        conn: Connection,
-        kept: _Kept,
-        run: Run,
-        books: Books,
-        due: tuple[date, tuple[SipDue, ...]] | None = None,
-    ) -> TickResult:
-        if run.broker != PAPER:
+    def _kept_tick(self, conn: Connection, kept: _Kept, opened: Opened) -> TickResult:
+        desk, view = self.desk(conn, kept, opened)
+        result = self.work_out(desk, view)
+        desk.write_out(self.beat(view))
+        if not desk.books.state:
+            # A state may be put right by hand, which no event tells.
+            kept.keep(desk.run, desk.books)
+        return result
+
+    def desk(self, conn: Connection, kept: _Kept, opened: Opened) -> tuple[Desk, View]:
+        """Where the tick is worked out without a lock, and what it sees."""
+        if opened.run.broker != PAPER:
             raise NeedsSteps  # its orders wait for a broker
-        reference = kept.reference(conn, run)
+        run, due, reference = opened.run, opened.due, kept.reference(conn, opened.run)
         view = self._look(run, reference)
         # What was read is of the session that was stored then, which may be an earlier one.
         read = due if due and view.session and due[0] == view.session.day else None
         agenda = Agenda(conn, run, read=read)
-        desk = Desk(conn, run, books, reference, at_once=True, agenda=agenda)
-        result = self._tick(desk, view)
-        if not books.state:
-            # A state may be put right by hand, which no event tells.
-            kept.keep(run, books)
-        return result
+        return Desk(conn, run, opened.books, reference, Mode.AT_ONCE, agenda=agenda), view
 
     def in_steps(self, conn: Connection) -> TickResult:
-        """Lock the run and write each step as it comes, in the caller's transaction."""
-        lock_run(conn, self.user_id, self.run_id)
-        run, books, told, _ = open_books(conn, self.user_id, self.run_id, self.logical_time)
-        if told is not None:
-            return TickResult.told(self.logical_time, told, repeated=True)
-        reference = Reference(conn, run.calendar)
-        view = self._look(run, reference)
-        return self._tick(Desk(conn, run, books, reference), view)
+        """Lock the run and write each step as it comes, in a transaction or a savepoint."""
+        with _whole_or_nothing(conn, self.user_id, self.run_id, self.now):
+            lock_run(conn, self.user_id, self.run_id)
+            opened = open_books(conn, self.user_id, self.run_id, self.logical_time)
+            if opened.told is not None:
+                return TickResult.told(self.logical_time, opened.told, repeated=True)
+            run, reference = opened.run, Reference(conn, opened.run.calendar)
+            view = self._look(run, reference)
+            desk = Desk(conn, run, opened.books, reference)
+            result = self.work_out(desk, view)
+            desk.write_out(self.beat(view))
+            if run.broker != PAPER:
+                wake(conn)
+            return result
 
     def _look(self, run: Run, reference: Reference) -> View:
         """What the tick sees. Raises RunNotRunning and BadInput before anything is looked up."""
@@ -197,13 +277,13 @@ class _Planned:
             reference, self.logical_time, self.prices, now=self.now, market_open=self.market_open
         )
 
-    def _tick(self, desk: Desk, view: View) -> TickResult:
-        work = Work(desk, strategy_of(desk.run), view)
-        result = work.tick(self.intents)
-        desk.write_out(None if self.now is None else view)
-        if work.sent:
-            wake(desk.conn)
-        return result
+    def work_out(self, desk: Desk, view: View) -> TickResult:
+        """Do the tick's work; its journal is still to be written."""
+        return Work(desk, strategy_of(desk.run), view).tick(self.intents)
+
+    def beat(self, view: View) -> View | None:
+        """What the heartbeat is made of; only a live tick has one."""
+        return None if self.now is None else view
 
 
 @contextmanager

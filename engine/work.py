@@ -13,6 +13,7 @@ from copy import deepcopy
 from dataclasses import dataclass, replace
 from datetime import datetime
 from decimal import Decimal, localcontext
+from enum import Enum
 from functools import cached_property
 from itertools import groupby
 from types import MappingProxyType
@@ -35,7 +36,7 @@ from engine.errors import (
     translated,
 )
 from engine.ids import ORDERS_PER_TICK_MAX, order_id_of, run_salt
-from engine.journal import Journal
+from engine.journal import Journal, Taken
 from engine.ledger import Told
 from engine.market.model import Bar, Split
 from engine.market.view import View
@@ -133,16 +134,23 @@ def apply_splits(
         reread(conn, run, books)
 
 
-class Desk:
-    """What the ticks of one run share: its books, what is looked up, and the journal.
+class Mode(Enum):
+    """How the ticks of a run are written.
 
-    ``at_once``: nothing is locked and nothing written until the journal is, so that a trade which
-    its tick fills whole is told without asking the gate first; the gate decides when the journal
-    is written. What needs more raises NeedsSteps, and nothing has been written then. Otherwise the
-    run is locked in the caller's transaction, and steps are written as they come.
-
-    ``trusting``: trades are told without asking the gate first, also where steps can be written.
+    STEPS: the run is locked in the caller's transaction, and each step is written as it comes.
+    BATCH: as STEPS, but what a tick fills whole is told without asking the gate first; the gate
+    decides when the journal is written. AT_ONCE: as BATCH, but nothing is locked and nothing is
+    written until the journal is; what needs a step raises NeedsSteps, and nothing has been written
+    then.
     """
+
+    STEPS = "STEPS"
+    BATCH = "BATCH"
+    AT_ONCE = "AT_ONCE"
+
+
+class Desk:
+    """What the ticks of one run share: its books, what is looked up, and the journal."""
 
     def __init__(
         self,
@@ -150,9 +158,8 @@ class Desk:
         run: Run,
         books: Books,
         reference: Reference,
+        mode: Mode = Mode.STEPS,
         *,
-        at_once: bool = False,
-        trusting: bool = False,
         agenda: Agenda | None = None,
     ) -> None:
         self.conn = conn
@@ -161,8 +168,7 @@ class Desk:
         self.reference = reference
         self.journal = Journal(books.head)
         self.agenda = agenda or Agenda(conn, run)
-        self.at_once = at_once
-        self.trusting = trusting or at_once
+        self.mode = mode
 
     def write_out(self, beat: View | None = None) -> None:
         """Write what the journal holds, with the heartbeat of a live tick."""
@@ -170,7 +176,7 @@ class Desk:
             journals.write(self.conn, self.take(beat))
             self.books.head = self.journal.head
 
-    def take(self, beat: View | None = None) -> list[Any]:
+    def take(self, beat: View | None = None) -> Taken:
         """What writes all that the journal holds; it is empty afterwards."""
         now = lag = None
         if beat is not None:
@@ -186,7 +192,7 @@ class Desk:
     @contextmanager
     def step(self) -> Iterator[None]:
         """A step that is written now, after what the journal holds; the books are read anew."""
-        if self.at_once:
+        if self.mode is Mode.AT_ONCE:
             raise NeedsSteps
         self.write_out()
         yield
@@ -424,7 +430,7 @@ class Work:
 
     def _record(self, *events: ledger.Event) -> None:
         at = self.view.logical_time
-        if self.desk.trusting:
+        if self.desk.mode is not Mode.STEPS:
             for event in events:
                 self.desk.journal.event(at, *event)
         elif events:
@@ -509,7 +515,7 @@ class Work:
             for number, place in enumerate(wanted)
         ]
         self.placed += len(orders)
-        if self.desk.trusting and all(self._is_plain(order) for order in orders):
+        if self.desk.mode is not Mode.STEPS and all(self._is_plain(order) for order in orders):
             outcomes = sorted(
                 self._match(orders, self.view.bars), key=lambda outcome: outcome.order.order_id
             )

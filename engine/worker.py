@@ -9,15 +9,20 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
 from uuid import UUID
 
 from engine.clock import Clock, utc_now
 from engine.db.connect import Connection, connected
-from engine.errors import DatabaseUnavailable, EngineError, Retryable
+from engine.errors import DatabaseUnavailable, EngineError, Retryable, translated
+from engine.flatten import advance, mark_post_market
 from engine.inbox import Applied, Part, apply_batch, waiting
 from engine.log import tell
 from engine.outbox import EVENTS, wake
+from engine.reconcile import watch as watch_accounts
+from engine.routing import reroute
+from engine.safety import cancel_breaches, check_breakers, enforce_halts
 from engine.stop import settle_stopping
 
 POLL_SECONDS = 1.0
@@ -28,12 +33,22 @@ RETRY_SECONDS = 1.0
 Watch = Callable[[Connection, UUID, datetime], object]
 
 
-def work_through(conn: Connection, part: Part = Part()) -> int:  # noqa: B008
-    """Apply all that waits in every inbox; returns how many words that were."""
-    taken = 0
+@dataclass(slots=True)
+class Taken:
+    """What a round took in: words, and whether some were about a connection or an account."""
+
+    words: int = 0
+    of_account: bool = False
+
+
+def work_through(conn: Connection, part: Part = Part()) -> Taken:  # noqa: B008
+    """Apply all that waits in every inbox, and do at once what follows from it."""
+    taken = Taken()
     for user_id, account in waiting(conn):
         while (done := _apply(conn, user_id, account, part)).events:
-            taken += done.events
+            taken.words += done.events
+            taken.of_account |= done.of_account
+            _follow_up(conn, user_id, done)
         wake(conn)
     return taken
 
@@ -44,6 +59,16 @@ def _apply(conn: Connection, user_id: UUID, account: str, part: Part) -> Applied
             return apply_batch(conn, user_id, account, part=part)
         except Retryable:
             continue
+
+
+def _follow_up(conn: Connection, user_id: UUID, done: Applied) -> None:
+    """A fill may break a limit, whose rest is then cancelled, or be a late one of a flatten."""
+    for run_id in sorted(done.runs):
+        with translated(), conn.transaction():
+            cancel_breaches(conn, user_id, run_id)
+    for run_id, order_id in sorted(done.flattened):
+        with translated(), conn.transaction():
+            mark_post_market(conn, user_id, run_id, order_id)
 
 
 def users_at_brokers(conn: Connection) -> list[UUID]:
@@ -71,7 +96,21 @@ def settle(conn: Connection, user_id: UUID, now: datetime) -> None:
         tell("RUN_SETTLED", run_id=run_id, at=now)
 
 
-WATCHES: tuple[Watch, ...] = (settle,)
+def keep_halted(conn: Connection, user_id: UUID, now: datetime) -> None:
+    """Cancel what works although it is halted: a crash may have come between."""
+    del now
+    enforce_halts(conn, user_id)
+
+
+# In this order: what was answered is compared before anything is decided on it.
+WATCHES: tuple[Watch, ...] = (
+    watch_accounts,
+    check_breakers,
+    keep_halted,
+    advance,
+    reroute,
+    settle,
+)
 
 
 def serve(
@@ -107,10 +146,10 @@ def _serve(
 ) -> None:
     watched = 0.0
     while not stopped.is_set():
-        words = work_through(conn, part)
-        if words:
-            report(words)
-        if time.monotonic() - watched >= WATCH_SECONDS:
+        taken = work_through(conn, part)
+        if taken.words:
+            report(taken.words)
+        if taken.of_account or time.monotonic() - watched >= WATCH_SECONDS:
             look_after(conn, clock(), watches)
             watched = time.monotonic()
         # One notification is as good as many: everything that waits is taken at once.

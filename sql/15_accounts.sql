@@ -28,6 +28,8 @@ CREATE TABLE broker_account (
     CONSTRAINT broker_account_opening_cash_in_range CHECK (decimal_in_range(opening_cash, 1e18, 8)),
     CONSTRAINT broker_account_hours_whole
         CHECK ((opens_at IS NULL) = (closes_at IS NULL) AND opens_at <> closes_at),
+    CONSTRAINT broker_account_time_zone_known
+        CHECK (timezone(time_zone, timestamptz '2000-01-01 00:00Z') IS NOT NULL),
     CONSTRAINT broker_account_out_of_session_known CHECK (out_of_session IN ('QUEUE', 'REFUSE')),
     CONSTRAINT broker_account_rates_positive
         CHECK (orders_per_second BETWEEN 1 AND 10000 AND messages_per_second BETWEEN 1 AND 10000),

@@ -336,7 +336,8 @@ BEGIN
     END IF;
     SELECT out_of_session INTO policy FROM broker_account
     WHERE user_id = NEW.user_id AND account = NEW.account;
-    IF policy = 'QUEUE' THEN
+    -- What could wait for ever is refused instead.
+    IF policy = 'QUEUE' AND hours.opens_at IS NOT NULL THEN
         NEW.status := 'PENDING';
         NEW.status_reason := 'OUT_OF_SESSION';
     ELSE
@@ -356,6 +357,16 @@ CREATE TRIGGER orders_c_meet_hours BEFORE INSERT ON orders
     FOR EACH ROW WHEN (NEW.status = 'NEW' AND NEW.broker <> 'paper' AND NOT NEW.recovered)
     EXECUTE FUNCTION orders_meet_hours();
 
+CREATE FUNCTION orders_not_before(o orders) RETURNS timestamptz
+LANGUAGE sql VOLATILE SET search_path = public, pg_temp AS $$
+    SELECT CASE WHEN NOT h.is_open THEN h.opens_at END
+    FROM account_hours(o.user_id, o.account, clock_timestamp()) h
+    WHERE o.user_id IS NOT NULL
+$$;
+
+COMMENT ON FUNCTION orders_not_before IS
+    'When an order''s account opens, or NULL while it is open.';
+
 -- An order that lives at a broker is on its way with the row itself: to insert it is to send it. It
 -- has the owner's rights, as its like below, so that the engine needs none to what is waiting.
 CREATE FUNCTION orders_send() RETURNS trigger
@@ -365,8 +376,7 @@ BEGIN
                                 payload, not_before)
     VALUES (NEW.user_id, NEW.account, CASE WHEN NEW.purpose = 'FLATTEN' THEN 0 ELSE 2 END,
             'SUBMIT', NEW.run_id, NEW.order_id, NEW.version, orders_command_payload(NEW),
-            CASE WHEN NEW.status_reason = 'OUT_OF_SESSION'
-                 THEN (account_hours(NEW.user_id, NEW.account, clock_timestamp())).opens_at END);
+            CASE WHEN NEW.status_reason = 'OUT_OF_SESSION' THEN orders_not_before(NEW) END);
     RETURN NULL;
 END $$;
 
@@ -419,9 +429,7 @@ BEGIN
                                     order_version, payload, not_before)
         VALUES (NEW.user_id, NEW.account, CASE WHEN NEW.purpose = 'FLATTEN' THEN 0 ELSE 2 END,
                 'SUBMIT', NEW.run_id, NEW.order_id, NEW.version, orders_command_payload(NEW),
-                CASE WHEN NEW.status_reason = 'OUT_OF_SESSION'
-                     THEN (account_hours(NEW.user_id, NEW.account, clock_timestamp())).opens_at
-                     END);
+                orders_not_before(NEW));
     ELSE
         UPDATE broker_command SET payload = orders_command_payload(NEW)
         WHERE user_id = NEW.user_id AND account = NEW.account AND order_id = NEW.order_id

@@ -175,6 +175,34 @@ $$;
 
 COMMENT ON FUNCTION snapshot_orders IS 'The orders that a broker works, as a snapshot says.';
 
+-- Of orders that ended lately, how: what is here did arrive.
+CREATE FUNCTION snapshot_closed(of_user uuid, of_account text, of_snapshot uuid)
+RETURNS SETOF snapshot_order
+LANGUAGE sql STABLE ROWS 1000 SET search_path = public, pg_temp AS $$
+    SELECT o.* FROM broker_event e
+    CROSS JOIN LATERAL jsonb_populate_recordset(NULL::snapshot_order,
+                                                e.payload -> 'closed_orders') AS o
+    WHERE e.user_id = of_user AND e.account = of_account AND e.kind = 'SNAPSHOT'
+      AND e.payload ->> 'snapshot_id' = of_snapshot::text
+$$;
+
+COMMENT ON FUNCTION snapshot_closed IS
+    'The orders that have ended lately, as a snapshot says, if its broker tells them.';
+
+-- A connector asks what it must still put into the inbox, which it may not read.
+CREATE FUNCTION executions_unheard(of_user uuid, of_account text, kinds text[], executions text[])
+RETURNS SETOF bigint
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = public, pg_temp AS $$
+    SELECT x.place FROM unnest(kinds, executions) WITH ORDINALITY AS x (kind, execution_id, place)
+    WHERE NOT EXISTS (SELECT FROM broker_event e
+                      WHERE e.user_id = of_user AND e.account = of_account
+                        AND e.execution_id = x.execution_id AND e.kind = x.kind)
+    ORDER BY x.place
+$$;
+
+COMMENT ON FUNCTION executions_unheard IS
+    'The places of executions, busts and commissions that an account''s inbox does not have.';
+
 -- Orders of which the broker has spoken after it took the snapshot: newer news wins.
 CREATE FUNCTION snapshot_overtaken(of_user uuid, of_account text, of_snapshot uuid)
 RETURNS TABLE (order_ref text)
@@ -243,22 +271,24 @@ RETURN jsonb_strip_nulls(jsonb_build_object(
 
 COMMENT ON FUNCTION order_difference_ours IS 'An order as we see it, for a difference.';
 
--- Orders of ours that should be at the broker and that the snapshot does not have. Executions that
--- explain it were applied before. Of what the broker never said a word, its submit never arrived.
+-- Orders of ours that should be at the broker and that it does not work. Executions that explain it
+-- were applied before. Where the broker says how an order ended, so it did; of what it never said a
+-- word, the submit never arrived.
 CREATE FUNCTION reconcile_missing(of_user uuid, of_account text, of_snapshot uuid)
 RETURNS SETOF order_difference
 LANGUAGE sql STABLE ROWS 100 SET search_path = public, pg_temp AS $$
-    SELECT d.class, o.run_id, o.order_id, o.order_id::text,
-           CASE WHEN d.class = 'MISSING_AT_BROKER' OR o.status = 'PENDING_CANCEL'
-                THEN 'CANCELED' END,
-           CASE WHEN d.class = 'MISSING_AT_BROKER' OR o.status = 'PENDING_CANCEL'
-                THEN 'CANCELED' ELSE 'KEPT' END,
-           CASE WHEN d.class = 'MISSING_AT_BROKER'
+    SELECT d.class, o.run_id, o.order_id, o.order_id::text, b.becomes,
+           CASE WHEN b.becomes IS NOT NULL THEN 'CANCELED' WHEN d.class = 'NEVER_ARRIVED' THEN 'KEPT'
+                ELSE 'ALERTED' END,
+           CASE WHEN z.status IS NOT NULL THEN 'the broker says ' || z.status
+                WHEN d.class = 'MISSING_AT_BROKER'
                 THEN 'the broker does not work it, and no execution explains that'
                 WHEN d.class = 'NEVER_ARRIVED' THEN 'its submit never reached the broker'
                 ELSE 'what was asked may still be on its way' END,
-           order_difference_ours(o), NULL::jsonb, c.command_id,
-           CASE WHEN d.class = 'NEVER_ARRIVED' THEN d.class END, NULL::bigint, NULL::bigint
+           order_difference_ours(o),
+           CASE WHEN z.status IS NOT NULL THEN jsonb_strip_nulls(to_jsonb(z)) END, c.command_id,
+           CASE WHEN d.class = 'NEVER_ARRIVED' THEN d.class WHEN z.status IS NOT NULL THEN 'ARRIVED'
+                END, z.broker_order_id, z.perm_id
     FROM snapshot_facts(of_user, of_account, of_snapshot) s
     JOIN orders o ON o.user_id = of_user AND o.account = of_account
                  AND o.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
@@ -266,24 +296,31 @@ LANGUAGE sql STABLE ROWS 100 SET search_path = public, pg_temp AS $$
                               AND c.order_id = o.order_id AND c.kind = 'SUBMIT'
     LEFT JOIN snapshot_orders(of_user, of_account, of_snapshot) t
            ON t.order_ref = o.order_id::text
+    LEFT JOIN snapshot_closed(of_user, of_account, of_snapshot) z
+           ON z.order_ref = o.order_id::text
     LEFT JOIN snapshot_overtaken(of_user, of_account, of_snapshot) n
            ON n.order_ref = o.order_id::text
     CROSS JOIN LATERAL (SELECT CASE
         WHEN o.status NOT IN ('NEW', 'PENDING', 'PENDING_CANCEL') OR o.filled_quantity > 0
-             OR num_nonnulls(o.broker_order_id, o.perm_id) > 0
+             OR num_nonnulls(o.broker_order_id, o.perm_id) > 0 OR z.status IS NOT NULL
              OR EXISTS (SELECT FROM broker_event e
                         WHERE e.user_id = of_user AND e.account = of_account
                           AND e.order_ref = o.order_id::text
                           AND e.kind IN ('ORDER_STATUS', 'EXECUTION')) THEN 'MISSING_AT_BROKER'
         WHEN command_is_settled(c, s.asked_at, s.holder, s.first_number) THEN 'NEVER_ARRIVED'
         ELSE 'UNDECIDED' END AS class) d
+    CROSS JOIN LATERAL (SELECT CASE
+        WHEN d.class = 'UNDECIDED' OR z.status = 'FILLED' OR z.filled > o.filled_quantity THEN NULL
+        WHEN d.class = 'NEVER_ARRIVED' AND o.status <> 'PENDING_CANCEL' THEN NULL
+        WHEN z.status = 'EXPIRED' OR z.status = 'REJECTED' AND o.filled_quantity = 0 THEN z.status
+        ELSE 'CANCELED' END AS becomes) b
     WHERE t.order_ref IS NULL AND n.order_ref IS NULL
-      AND (o.recovered OR c.claimed_by IS NOT NULL
+      AND (o.recovered OR z.status IS NOT NULL OR c.claimed_by IS NOT NULL
            AND coalesce(c.outcome, 'UNKNOWN') NOT IN ('NEVER_ARRIVED', 'REFUSED'))
 $$;
 
 COMMENT ON FUNCTION reconcile_missing IS
-    'Orders that we hold for working and a snapshot does not have; UNDECIDED among them.';
+    'Orders that we hold for working and a broker does not work; UNDECIDED among them.';
 
 -- What an order of ours that the broker works is, in our words.
 CREATE FUNCTION order_status_at_broker(o orders, brokers_status text) RETURNS text

@@ -280,11 +280,12 @@ CREATE VIEW audit_event AS
                         AND l.event_type = 'ORDER_' || o.status
                         AND (l.subject = o.order_id::text
                              OR o.broker <> 'paper' AND event_order_id(l.subject) = o.order_id))
-      -- A bust that took all fills back is told by its execution.
-      AND NOT (o.status = 'ROUTED' AND EXISTS (
-          SELECT FROM execution x
-          WHERE x.user_id = o.user_id AND x.run_id = o.run_id AND x.order_id = o.order_id
-            AND x.reverses IS NOT NULL AND x.logical_time = o.status_at))
+      -- Back at work, its only fills taken back: the reversal's own event tells that.
+      AND NOT (o.status = 'ROUTED'
+               AND EXISTS (SELECT FROM execution e
+                           WHERE e.user_id = o.user_id AND e.run_id = o.run_id
+                             AND e.order_id = o.order_id AND e.reverses IS NOT NULL
+                             AND e.logical_time = o.status_at))
     UNION ALL
     SELECT l.user_id, l.run_id, 'event_ledger ' || l.seq,
            format('tells of an order that is %s', coalesce(o.status, 'not there'))

@@ -77,7 +77,8 @@ LANGUAGE sql IMMUTABLE SET search_path = public, pg_temp AS $$
             number, holder, kind, priority, order_ref, broker_order_id, perm_id, execution_id,
             payload, event_at, received_at) ON broker_event'),
         ('oms_connector', 'EXECUTE ON FUNCTION lease_take, lease_renew, lease_release,
-            commands_claim, commands_throttled, commands_done, connector_alert'),
+            commands_claim, commands_throttled, commands_done, connector_alert,
+            executions_unheard'),
         ('oms_auditor', 'USAGE ON SCHEMA public')
 $$;
 
@@ -141,7 +142,7 @@ END $$;
 REVOKE EXECUTE ON FUNCTION grant_roles, ticks_write, books_follow, ledger_analyze, run_rebuild,
     run_rebuild_books FROM PUBLIC;
 REVOKE EXECUTE ON FUNCTION lease_take, lease_renew, lease_release, commands_claim,
-    commands_throttled, commands_done, connector_alert FROM PUBLIC;
+    commands_throttled, commands_done, connector_alert, executions_unheard FROM PUBLIC;
 REVOKE EXECUTE ON FUNCTION halt_place, halt_lift, halt_enforce, system_halt_place,
     system_halt_lift, run_equity_peak FROM PUBLIC;
 

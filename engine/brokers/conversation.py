@@ -99,6 +99,7 @@ class Conversation:
         self._orders_unwritten = 0
         self._answers: dict[asyncio.Task[None], Command] = {}
         self._look_at = 0.0
+        self._is_enough = False
         self._said_goodbye = False
 
     async def run(self, over: asyncio.Future[Any]) -> str:
@@ -113,9 +114,8 @@ class Conversation:
         mine: tuple[asyncio.Future[Any], ...] = (hearing, sending, claiming, pinging)
         try:
             done, _ = await asyncio.wait({*mine, over}, return_when=asyncio.FIRST_COMPLETED)
-            await end(claiming)
             if not done.intersection(mine):
-                await self._finish(hearing, sending)
+                await self._finish(claiming, hearing, sending)
         finally:
             await end(claiming, sending, pinging)
             asked = dict(self._answers)
@@ -127,12 +127,15 @@ class Conversation:
         _raise_errors_of_ours(claiming)
         return await self._part(hearing, sending, pinging)
 
-    async def _finish(self, hearing: asyncio.Task[str], sending: asyncio.Task[None]) -> None:
+    async def _finish(self, claiming: asyncio.Task[None], *broken: asyncio.Future[Any]) -> None:
         """What is claimed is yet written, and answered, while the connection holds."""
+        self._is_enough = True
+        self._wake.set()
+        # A claim under way is waited for: what it takes would else be taken in vain.
+        await asyncio.wait({claiming}, timeout=self._pace.leave_max)
         rest = asyncio.gather(self._queue.dealt_with(), *self._answers)
-        any_of: set[asyncio.Future[Any]] = {rest, hearing, sending}
         await asyncio.wait(
-            any_of, timeout=self._pace.leave_max, return_when=asyncio.FIRST_COMPLETED
+            {rest, *broken}, timeout=self._pace.leave_max, return_when=asyncio.FIRST_COMPLETED
         )
         await end(rest)
 
@@ -205,7 +208,7 @@ class Conversation:
 
     async def _claim_all(self) -> None:
         """Take commands as fast as they can be written, and no faster."""
-        while True:
+        while not self._is_enough:
             self._wake.clear()
             taken: list[Command] = []
             try:
@@ -215,7 +218,7 @@ class Conversation:
                 tell("LEASE_ENDED", account=self._account.account, error=str(error))
             except AWAY as error:
                 tell("DATABASE_AWAY", account=self._account.account, error=str(error))
-            if not taken:
+            if not taken and not self._is_enough:
                 await self._claim_later()
 
     async def _claim(self) -> list[Command]:
@@ -359,10 +362,14 @@ class Conversation:
     async def _answer_rows(self, command: Command) -> list[Heard]:
         if command.kind == "SNAPSHOT":
             snapshot = await self._broker.snapshot(moment_of(command.payload, "since"))
-            # As urgent as executions are: those that came before it are to be applied before it.
+            # As urgent as executions are: those that came before it are to be applied before it,
+            # and those of which we never heard are heard now.
             return [
-                Heard("SNAPSHOT", snapshot.taken_at, self._clock(), part)
-                for part in snapshot_parts(snapshot, str(command.command_id))
+                *await self._journal.unheard([self._row(each) for each in snapshot.executions]),
+                *(
+                    Heard("SNAPSHOT", snapshot.taken_at, self._clock(), part)
+                    for part in snapshot_parts(snapshot, str(command.command_id))
+                ),
             ]
         ref = command.order_ref or str(command.command_id)
         answer = await self._broker.what_if(order_of(command.payload, ref))

@@ -6,7 +6,7 @@ What is to be written waits here in order, goes in batches, and is kept until it
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -103,6 +103,11 @@ class Journal:
         """Have items written, in this order; waits where too many do already."""
         for item in items:
             await self._queue.put(item)
+
+    async def unheard(self, rows: Sequence[Heard]) -> list[Heard]:
+        """Those of executions, busts and commissions that the inbox does not have."""
+        await self.settled()
+        return [rows[place] for place in await self._store.unheard(rows)]
 
     async def settled(self) -> None:
         """Wait until all that was put before is committed."""

@@ -12,7 +12,7 @@ from uuid import UUID
 from engine.brokers.protocol import SNAPSHOT_ROWS_MAX, BrokerOrder, Snapshot
 from engine.errors import BadInput
 
-_LISTS = ("open_orders", "closed_orders", "executions", "positions")
+_LISTS = ("open_orders", "closed_orders", "positions")
 
 
 def as_payload(value: Any) -> Any:
@@ -74,7 +74,10 @@ def _number(payload: Mapping[str, Any], name: str) -> Decimal | None:
 
 
 def snapshot_parts(snapshot: Snapshot, snapshot_id: str) -> list[dict[str, Any]]:
-    """A snapshot as payloads of at most SNAPSHOT_ROWS_MAX rows; cash is in every part."""
+    """A snapshot as payloads of at most SNAPSHOT_ROWS_MAX rows; cash is in every part.
+
+    Its executions are rows of the inbox like any others, before these.
+    """
     chunks = list(_chunks({name: getattr(snapshot, name) for name in _LISTS})) or [{}]
     return [
         as_payload(
@@ -83,12 +86,18 @@ def snapshot_parts(snapshot: Snapshot, snapshot_id: str) -> list[dict[str, Any]]
                 "part": part,
                 "parts": len(chunks),
                 "taken_at": snapshot.taken_at,
-                **{name: chunk.get(name, []) for name in _LISTS},
+                **{name: [_flat(row) for row in chunk.get(name, [])] for name in _LISTS},
                 "cash": snapshot.cash,
             }
         )
         for part, chunk in enumerate(chunks, start=1)
     ]
+
+
+def _flat(row: Any) -> dict[str, Any]:
+    """A row of a snapshot; an order's terms stand beside what became of it."""
+    fields: dict[str, Any] = as_payload(row)
+    return {**fields.pop("order", {}), **fields}
 
 
 def _chunks(lists: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, list[Any]]]:

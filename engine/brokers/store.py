@@ -318,6 +318,21 @@ class Store:
             if batch.heard:
                 await conn.execute("SELECT pg_notify(%s, %s)", [EVENT_CHANNEL, self._key[1]])
 
+    async def unheard(self, rows: Sequence[Heard]) -> list[int]:
+        """The places of executions, busts and commissions that the inbox does not have."""
+        if not rows:
+            return []
+        async with self._outbox.use() as conn:
+            found = await conn.execute(
+                "SELECT * FROM executions_unheard(%s, %s, %s::text[], %s::text[])",
+                [
+                    *self._key,
+                    [each.kind for each in rows],
+                    [each.payload.get("execution_id") for each in rows],
+                ],
+            )
+            return [int(place) - 1 for (place,) in await found.fetchall()]
+
     async def _is_there(self, conn: AsyncConnection, batch: Batch) -> bool:
         if batch.numbers is None:
             return False

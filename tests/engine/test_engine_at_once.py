@@ -100,7 +100,7 @@ def no_steps(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
     def fail(*_: Any) -> None:
         raise AssertionError("this tick was done in steps")
 
-    return lambda: monkeypatch.setattr("engine.tick._Planned.in_steps", fail)
+    return lambda: monkeypatch.setattr("engine.tick.Planned.in_steps", fail)
 
 
 # The same rows

@@ -13,7 +13,7 @@ import pytest
 from market_days import a_run, at_price, audited, buy, rows, sell
 from scripted import SCRIPTED, Hooks, hooks
 
-from engine import books, feeds, ledger
+from engine import books, ledger
 from engine.db.connect import ENGINE_ROLE, Connection, open_connection
 from engine.market.calendar import store_sessions
 from engine.market.model import Bar
@@ -108,7 +108,7 @@ def test_what_a_replayed_tick_reads_does_not_grow(
 HOT: dict[str, tuple[str, Any]] = {
     "a run and its books": (books._READ, None),
     "open orders": (books._OPEN_ORDERS, "key"),
-    "what runs need": (feeds._NEEDED, "keys"),
+    "runs and their books": (books._READ_MANY, "keys"),
     "what ticks told": (
         f"""SELECT logical_time, {ledger.TOLD} FROM event_ledger
             WHERE user_id = %s AND run_id = %s AND logical_time = ANY(%s)
@@ -134,7 +134,7 @@ def test_the_hot_statements_find_their_rows_by_an_index(
     parameters: Any = {
         None: {"at": START, "user": run.user_id, "run": run.run_id},
         "key": key,
-        "keys": [[run.user_id], [run.run_id]],
+        "keys": {"users": [run.user_id], "runs": [run.run_id], "ats": [START]},
         "times": [*key, [START]],
     }[kind]
     (plan,) = rows(owner_conn, "SELECT 1") and [

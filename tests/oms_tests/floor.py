@@ -121,7 +121,8 @@ class Floor:
 
 def explained(books: Mapping[str, Any], opening: Decimal = Decimal(1_000_000)) -> None:
     """Cash and positions follow from the executions that count and the commissions."""
-    cash, positions = opening, {}
+    cash = opening
+    positions: dict[str, Decimal] = {}
     for each in books["executions"]:
         quantity = Decimal(each["quantity"]) * (1 if each["side"] == "BUY" else -1)
         positions[each["symbol"]] = positions.get(each["symbol"], Decimal(0)) + quantity

@@ -80,7 +80,8 @@ class Books:
         self.wire.conn.execute(
             """UPDATE broker_command SET done_at = clock_timestamp(), outcome = 'SENT',
                       sent_at = clock_timestamp()
-               WHERE user_id = %s AND command_id = %s AND claimed_by IS NOT NULL""",
+               WHERE user_id = %s AND command_id = %s AND claimed_by IS NOT NULL
+                 AND done_at IS NULL""",
             [self.wire.run.user_id, snapshot_id],
         )
 

@@ -46,6 +46,7 @@ LOOKUPS = (
     "order_status",
     "order_transition",
     "command_kind",
+    "fx_rate",
 )
 
 # The people of the world and their runs. Times are in January 2024.

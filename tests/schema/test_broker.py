@@ -572,3 +572,397 @@ def test_an_attack_on_what_is_at_a_broker_is_refused(market: Connection, attack:
 
 def test_attacks_have_names_of_their_own() -> None:
     assert len({attack.name for attack in ATTACKS}) == len(ATTACKS)
+
+
+# --- What an honest program does -----------------------------------------------------------------
+
+
+def _as_engine(conn: Connection, sql: str) -> list[tuple[Any, ...]]:
+    """Rows of a statement by the engine's role; the audit finds nothing afterwards."""
+    with acting_as(conn, "oms_engine"):
+        found = rows(conn, sql) if sql.startswith("SELECT") else _run(conn, sql)
+    conn.execute("SET CONSTRAINTS ALL IMMEDIATE")
+    conn.execute("SET CONSTRAINTS ALL DEFERRED")
+    assert findings(conn) == []
+    return found
+
+
+def _run(conn: Connection, sql: str) -> list[tuple[Any, ...]]:
+    conn.execute(said(sql))
+    return []
+
+
+def _commands(conn: Connection, order: str) -> list[tuple[Any, ...]]:
+    """Kind, account, quantity and outcome of what the outbox holds about an order."""
+    return rows(
+        conn,
+        "SELECT kind, account, payload ->> 'quantity', outcome FROM broker_command "
+        f"WHERE user_id = :'dan' AND order_id = :'{order}' ORDER BY order_version",
+    )
+
+
+def _state(conn: Connection, order: str, columns: str = "status") -> tuple[Any, ...]:
+    ((*state,),) = rows(
+        conn, f"SELECT {columns} FROM orders WHERE user_id = :'dan' AND order_id = :'{order}'"
+    )
+    return tuple(state)
+
+
+def _claim(conn: Connection, order: str) -> None:
+    """What a connector does with all that waits about an order."""
+    conn.execute(
+        said(
+            "UPDATE broker_command SET claimed_by = :'connector', claimed_at = clock_timestamp() "
+            f"WHERE user_id = :'dan' AND order_id = :'{order}' AND claimed_by IS NULL"
+        )
+    )
+
+
+def test_to_insert_an_order_is_to_send_it(market: Connection) -> None:
+    _as_engine(
+        market,
+        f"{PLACE}) VALUES (:'dan', :'deals', :'new_order', 'AAPL', 'BUY', 3, 'LIMIT', 20.50, :'t1')",
+    )
+    assert _state(market, "new_order", "status, account, version") == ("NEW", "A1", 1)
+    assert rows(
+        market,
+        "SELECT kind, account, order_version, priority, claimed_by, payload - 'order_ref' "
+        "FROM broker_command WHERE order_id = :'new_order'",
+    ) == [
+        (
+            "SUBMIT", "A1", 1, 2, None,
+            {"symbol": "AAPL", "side": "BUY", "quantity": "3", "order_type": "LIMIT",
+             "limit_price": "20.5", "time_in_force": "DAY"},
+        )
+    ]  # fmt: skip
+
+
+def test_what_the_gate_refuses_is_not_sent(market: Connection) -> None:
+    _as_engine(
+        market,
+        f"{PLACE}) VALUES (:'dan', :'deals', :'new_order', 'AAPL', 'BUY', 9999, 'LIMIT', 20, "
+        ":'t1')",
+    )
+    assert _state(market, "new_order", "status, reject_code") == ("REJECTED", "INSUFFICIENT_CASH")
+    assert _commands(market, "new_order") == []
+
+
+def test_an_order_may_choose_among_its_runs_accounts(market: Connection) -> None:
+    _as_engine(
+        market,
+        f"{PLACE}, account, purpose) VALUES (:'dan', :'deals', :'new_order', 'AAPL', 'BUY', 1, "
+        "'LIMIT', 20, :'t1', 'A2', 'FLATTEN')",
+    )
+    assert _commands(market, "new_order") == [("SUBMIT", "A2", "1", None)]
+    assert rows(market, "SELECT priority FROM broker_command WHERE order_id = :'new_order'") == [
+        (0,)
+    ]
+
+
+@pytest.mark.parametrize("directly", [False, True])
+def test_what_waits_is_changed_at_once_and_its_command_with_it(
+    market: Connection, directly: bool
+) -> None:
+    if directly:
+        _as_engine(market, _order("o_waits", "quantity = 12, limit_price = 19"))
+    else:
+        assert _as_engine(
+            market, _call("order_modify", "dan", "deals", "o_waits", ", 1, 12, 19")
+        ) == [("MODIFIED",)]
+    assert _state(market, "o_waits", "status, quantity, limit_price, version") == (
+        "NEW", 12, 19, 2,
+    )  # fmt: skip
+    assert _commands(market, "o_waits") == [("SUBMIT", "A1", "12", None)]
+
+
+def test_what_a_broker_has_is_changed_when_the_broker_says_so(market: Connection) -> None:
+    change = _call("order_modify", "dan", "deals", "o_routed", ", 2, 12")
+    assert _as_engine(market, change) == [("PENDING_MODIFY",)]
+    assert _state(market, "o_routed", "status, quantity, version") == ("PENDING_MODIFY", 10, 3)
+    assert _commands(market, "o_routed") == [
+        ("SUBMIT", "A1", "10", "SENT"),
+        ("MODIFY", "A1", "12", None),
+    ]
+    _claim(market, "o_routed")
+    other = _order("o_routed", "status = 'ROUTED', quantity = 13")
+    for role in ROLES:
+        assert_refused(market, other, role, TERMS)
+    _as_engine(market, _order("o_routed", "status = 'ROUTED', quantity = 12"))
+    assert _state(market, "o_routed", "status, quantity") == ("ROUTED", 12)
+    # The last command counts, not whichever was ever given.
+    back = _call("order_modify", "dan", "deals", "o_routed", ", 4, 10")
+    assert _as_engine(market, back) == [("PENDING_MODIFY",)]
+    _claim(market, "o_routed")
+    _as_engine(market, _order("o_routed", "status = 'ROUTED', quantity = 10"))
+    for role in ROLES:
+        assert_refused(market, _order("o_routed", "quantity = 12"), role, TERMS)
+
+
+@pytest.mark.parametrize(
+    ("order", "terms", "reason"),
+    [
+        ("o_routed", "2, 1000", "INSUFFICIENT_CASH"),
+        ("o_waits", "1, 1000", "INSUFFICIENT_CASH"),
+        ("o_partly", "2, 4", "QUANTITY_BELOW_FILLED"),
+        ("o_routed", "2, -1", "QUANTITY_BELOW_FILLED"),
+        ("o_routed", "2, NULL, NULL, 5", "STOP_PRICE_NOT_ALLOWED"),
+    ],
+)
+def test_a_change_that_the_gate_refuses_is_told_and_changes_nothing(
+    market: Connection, order: str, terms: str, reason: str
+) -> None:
+    before = _commands(market, order), _state(market, order, "quantity, limit_price, version")
+    ((told,),) = _as_engine(market, _call("order_modify", "dan", "deals", order, f", {terms}"))
+    assert told.startswith(reason)
+    after = _commands(market, order), _state(market, order, "quantity, limit_price, version")
+    assert after == before
+    assert rows(
+        market,
+        "SELECT event_type, payload ->> 'reason' FROM event_ledger WHERE run_id = :'deals' "
+        "ORDER BY seq DESC LIMIT 1",
+    ) == [("MODIFY_REFUSED", told)]
+
+
+def test_a_user_s_limits_hold_for_a_change_too(market: Connection) -> None:
+    market.execute(
+        said(
+            "INSERT INTO risk_limit (user_id, kind, limit_value) "
+            "VALUES (:'dan', 'MAX_ORDER_QUANTITY', 11)"
+        )
+    )
+    ((told,),) = _as_engine(market, _call("order_modify", "dan", "deals", "o_routed", ", 2, 12"))
+    assert told.startswith("MAX_ORDER_QUANTITY")
+    for sql in (
+        _command("MODIFY", "o_routed", "version + 1", quantity="12"),
+        _order("o_waits", "quantity = 12"),
+    ):
+        for role in ROLES:
+            assert_refused(market, sql, role, AGREES if sql.startswith("INSERT") else TERMS)
+
+
+def test_a_cancel_goes_where_the_order_is(market: Connection) -> None:
+    def cancel(order: str) -> str:
+        ((came_to,),) = _as_engine(market, _call("order_cancel", "dan", "deals", order))
+        return str(came_to)
+
+    assert cancel("o_waits") == "CANCELED"
+    assert _commands(market, "o_waits") == [("SUBMIT", "A1", "10", "WITHDRAWN")]
+    assert cancel("o_waits") == "CANCEL_IGNORED"
+    assert cancel("o_sent") == "PENDING_CANCEL"
+    assert _commands(market, "o_sent")[1:] == [("CANCEL", "A1", "10", None)]
+    assert cancel("o_sent") == cancel("o_filled") == "CANCEL_IGNORED"
+    assert cancel("o_lost") == "CANCELED"
+    assert _commands(market, "o_filled") == [("SUBMIT", "A1", "10", "SENT")]
+
+
+def test_a_connector_can_not_take_what_is_over(market: Connection) -> None:
+    _as_engine(market, _call("order_cancel", "dan", "deals", "o_waits"))
+    assert_refused(
+        market,
+        _outcome("o_waits", "claimed_by = :'connector'"),
+        "oms_owner",
+        "broker_command_withdrawn_unclaimed",
+    )
+
+
+def _cash(conn: Connection, run: str = "deals") -> Decimal:
+    ((cash,),) = rows(conn, f"SELECT cash FROM strategy_run WHERE run_id = :'{run}'")
+    return Decimal(cash)
+
+
+def test_fills_busts_corrections_and_commissions_that_were_heard_are_booked(
+    market: Connection,
+) -> None:
+    cash = _cash(market)
+    _as_engine(market, book("o_routed", "U.01", 3))
+    assert _state(market, "o_routed", "status, filled_quantity") == ("PARTIALLY_FILLED", 3)
+    assert _cash(market) == cash - 60
+    _as_engine(market, take_back("o_busted", "B.01", 10))
+    assert _state(market, "o_busted", "status, filled_quantity, filled_notional") == (
+        "ROUTED", 0, 0,
+    )  # fmt: skip
+    assert _cash(market) == cash - 60 + 200
+    _as_engine(market, take_back("o_corrected", "C.01", 10) + book("o_corrected", "C.02", 10, 19))
+    assert _state(market, "o_corrected", "status, filled_quantity, avg_fill_price") == (
+        "FILLED", 10, 19,
+    )  # fmt: skip
+    _as_engine(market, _charge("F.01", "1.5"))
+    assert _cash(market) == cash - 60 + 200 + 10 - Decimal("1.5")
+    assert rows(
+        market, "SELECT quantity FROM position WHERE user_id = :'dan' AND symbol = 'AAPL'"
+    ) == [(4 + 10 + 3 + 10,)]
+
+
+def test_more_than_was_ordered_is_real_exposure(market: Connection) -> None:
+    market.execute(said(filled(30, "o_filled", "F2.01", 5)))
+    _as_engine(market, book("o_filled", "F2.01", 5))
+    assert _state(market, "o_filled", "status, filled_quantity") == ("FILLED", 15)
+
+
+def test_a_commission_in_another_currency_needs_a_rate_of_its_time(market: Connection) -> None:
+    charge = _charge("P.01", "-0.25", "EUR")
+    for role in ROLES:
+        assert_refused(market, charge, role, "execution_commission_has_rate")
+    cash = _cash(market)
+    market.execute(said("INSERT INTO fx_rate VALUES ('EUR', 'USD', :'t1', 1.1)"))
+    _as_engine(market, charge)
+    assert _cash(market) == cash + Decimal("0.275")
+
+
+def test_rate_and_cost_of_a_commission_are_not_for_its_writer_to_say(market: Connection) -> None:
+    sql = f"{CHARGE}, rate, cost) VALUES (:'dan', :'deals', 'F.01', 1.5, 'USD', :'t1', 0.01, 0.015)"
+    assert_refused(market, sql, "oms_engine", DENIED)
+    market.execute(said(sql))
+    assert rows(
+        market, "SELECT rate, cost FROM execution_commission WHERE execution_id = 'F.01'"
+    ) == [(1, Decimal("1.5"))]
+    assert findings(market) == []
+
+
+def test_the_version_of_an_order_is_not_for_its_writer_to_say(market: Connection) -> None:
+    sql = _order("o_routed", "version = 99")
+    assert_refused(market, sql, "oms_engine", DENIED)
+    market.execute(said(sql))
+    assert _state(market, "o_routed", "version") == (3,)
+
+
+def test_what_only_the_broker_knew_is_taken_up_with_its_fill(market: Connection) -> None:
+    _as_engine(market, _recovered("o_orphan") + ";" + book("o_orphan", "O.01", 2))
+    assert _state(market, "o_orphan", "status, filled_quantity, recovered") == (
+        "PARTIALLY_FILLED", 2, True,
+    )  # fmt: skip
+    assert _commands(market, "o_orphan") == []
+    # It is at the broker, whoever sent it: it is changed and cancelled there.
+    for role in ROLES:
+        assert_refused(market, _command("SUBMIT", "o_orphan"), role, AGREES)
+    change = _call("order_modify", "dan", "deals", "o_orphan", ", 2, 6")
+    assert _as_engine(market, change) == [("PENDING_MODIFY",)]
+    assert _as_engine(market, _call("order_cancel", "dan", "deals", "o_orphan")) == [
+        ("PENDING_CANCEL",)
+    ]
+
+
+def test_what_never_arrived_goes_to_the_next_account(market: Connection) -> None:
+    _as_engine(market, _order("o_lost", "account = 'A2'"))
+    assert _commands(market, "o_lost") == [
+        ("SUBMIT", "A1", "10", "NEVER_ARRIVED"),
+        ("SUBMIT", "A2", "10", None),
+    ]
+    # Not back again: it may be on its way now.
+    for role in ROLES:
+        assert_refused(market, _order("o_lost", "account = 'A1'"), role, TERMS)
+
+
+def test_a_snapshot_without_an_order_shows_that_it_never_arrived(market: Connection) -> None:
+    _as_engine(market, _outcome("o_sent", "outcome = 'NEVER_ARRIVED'"))
+    # One that tells of it shows the contrary.
+    market.execute(
+        said(
+            _outcome("o_canceled", "outcome = 'UNKNOWN'")
+            + ";"
+            + heard(40, "SNAPSHOT", "NULL", open_orders="d0000000-0000-0000-0000-00000000000a")
+        )
+    )
+    for role in ROLES:
+        assert_refused(
+            market,
+            _outcome("o_canceled", "outcome = 'NEVER_ARRIVED'"),
+            role,
+            "broker_command_outcome_said_by_broker",
+        )
+
+
+def test_the_engine_asks_brokers_on_its_own(market: Connection) -> None:
+    _as_engine(
+        market,
+        "INSERT INTO broker_command (user_id, account, priority, kind) "
+        "VALUES (:'dan', 'A2', 0, 'SNAPSHOT'), (:'dan', 'A1', 1, 'WHAT_IF')",
+    )
+
+
+# --- A run that is stopping ----------------------------------------------------------------------
+
+_STOP = "UPDATE strategy_run SET status = 'STOPPING' WHERE run_id = :'deals'"
+_IS_RUNNING = {
+    "engine_state": "engine_state_run_is_running",
+    "engine_status": "engine_status_run_is_running",
+    "orders": "orders_run_is_running",
+    "split_applied": "split_applied_run_is_running",
+    "mtm_ledger": "mtm_ledger_run_is_running",
+    "sip_plan": "sip_plan_run_is_running",
+}
+
+
+def test_a_run_that_stops_asks_its_orders_back(market: Connection) -> None:
+    _as_engine(market, _STOP)
+    assert dict(
+        rows(
+            market,
+            "SELECT status, count(*) FROM orders WHERE user_id = :'dan' GROUP BY status",
+        )
+    ) == {"PENDING_CANCEL": 5, "FILLED": 3, "CANCELED": 3, "REJECTED": 1}
+    assert rows(
+        market,
+        "SELECT count(*), min(priority), max(priority) FROM broker_command WHERE kind = 'CANCEL' "
+        "AND run_id = :'deals' AND order_id <> :'o_canceling'",
+    ) == [(4, 0, 0)]
+
+
+@pytest.mark.parametrize("table", _IS_RUNNING)
+def test_a_run_that_is_stopping_takes_nothing_new(market: Connection, table: str) -> None:
+    market.execute(said(_STOP))
+    for role in ROLES:
+        assert_refused(market, smallest_inserts("deals", "dan")[table], role, _IS_RUNNING[table])
+
+
+@pytest.mark.parametrize("event", ["TICK", "SIP_EXECUTED", "REBALANCED"])
+def test_a_run_that_is_stopping_does_not_tick(market: Connection, event: str) -> None:
+    market.execute(said(_STOP))
+    sql = (
+        "INSERT INTO event_ledger (user_id, run_id, event_type) "
+        f"VALUES (:'dan', :'deals', '{event}')"
+    )
+    for role in ROLES:
+        assert_refused(market, sql, role, "event_ledger_run_is_running")
+
+
+def test_a_run_that_is_stopping_changes_no_order(market: Connection) -> None:
+    market.execute(said(_STOP))
+    for sql, rule in (
+        (_call("order_modify", "dan", "deals", "o_routed", ", 3, 11"), "orders_run_is_running"),
+        (
+            _command("MODIFY", "o_routed", "version + 1", quantity="11"),
+            "broker_command_run_is_running",
+        ),
+    ):
+        for role in ROLES:
+            assert_refused(market, sql, role, rule)
+
+
+def test_a_run_that_is_stopping_still_books_what_its_broker_says(market: Connection) -> None:
+    market.execute(said(_STOP))
+    _as_engine(market, book("o_routed", "U.01", 3))
+    assert _state(market, "o_routed", "status, filled_quantity") == ("PENDING_CANCEL", 3)
+    _as_engine(market, take_back("o_busted", "B.01", 10))
+    _as_engine(market, _order("o_busted", "status = 'CANCELED', status_reason = 'BUST'"))
+    _as_engine(market, _charge("F.01", "1.5"))
+    _as_engine(market, _recovered("o_orphan"))
+    _as_engine(market, _call("order_cancel", "dan", "deals", "o_orphan"))
+    for order in ("o_sent", "o_routed", "o_partly", "o_canceling", "o_modifying", "o_orphan"):
+        _as_engine(market, _order(order, "status = 'CANCELED'"))
+    _as_engine(market, "UPDATE strategy_run SET status = 'STOPPED' WHERE run_id = :'deals'")
+    for sql, rule in (
+        (book("o_corrected", "C.02", 10, 19), "execution_run_is_running"),
+        (_charge("B.01", "1"), "execution_commission_run_is_running"),
+        (_order("o_routed", "pending_reconcile = true"), "orders_run_is_running"),
+        (_call("order_cancel", "dan", "deals", "o_routed"), "orders_run_is_running"),
+    ):
+        for role in ROLES:
+            assert_refused(market, sql, role, rule)
+
+
+def test_a_run_that_fails_asks_its_orders_back_and_is_closed(market: Connection) -> None:
+    _as_engine(market, "UPDATE strategy_run SET status = 'ERROR' WHERE run_id = :'deals'")
+    assert _state(market, "o_routed") == ("PENDING_CANCEL",)
+    for role in ROLES:
+        assert_refused(market, book("o_routed", "U.01", 3), role, "execution_run_is_running")

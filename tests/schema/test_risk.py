@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from pathlib import Path
@@ -19,6 +20,7 @@ import psycopg
 import pytest
 from psycopg import sql
 from psycopg.rows import class_row
+from schema_cases import acting_as
 
 from engine.db.connect import Connection
 
@@ -56,26 +58,25 @@ def _insert(conn: Connection, table: str, rows: list[Columns]) -> list[tuple[Any
 
 @dataclass(frozen=True, slots=True)
 class Book:
-    """A RUNNING run, and SQL into it."""
+    """A RUNNING run, and SQL into it; ``role`` is who places orders, the owner unless given."""
 
     conn: Connection
     user: UUID
     run: UUID
+    role: str | None = None
 
     def place(self, *orders: Columns) -> list[Stored]:
         """Orders in one statement, BUY 1 AAPL unless they say otherwise; as they were stored."""
         names = {"symbol", "side", "quantity", "logical_time"}.union(*orders)
         base: dict[str, object] = {"symbol": "AAPL", "side": "BUY", "quantity": 1}
         base |= {"logical_time": T0}
-        placed = _insert(
-            self.conn,
-            "orders",
-            [
-                {"user_id": self.user, "run_id": self.run}
-                | {name: (base | dict(order)).get(name) for name in sorted(names)}
-                for order in orders
-            ],
-        )
+        rows = [
+            {"user_id": self.user, "run_id": self.run}
+            | {name: (base | dict(order)).get(name) for name in sorted(names)}
+            for order in orders
+        ]
+        with acting_as(self.conn, self.role) if self.role else nullcontext():
+            placed = _insert(self.conn, "orders", rows)
         return [self.stored(row[2]) for row in placed]
 
     def order(self, **columns: object) -> Stored:
@@ -174,10 +175,10 @@ def book(conn: Connection) -> Book:
     return _new_run(conn)
 
 
-@pytest.fixture
-def margin(conn: Connection) -> Book:
-    """A run whose account sets no bounds but its limits."""
-    return _new_run(conn, account="MARGIN")
+@pytest.fixture(params=[None, "oms_engine"])
+def margin(conn: Connection, request: pytest.FixtureRequest) -> Book:
+    """A run whose account sets no bounds but its limits; for the owner, and for the engine."""
+    return replace(_new_run(conn, account="MARGIN"), role=request.param)
 
 
 def _assert_accepted(order: Stored) -> None:
@@ -1159,7 +1160,7 @@ def test_wash_trade_on_both_sides(
     margin: Book, resting: dict[str, Any], crosses: dict[str, Any], passes: dict[str, Any]
 ) -> None:
     margin.limit("WASH_TRADE")
-    working = margin.limit_order(5, resting["price"], side=resting["side"])
+    margin.limit_order(5, resting["price"], side=resting["side"])
     refused = margin.limit_order(1, crosses["price"], side=crosses["side"])
     assert (refused.reject_source, refused.reject_code) == ("COMPLIANCE", "WASH_TRADE")
     assert margin.order(side=crosses["side"], quantity=1).reject_code == "WASH_TRADE"
@@ -1169,7 +1170,6 @@ def test_wash_trade_on_both_sides(
     _assert_accepted(margin.limit_order(1, resting["price"], side=resting["side"]))
     _assert_accepted(margin.order(side=crosses["side"], **_STOP | {"stop_price": 100}))
     margin.conn.execute("UPDATE orders SET status = 'CANCELED' WHERE side = %s", [resting["side"]])
-    del working
     _assert_accepted(margin.limit_order(1, crosses["price"], side=crosses["side"]))
 
 

@@ -727,9 +727,16 @@ class Exchange:
         """Tell an execution, a bust or a commission."""
         order = self.orders.get(report.order_number)
         if order is not None:
-            self.say_of(order, report.kind, report.payload)
+            self.say_of(order, report.kind, report.payload, at=report.at)
 
-    def say_of(self, order: Order, kind: str, payload: Mapping[str, Any]) -> None:
+    def say_of(
+        self,
+        order: Order,
+        kind: str,
+        payload: Mapping[str, Any],
+        *,
+        at: datetime | None = None,
+    ) -> None:
         """Say something about an order to those whom it concerns."""
         hearing = [
             session
@@ -737,7 +744,7 @@ class Exchange:
             if session.hears(order.account, order.client_id)
         ]
         if hearing:
-            line = snapshots.message_line(order, kind, payload, self.now())
+            line = snapshots.message_line(order, kind, payload, at or self.now())
             self.post.tell(line, hearing, symbol=order.symbol, side=order.side)
 
     def _tell_terms(self, order: Order) -> None:

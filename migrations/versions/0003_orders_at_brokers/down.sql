@@ -827,6 +827,16 @@ LANGUAGE sql IMMUTABLE SET search_path = public, pg_temp AS $$
         ('oms_auditor', 'USAGE ON SCHEMA public')
 $$;
 
+DROP FUNCTION run_rebuild_books;
+
+DROP FUNCTION run_rebuild;
+
+DROP FUNCTION positions_from_ledger;
+
+DROP FUNCTION orders_from_ledger;
+
+DROP FUNCTION order_after_event;
+
 DROP FUNCTION orders_send_rerouted;
 
 DROP FUNCTION orders_to_reroute;
@@ -874,6 +884,10 @@ DROP FUNCTION order_difference_ours;
 DROP FUNCTION command_is_settled;
 
 DROP FUNCTION snapshot_overtaken;
+
+DROP FUNCTION executions_unheard;
+
+DROP FUNCTION snapshot_closed;
 
 DROP FUNCTION snapshot_orders;
 
@@ -998,6 +1012,8 @@ DROP FUNCTION orders_send_terms;
 DROP FUNCTION orders_send_move;
 
 DROP FUNCTION orders_send;
+
+DROP FUNCTION orders_not_before;
 
 DROP FUNCTION orders_meet_hours;
 

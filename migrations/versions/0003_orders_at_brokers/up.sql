@@ -60,6 +60,8 @@ CREATE TABLE broker_account (
     CONSTRAINT broker_account_opening_cash_in_range CHECK (decimal_in_range(opening_cash, 1e18, 8)),
     CONSTRAINT broker_account_hours_whole
         CHECK ((opens_at IS NULL) = (closes_at IS NULL) AND opens_at <> closes_at),
+    CONSTRAINT broker_account_time_zone_known
+        CHECK (timezone(time_zone, timestamptz '2000-01-01 00:00Z') IS NOT NULL),
     CONSTRAINT broker_account_out_of_session_known CHECK (out_of_session IN ('QUEUE', 'REFUSE')),
     CONSTRAINT broker_account_rates_positive
         CHECK (orders_per_second BETWEEN 1 AND 10000 AND messages_per_second BETWEEN 1 AND 10000),
@@ -893,7 +895,9 @@ RETURN jsonb_strip_nulls(jsonb_build_object(
     'symbol', o.symbol, 'side', o.side, 'quantity', o.quantity, 'order_type', o.order_type,
     'time_in_force', o.time_in_force, 'limit_price', o.limit_price,
     'stop_price', o.stop_price, 'account', o.account, 'purpose', o.purpose,
-    'recovered', nullif(o.recovered, false), 'trail_amount', o.trail_amount,
+    'recovered', nullif(o.recovered, false),
+    -- Of what was born NEW it goes without saying, and who is over tells it by an event.
+    'status', CASE WHEN o.status = 'PENDING' THEN o.status END, 'trail_amount', o.trail_amount,
     'trail_percent', o.trail_percent, 'expire_at', event_moment(o.expire_at),
     'reference_price', o.reference_price, 'client_order_id', o.client_order_id,
     'reject_source', o.reject_source, 'reject_code', o.reject_code,
@@ -1769,7 +1773,8 @@ BEGIN
     END IF;
     SELECT out_of_session INTO policy FROM broker_account
     WHERE user_id = NEW.user_id AND account = NEW.account;
-    IF policy = 'QUEUE' THEN
+    -- What could wait for ever is refused instead.
+    IF policy = 'QUEUE' AND hours.opens_at IS NOT NULL THEN
         NEW.status := 'PENDING';
         NEW.status_reason := 'OUT_OF_SESSION';
     ELSE
@@ -1789,6 +1794,16 @@ CREATE TRIGGER orders_c_meet_hours BEFORE INSERT ON orders
     FOR EACH ROW WHEN (NEW.status = 'NEW' AND NEW.broker <> 'paper' AND NOT NEW.recovered)
     EXECUTE FUNCTION orders_meet_hours();
 
+CREATE FUNCTION orders_not_before(o orders) RETURNS timestamptz
+LANGUAGE sql VOLATILE SET search_path = public, pg_temp AS $$
+    SELECT CASE WHEN NOT h.is_open THEN h.opens_at END
+    FROM account_hours(o.user_id, o.account, clock_timestamp()) h
+    WHERE o.user_id IS NOT NULL
+$$;
+
+COMMENT ON FUNCTION orders_not_before IS
+    'When an order''s account opens, or NULL while it is open.';
+
 -- An order that lives at a broker is on its way with the row itself: to insert it is to send it. It
 -- has the owner's rights, as its like below, so that the engine needs none to what is waiting.
 CREATE FUNCTION orders_send() RETURNS trigger
@@ -1798,8 +1813,7 @@ BEGIN
                                 payload, not_before)
     VALUES (NEW.user_id, NEW.account, CASE WHEN NEW.purpose = 'FLATTEN' THEN 0 ELSE 2 END,
             'SUBMIT', NEW.run_id, NEW.order_id, NEW.version, orders_command_payload(NEW),
-            CASE WHEN NEW.status_reason = 'OUT_OF_SESSION'
-                 THEN (account_hours(NEW.user_id, NEW.account, clock_timestamp())).opens_at END);
+            CASE WHEN NEW.status_reason = 'OUT_OF_SESSION' THEN orders_not_before(NEW) END);
     RETURN NULL;
 END $$;
 
@@ -1852,9 +1866,7 @@ BEGIN
                                     order_version, payload, not_before)
         VALUES (NEW.user_id, NEW.account, CASE WHEN NEW.purpose = 'FLATTEN' THEN 0 ELSE 2 END,
                 'SUBMIT', NEW.run_id, NEW.order_id, NEW.version, orders_command_payload(NEW),
-                CASE WHEN NEW.status_reason = 'OUT_OF_SESSION'
-                     THEN (account_hours(NEW.user_id, NEW.account, clock_timestamp())).opens_at
-                     END);
+                orders_not_before(NEW));
     ELSE
         UPDATE broker_command SET payload = orders_command_payload(NEW)
         WHERE user_id = NEW.user_id AND account = NEW.account AND order_id = NEW.order_id
@@ -3985,6 +3997,34 @@ $$;
 
 COMMENT ON FUNCTION snapshot_orders IS 'The orders that a broker works, as a snapshot says.';
 
+-- Of orders that ended lately, how: what is here did arrive.
+CREATE FUNCTION snapshot_closed(of_user uuid, of_account text, of_snapshot uuid)
+RETURNS SETOF snapshot_order
+LANGUAGE sql STABLE ROWS 1000 SET search_path = public, pg_temp AS $$
+    SELECT o.* FROM broker_event e
+    CROSS JOIN LATERAL jsonb_populate_recordset(NULL::snapshot_order,
+                                                e.payload -> 'closed_orders') AS o
+    WHERE e.user_id = of_user AND e.account = of_account AND e.kind = 'SNAPSHOT'
+      AND e.payload ->> 'snapshot_id' = of_snapshot::text
+$$;
+
+COMMENT ON FUNCTION snapshot_closed IS
+    'The orders that have ended lately, as a snapshot says, if its broker tells them.';
+
+-- A connector asks what it must still put into the inbox, which it may not read.
+CREATE FUNCTION executions_unheard(of_user uuid, of_account text, kinds text[], executions text[])
+RETURNS SETOF bigint
+LANGUAGE sql STABLE SECURITY DEFINER SET search_path = public, pg_temp AS $$
+    SELECT x.place FROM unnest(kinds, executions) WITH ORDINALITY AS x (kind, execution_id, place)
+    WHERE NOT EXISTS (SELECT FROM broker_event e
+                      WHERE e.user_id = of_user AND e.account = of_account
+                        AND e.execution_id = x.execution_id AND e.kind = x.kind)
+    ORDER BY x.place
+$$;
+
+COMMENT ON FUNCTION executions_unheard IS
+    'The places of executions, busts and commissions that an account''s inbox does not have.';
+
 -- Orders of which the broker has spoken after it took the snapshot: newer news wins.
 CREATE FUNCTION snapshot_overtaken(of_user uuid, of_account text, of_snapshot uuid)
 RETURNS TABLE (order_ref text)
@@ -4053,22 +4093,24 @@ RETURN jsonb_strip_nulls(jsonb_build_object(
 
 COMMENT ON FUNCTION order_difference_ours IS 'An order as we see it, for a difference.';
 
--- Orders of ours that should be at the broker and that the snapshot does not have. Executions that
--- explain it were applied before. Of what the broker never said a word, its submit never arrived.
+-- Orders of ours that should be at the broker and that it does not work. Executions that explain it
+-- were applied before. Where the broker says how an order ended, so it did; of what it never said a
+-- word, the submit never arrived.
 CREATE FUNCTION reconcile_missing(of_user uuid, of_account text, of_snapshot uuid)
 RETURNS SETOF order_difference
 LANGUAGE sql STABLE ROWS 100 SET search_path = public, pg_temp AS $$
-    SELECT d.class, o.run_id, o.order_id, o.order_id::text,
-           CASE WHEN d.class = 'MISSING_AT_BROKER' OR o.status = 'PENDING_CANCEL'
-                THEN 'CANCELED' END,
-           CASE WHEN d.class = 'MISSING_AT_BROKER' OR o.status = 'PENDING_CANCEL'
-                THEN 'CANCELED' ELSE 'KEPT' END,
-           CASE WHEN d.class = 'MISSING_AT_BROKER'
+    SELECT d.class, o.run_id, o.order_id, o.order_id::text, b.becomes,
+           CASE WHEN b.becomes IS NOT NULL THEN 'CANCELED' WHEN d.class = 'NEVER_ARRIVED' THEN 'KEPT'
+                ELSE 'ALERTED' END,
+           CASE WHEN z.status IS NOT NULL THEN 'the broker says ' || z.status
+                WHEN d.class = 'MISSING_AT_BROKER'
                 THEN 'the broker does not work it, and no execution explains that'
                 WHEN d.class = 'NEVER_ARRIVED' THEN 'its submit never reached the broker'
                 ELSE 'what was asked may still be on its way' END,
-           order_difference_ours(o), NULL::jsonb, c.command_id,
-           CASE WHEN d.class = 'NEVER_ARRIVED' THEN d.class END, NULL::bigint, NULL::bigint
+           order_difference_ours(o),
+           CASE WHEN z.status IS NOT NULL THEN jsonb_strip_nulls(to_jsonb(z)) END, c.command_id,
+           CASE WHEN d.class = 'NEVER_ARRIVED' THEN d.class WHEN z.status IS NOT NULL THEN 'ARRIVED'
+                END, z.broker_order_id, z.perm_id
     FROM snapshot_facts(of_user, of_account, of_snapshot) s
     JOIN orders o ON o.user_id = of_user AND o.account = of_account
                  AND o.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
@@ -4076,24 +4118,31 @@ LANGUAGE sql STABLE ROWS 100 SET search_path = public, pg_temp AS $$
                               AND c.order_id = o.order_id AND c.kind = 'SUBMIT'
     LEFT JOIN snapshot_orders(of_user, of_account, of_snapshot) t
            ON t.order_ref = o.order_id::text
+    LEFT JOIN snapshot_closed(of_user, of_account, of_snapshot) z
+           ON z.order_ref = o.order_id::text
     LEFT JOIN snapshot_overtaken(of_user, of_account, of_snapshot) n
            ON n.order_ref = o.order_id::text
     CROSS JOIN LATERAL (SELECT CASE
         WHEN o.status NOT IN ('NEW', 'PENDING', 'PENDING_CANCEL') OR o.filled_quantity > 0
-             OR num_nonnulls(o.broker_order_id, o.perm_id) > 0
+             OR num_nonnulls(o.broker_order_id, o.perm_id) > 0 OR z.status IS NOT NULL
              OR EXISTS (SELECT FROM broker_event e
                         WHERE e.user_id = of_user AND e.account = of_account
                           AND e.order_ref = o.order_id::text
                           AND e.kind IN ('ORDER_STATUS', 'EXECUTION')) THEN 'MISSING_AT_BROKER'
         WHEN command_is_settled(c, s.asked_at, s.holder, s.first_number) THEN 'NEVER_ARRIVED'
         ELSE 'UNDECIDED' END AS class) d
+    CROSS JOIN LATERAL (SELECT CASE
+        WHEN d.class = 'UNDECIDED' OR z.status = 'FILLED' OR z.filled > o.filled_quantity THEN NULL
+        WHEN d.class = 'NEVER_ARRIVED' AND o.status <> 'PENDING_CANCEL' THEN NULL
+        WHEN z.status = 'EXPIRED' OR z.status = 'REJECTED' AND o.filled_quantity = 0 THEN z.status
+        ELSE 'CANCELED' END AS becomes) b
     WHERE t.order_ref IS NULL AND n.order_ref IS NULL
-      AND (o.recovered OR c.claimed_by IS NOT NULL
+      AND (o.recovered OR z.status IS NOT NULL OR c.claimed_by IS NOT NULL
            AND coalesce(c.outcome, 'UNKNOWN') NOT IN ('NEVER_ARRIVED', 'REFUSED'))
 $$;
 
 COMMENT ON FUNCTION reconcile_missing IS
-    'Orders that we hold for working and a snapshot does not have; UNDECIDED among them.';
+    'Orders that we hold for working and a broker does not work; UNDECIDED among them.';
 
 -- What an order of ours that the broker works is, in our words.
 CREATE FUNCTION order_status_at_broker(o orders, brokers_status text) RETURNS text
@@ -4729,6 +4778,12 @@ CREATE VIEW audit_event AS
                         AND l.event_type = 'ORDER_' || o.status
                         AND (l.subject = o.order_id::text
                              OR o.broker <> 'paper' AND event_order_id(l.subject) = o.order_id))
+      -- Back at work, its only fills taken back: the reversal's own event tells that.
+      AND NOT (o.status = 'ROUTED'
+               AND EXISTS (SELECT FROM execution e
+                           WHERE e.user_id = o.user_id AND e.run_id = o.run_id
+                             AND e.order_id = o.order_id AND e.reverses IS NOT NULL
+                             AND e.logical_time = o.status_at))
     UNION ALL
     SELECT l.user_id, l.run_id, 'event_ledger ' || l.seq,
            format('tells of an order that is %s', coalesce(o.status, 'not there'))
@@ -4809,6 +4864,275 @@ CREATE VIEW audit_event AS
 
 COMMENT ON VIEW audit_event IS 'Rows without their event and events without their row.';
 
+-- Everything from the ledger: what a run's events make of its orders, executions and books. Who has
+-- lost the rest of the database, or doubts it, has these; oms audit rebuild loads a run with them.
+
+-- One step of the fold that makes an order of its events; a NULL order becomes the one placed.
+CREATE FUNCTION order_after_event(o orders, event event_ledger) RETURNS orders
+LANGUAGE plpgsql IMMUTABLE SET search_path = public, pg_temp AS $$
+DECLARE
+    says  jsonb := event.payload;
+    terms boolean := says ? 'order_type';
+    next  text;
+BEGIN
+    IF o.order_id IS NULL THEN
+        o.user_id := event.user_id;
+        o.run_id := event.run_id;
+        o.order_id := event_order_id(event.subject);
+        o.client_order_id := says ->> 'client_order_id';
+        o.symbol := says ->> 'symbol';
+        o.side := says ->> 'side';
+        o.order_type := says ->> 'order_type';
+        o.time_in_force := says ->> 'time_in_force';
+        o.trail_percent := (says ->> 'trail_percent')::numeric;
+        o.purpose := says ->> 'purpose';
+        o.recovered := coalesce((says ->> 'recovered')::boolean, false);
+        o.status := CASE WHEN event.event_type = 'ORDER_REJECTED' THEN 'REJECTED'
+                         ELSE coalesce(says ->> 'status', 'NEW') END;
+        o.status_at := event.logical_time;
+        o.logical_time := event.logical_time;
+        o.recorded_at := event.recorded_at;
+        o.filled_quantity := 0;
+        o.filled_notional := 0;
+        o.version := 1;
+        o.pending_reconcile := false;
+    END IF;
+    IF terms THEN
+        o.quantity := (says ->> 'quantity')::numeric;
+        o.limit_price := (says ->> 'limit_price')::numeric;
+        o.stop_price := (says ->> 'stop_price')::numeric;
+        o.trail_amount := (says ->> 'trail_amount')::numeric;
+        o.expire_at := (says ->> 'expire_at')::timestamptz;
+        o.reference_price := (says ->> 'reference_price')::numeric;
+        o.account := says ->> 'account';
+    END IF;
+    IF event.event_type = 'EXECUTION' THEN
+        o.filled_quantity := o.filled_quantity + (says ->> 'quantity')::numeric;
+        o.filled_notional := o.filled_notional
+            + (says ->> 'quantity')::numeric * (says ->> 'price')::numeric;
+        -- As execution_apply moves it.
+        next := CASE WHEN o.filled_quantity >= o.quantity THEN 'FILLED'
+                     WHEN o.status IN ('PENDING_CANCEL', 'PENDING_MODIFY') THEN o.status
+                     WHEN o.filled_quantity > 0 THEN 'PARTIALLY_FILLED'
+                     ELSE 'ROUTED' END;
+        IF o.status = 'REJECTED' THEN
+            o.reject_source := NULL;
+            o.reject_code := NULL;
+        END IF;
+        IF next <> o.status THEN
+            o.status := next;
+            o.status_at := greatest(o.status_at, event.logical_time);
+        END IF;
+        RETURN o;
+    END IF;
+    o.status_reason := says ->> 'status_reason';
+    o.reject_source := says ->> 'reject_source';
+    o.reject_code := says ->> 'reject_code';
+    IF NOT terms THEN
+        o.status := substr(event.event_type, 7);
+        o.status_at := event.logical_time;
+    END IF;
+    RETURN o;
+END $$;
+
+COMMENT ON FUNCTION order_after_event IS
+    'An order after an event that tells of it; what nobody tells (its ids at a broker, its '
+    'version, where a stop was drawn to) is as at its placing.';
+
+-- From nothing, or from orders as they were after an event, to the last one or an earlier one.
+CREATE FUNCTION orders_from_ledger(of_user uuid, of_run uuid, known orders[] DEFAULT '{}',
+                                   after_seq bigint DEFAULT 0,
+                                   upto_seq bigint DEFAULT 9223372036854775807)
+RETURNS SETOF orders LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+DECLARE
+    part  record;
+    event event_ledger;
+    o     orders;
+BEGIN
+    FOR part IN
+        SELECT coalesce(k.order_id, t.order_id) AS order_id, k AS was
+        FROM unnest(known) k
+        FULL JOIN (SELECT DISTINCT event_order_id(l.subject) AS order_id FROM event_ledger l
+                   WHERE l.user_id = of_user AND l.run_id = of_run
+                     AND l.seq > after_seq AND l.seq <= upto_seq
+                     AND l.event_type IN ('ORDER_PLACED', 'ORDER_REJECTED')
+                     AND l.payload ? 'order_type') t
+            ON t.order_id = k.order_id
+        ORDER BY 1
+    LOOP
+        o := part.was;
+        FOR event IN
+            SELECT * FROM event_ledger l
+            WHERE l.user_id = of_user AND l.run_id = of_run
+              AND l.seq > after_seq AND l.seq <= upto_seq
+              AND event_order_id(l.subject) = part.order_id
+              AND (l.event_type IN ('EXECUTION', 'ORDER_PLACED', 'ORDER_RESTATED',
+                                    'ORDER_MODIFIED')
+                   OR EXISTS (SELECT FROM order_status s
+                              WHERE l.event_type = 'ORDER_' || s.status))
+            ORDER BY l.seq
+        LOOP
+            o := order_after_event(o, event);
+        END LOOP;
+        RETURN NEXT o;
+    END LOOP;
+END $$;
+
+COMMENT ON FUNCTION orders_from_ledger IS
+    'A run''s orders as its ledger tells them, from known ones and the events after them.';
+
+-- Positions with their marks. A tick tells the prices that it marked holdings with.
+CREATE FUNCTION positions_from_ledger(of_user uuid, of_run uuid, known public.position[]
+                                          DEFAULT '{}',
+                                      after_seq bigint DEFAULT 0,
+                                      upto_seq bigint DEFAULT 9223372036854775807)
+RETURNS SETOF public.position LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+DECLARE
+    part   record;
+    event  event_ledger;
+    p      public.position;
+    marked timestamptz;
+BEGIN
+    FOR part IN
+        SELECT coalesce(k.symbol, t.symbol) AS symbol, k AS was
+        FROM unnest(known) k
+        FULL JOIN (SELECT DISTINCT l.payload ->> 'symbol' AS symbol FROM event_ledger l
+                   WHERE l.user_id = of_user AND l.run_id = of_run
+                     AND l.seq > after_seq AND l.seq <= upto_seq
+                     AND l.event_type = 'EXECUTION') t
+            ON t.symbol = k.symbol
+        ORDER BY 1
+    LOOP
+        p := part.was;
+        FOR event IN
+            SELECT * FROM event_ledger l
+            WHERE l.user_id = of_user AND l.run_id = of_run
+              AND l.seq > after_seq AND l.seq <= upto_seq
+              AND (l.event_type IN ('EXECUTION', 'SPLIT_APPLIED')
+                   AND l.payload ->> 'symbol' = part.symbol
+                   OR l.event_type = 'TICK' AND l.payload -> 'prices' ? part.symbol)
+            ORDER BY l.seq
+        LOOP
+            IF event.event_type <> 'TICK' THEN
+                p := position_after_event(p, event);
+            ELSIF p.quantity <> 0 THEN
+                p.mark_price := (event.payload #>> ARRAY['prices', part.symbol])::numeric;
+                p.marked_at := coalesce(
+                    (event.payload #>> ARRAY['priced_at', part.symbol])::timestamptz,
+                    event.logical_time);
+            END IF;
+        END LOOP;
+        RETURN NEXT p;
+    END LOOP;
+END $$;
+
+COMMENT ON FUNCTION positions_from_ledger IS
+    'A run''s positions as its ledger tells them, from known ones and the events after them.';
+
+-- Fills a run's tables from its ledger, which has been loaded by the owner with the triggers of
+-- these tables switched off (engine/rebuild.py, which proves the result by the audit).
+CREATE FUNCTION run_rebuild(of_user uuid, of_run uuid) RETURNS void
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
+    INSERT INTO orders (user_id, run_id, order_id, client_order_id, broker, symbol, side, quantity,
+                        order_type, time_in_force, limit_price, stop_price, trail_amount,
+                        trail_percent, expire_at, triggered_at, reference_price, status, status_at,
+                        status_reason, reject_source, reject_code, filled_quantity,
+                        filled_notional, logical_time, recorded_at, account, version, purpose,
+                        recovered, pending_reconcile)
+    SELECT o.user_id, o.run_id, o.order_id, o.client_order_id, r.broker, o.symbol, o.side,
+           o.quantity, o.order_type, o.time_in_force, o.limit_price, o.stop_price, o.trail_amount,
+           o.trail_percent, o.expire_at, o.triggered_at, o.reference_price, o.status, o.status_at,
+           o.status_reason, o.reject_source, o.reject_code, o.filled_quantity, o.filled_notional,
+           o.logical_time, o.recorded_at, o.account, o.version, o.purpose, o.recovered,
+           o.pending_reconcile
+    FROM orders_from_ledger(of_user, of_run) o
+    JOIN strategy_run r ON r.user_id = o.user_id AND r.run_id = o.run_id;
+
+    INSERT INTO execution (user_id, run_id, execution_id, order_id, symbol, side, quantity, price,
+                           commission, commission_currency, logical_time, event_at, recorded_at,
+                           reverses)
+    SELECT l.user_id, l.run_id, substr(l.subject, 38), event_order_id(l.subject),
+           l.payload ->> 'symbol', l.payload ->> 'side', (l.payload ->> 'quantity')::numeric,
+           (l.payload ->> 'price')::numeric, (l.payload ->> 'commission')::numeric,
+           l.payload ->> 'commission_currency', l.logical_time,
+           (l.payload ->> 'event_at')::timestamptz, l.recorded_at, l.payload ->> 'reverses'
+    FROM event_ledger l
+    WHERE l.user_id = of_user AND l.run_id = of_run AND l.event_type = 'EXECUTION';
+
+    INSERT INTO execution_commission (user_id, run_id, execution_id, amount, currency, rate, cost,
+                                      logical_time, event_at, recorded_at)
+    SELECT l.user_id, l.run_id, l.subject, (l.payload ->> 'amount')::numeric,
+           l.payload ->> 'currency', (l.payload ->> 'rate')::numeric,
+           (l.payload ->> 'cost')::numeric, l.logical_time,
+           (l.payload ->> 'event_at')::timestamptz, l.recorded_at
+    FROM event_ledger l
+    WHERE l.user_id = of_user AND l.run_id = of_run AND l.event_type = 'COMMISSION';
+    PERFORM run_rebuild_books(of_user, of_run);
+END $$;
+
+COMMENT ON FUNCTION run_rebuild IS
+    'Fills the tables of a run whose ledger alone is there, with their triggers switched off.';
+
+CREATE FUNCTION run_rebuild_books(of_user uuid, of_run uuid) RETURNS void
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
+    INSERT INTO instrument (symbol)
+    SELECT DISTINCT l.payload ->> 'symbol' FROM event_ledger l
+    WHERE l.user_id = of_user AND l.run_id = of_run AND l.event_type = 'SPLIT_APPLIED'
+    ON CONFLICT (symbol) DO NOTHING;
+    INSERT INTO corporate_action (symbol, ex_date, numerator, denominator)
+    SELECT l.payload ->> 'symbol', (l.payload ->> 'ex_date')::date,
+           (l.payload ->> 'numerator')::numeric, (l.payload ->> 'denominator')::numeric
+    FROM event_ledger l
+    WHERE l.user_id = of_user AND l.run_id = of_run AND l.event_type = 'SPLIT_APPLIED'
+    ON CONFLICT (symbol, ex_date, kind) DO NOTHING;
+    INSERT INTO split_applied (user_id, run_id, symbol, ex_date, logical_time, quantity_before,
+                               quantity_after, recorded_at)
+    SELECT l.user_id, l.run_id, l.payload ->> 'symbol', (l.payload ->> 'ex_date')::date,
+           l.logical_time, (l.payload ->> 'quantity_before')::numeric,
+           (l.payload ->> 'quantity_after')::numeric, l.recorded_at
+    FROM event_ledger l
+    WHERE l.user_id = of_user AND l.run_id = of_run AND l.event_type = 'SPLIT_APPLIED';
+
+    INSERT INTO mtm_ledger (user_id, run_id, logical_time, cash, market_value, recorded_at)
+    SELECT l.user_id, l.run_id, l.logical_time, (l.payload ->> 'cash')::numeric,
+           (l.payload ->> 'market_value')::numeric, l.recorded_at
+    FROM event_ledger l
+    WHERE l.user_id = of_user AND l.run_id = of_run AND l.event_type = 'TICK'
+      AND l.payload ?& '{cash,market_value}';
+
+    INSERT INTO position (user_id, run_id, symbol, quantity, cost_basis, realized_pnl, mark_price,
+                          marked_at)
+    SELECT p.user_id, p.run_id, p.symbol, p.quantity, p.cost_basis, p.realized_pnl, p.mark_price,
+           p.marked_at
+    FROM positions_from_ledger(of_user, of_run) p;
+
+    INSERT INTO engine_state (user_id, run_id, last_logical_time, recorded_at)
+    SELECT l.user_id, l.run_id, l.logical_time, l.recorded_at FROM event_ledger l
+    WHERE l.user_id = of_user AND l.run_id = of_run AND l.event_type = 'TICK'
+    ORDER BY l.seq DESC LIMIT 1;
+
+    UPDATE strategy_run r
+    SET cash = r.initial_cash + b.flow, books_seq = b.seq
+    FROM (SELECT coalesce(sum(event_cash_flow(l.event_type, l.payload)), 0) AS flow,
+                 coalesce(max(l.seq) FILTER (
+                     WHERE l.event_type IN ('EXECUTION', 'COMMISSION', 'SPLIT_APPLIED')), 0) AS seq
+          FROM event_ledger l WHERE l.user_id = of_user AND l.run_id = of_run) b
+    WHERE r.user_id = of_user AND r.run_id = of_run;
+    UPDATE strategy_run r
+    SET status = substr(l.event_type, 5),
+        stopped_at = CASE WHEN l.event_type <> 'RUN_STOPPING' THEN l.recorded_at END
+    FROM (SELECT k.event_type, k.recorded_at FROM event_ledger k
+          WHERE k.user_id = of_user AND k.run_id = of_run
+            AND k.event_type IN ('RUN_STOPPING', 'RUN_STOPPED', 'RUN_ERROR')
+          ORDER BY k.seq DESC LIMIT 1) l
+    WHERE r.user_id = of_user AND r.run_id = of_run;
+END $$;
+
+COMMENT ON FUNCTION run_rebuild_books IS
+    'Splits, marks, positions, cash and status of a run, from its ledger alone.';
+
 -- The rights of each role: all that it needs and no more. The engine inserts what happens and
 -- moves what moves; it has no right to a number that follows from something else. Those are
 -- written by ticks_write and, behind the tables' triggers, by execution_apply, books_follow and
@@ -4867,7 +5191,8 @@ LANGUAGE sql IMMUTABLE SET search_path = public, pg_temp AS $$
             number, holder, kind, priority, order_ref, broker_order_id, perm_id, execution_id,
             payload, event_at, received_at) ON broker_event'),
         ('oms_connector', 'EXECUTE ON FUNCTION lease_take, lease_renew, lease_release,
-            commands_claim, commands_throttled, commands_done, connector_alert'),
+            commands_claim, commands_throttled, commands_done, connector_alert,
+            executions_unheard'),
         ('oms_auditor', 'USAGE ON SCHEMA public')
 $$;
 
@@ -4899,10 +5224,11 @@ BEGIN
     END LOOP;
 END $$;
 
-REVOKE EXECUTE ON FUNCTION grant_roles, ticks_write, books_follow, ledger_analyze FROM PUBLIC;
+REVOKE EXECUTE ON FUNCTION grant_roles, ticks_write, books_follow, ledger_analyze, run_rebuild,
+    run_rebuild_books FROM PUBLIC;
 
 REVOKE EXECUTE ON FUNCTION lease_take, lease_renew, lease_release, commands_claim,
-    commands_throttled, commands_done, connector_alert FROM PUBLIC;
+    commands_throttled, commands_done, connector_alert, executions_unheard FROM PUBLIC;
 
 REVOKE EXECUTE ON FUNCTION halt_place, halt_lift, halt_enforce, system_halt_place,
     system_halt_lift, run_equity_peak FROM PUBLIC;

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import date, timedelta
+from decimal import Decimal
 from uuid import UUID, uuid4
 
 import psycopg
@@ -294,8 +295,8 @@ def test_fill_that_breaks_a_limit_cancels_the_rest(live: Live) -> None:
     assert (breach.order_id, breach.code, breach.limit_value, breach.value) == (
         order,
         "MAX_POSITION",
-        12,
-        15,
+        Decimal(12),
+        Decimal(15),
     )
     assert (live.status(order), live.status(other)) == ("PENDING_CANCEL", "ROUTED")
     assert live.commands("CANCEL")[0][1] == 0
@@ -361,7 +362,7 @@ def test_storm_of_rejections_trips(live: Live) -> None:
     later = utc_now() + timedelta(seconds=61)
     assert check_breakers(live.engine, live.user, later) == []
     (trip,) = check_breakers(live.engine, live.user, utc_now())
-    assert (trip.code, trip.value) == ("REJECT_STORM", 3)
+    assert (trip.code, trip.value) == ("REJECT_STORM", Decimal(3))
     assert live.place()[1] == "HALTED"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import timedelta
+from datetime import datetime, timedelta
 from decimal import Decimal
 from typing import Any
 from uuid import UUID, uuid4
@@ -31,6 +31,14 @@ def everything(wire: Wire) -> list[Any]:
         ).fetchall()
         for table in tables
     ]
+
+
+def _clock(wire: Wire) -> datetime:
+    """The database's clock, which claims and arrivals are timed by."""
+    row = wire.conn.execute("SELECT clock_timestamp()").fetchone()
+    assert row is not None
+    at: datetime = row[0]
+    return at
 
 
 def outcome(wire: Wire, order_id: UUID, kind: str = "SUBMIT") -> str | None:
@@ -130,9 +138,7 @@ def test_a_submit_that_nothing_carries_any_more_never_arrived(
         by=uuid4() if how == "dead" else None,
     )
     if how == "reconnected":
-        row = wire.conn.execute("SELECT clock_timestamp()").fetchone()
-        assert row is not None
-        wire.say("CONNECTED", lag=row[0] - wire.now, broker_time=wire.now.isoformat())
+        wire.say("CONNECTED", lag=_clock(wire) - wire.now)
     done = books.reconcile()
     assert kinds(done) == [("NEVER_ARRIVED", "KEPT")]
     assert wire.order(order_id)["status"] == "NEW"
@@ -235,7 +241,7 @@ def test_a_filled_order_that_the_broker_works_is_for_a_person(wire: Wire, books:
 
 def test_a_modification_whose_answer_was_lost_is_taken(wire: Wire, books: Books) -> None:
     order_id = wire.working(limit_price="99")
-    assert wire.modify(order_id, new_quantity="7", new_limit="98") == "PENDING_MODIFY"
+    assert wire.modify(order_id, quantity="7", limit_price="98") == "PENDING_MODIFY"
     wire.sent(order_id)
     books.works(order_id, quantity="7", limit_price="98")
     done = books.reconcile()
@@ -248,7 +254,7 @@ def test_a_modification_whose_answer_was_lost_is_taken(wire: Wire, books: Books)
 
 def test_a_modification_of_a_dead_connector_is_taken_too(wire: Wire, books: Books) -> None:
     order_id = wire.working(limit_price="99")
-    wire.modify(order_id, new_limit="98")
+    wire.modify(order_id, limit_price="98")
     claim(wire, order_id, None, by=uuid4(), kind="MODIFY")
     books.works(order_id, limit_price="98")
     assert kinds(books.reconcile()) == [("TERMS_DIFFER", "TERMS_TAKEN")]
@@ -257,7 +263,7 @@ def test_a_modification_of_a_dead_connector_is_taken_too(wire: Wire, books: Book
 
 def test_a_modification_that_never_arrived_changes_nothing(wire: Wire, books: Books) -> None:
     order_id = wire.working(limit_price="99")
-    wire.modify(order_id, new_limit="98")
+    wire.modify(order_id, limit_price="98")
     claim(wire, order_id, "UNKNOWN", kind="MODIFY")
     books.works(order_id)
     assert kinds(books.reconcile()) == [("STATUS_DIFFERS", "MOVED")]
@@ -268,7 +274,7 @@ def test_a_modification_that_never_arrived_changes_nothing(wire: Wire, books: Bo
 
 def test_a_modification_on_its_way_is_undecided(wire: Wire, books: Books) -> None:
     order_id = wire.working(limit_price="99")
-    wire.modify(order_id, new_limit="98")
+    wire.modify(order_id, limit_price="98")
     wire.sent(order_id)
     books.works(order_id)
     done = books.reconcile()
@@ -332,7 +338,7 @@ def test_a_contract_that_changed_cancels_its_orders_only(wire: Wire, books: Book
     old, other = wire.working(symbol="FB"), wire.working(symbol="IBM")
     books.works(old)
     books.works(other)
-    wire.say("CONTRACT_CHANGED", symbol="FB", new_symbol="META")
+    wire.say("CONTRACT_CHANGED", lag=_clock(wire) - wire.now, symbol="FB", new_symbol="META")
     assert kinds(books.reconcile()) == [("CONTRACT_CHANGED", "CANCEL_SENT")]
     assert [wire.order(o)["status"] for o in (old, other)] == ["PENDING_CANCEL", "ROUTED"]
     assert len(wire.events("CONTRACT_CHANGED")) == 1
@@ -527,9 +533,7 @@ def _lease(conn: Connection, wire: Wire, *, connected: bool = True) -> None:
 
 
 def _due(wire: Wire, after: timedelta = timedelta()) -> list[str]:
-    row = wire.conn.execute("SELECT clock_timestamp()").fetchone()
-    assert row is not None
-    return [due.why for due in due_reconciliations(wire.conn, row[0] + after)]
+    return [due.why for due in due_reconciliations(wire.conn, _clock(wire) + after)]
 
 
 def test_a_connection_asks_for_a_snapshot_once(wire: Wire, books: Books) -> None:
@@ -542,9 +546,7 @@ def test_a_connection_asks_for_a_snapshot_once(wire: Wire, books: Books) -> None
     wire.apply()
     books.compare()
     assert _due(wire) == []
-    row = wire.conn.execute("SELECT clock_timestamp()").fetchone()
-    assert row is not None
-    wire.say("CONNECTED", lag=row[0] - wire.now)
+    wire.say("CONNECTED", lag=_clock(wire) - wire.now)
     assert _due(wire, SECOND) == ["CONNECTED"]
 
 
@@ -568,9 +570,7 @@ def test_a_question_that_died_with_its_connector_is_asked_again(wire: Wire, book
 
 def test_silence_makes_an_order_stale_and_an_answer_ends_it(wire: Wire, books: Books) -> None:
     order_id = wire.working()
-    row = wire.conn.execute("SELECT clock_timestamp()").fetchone()
-    assert row is not None
-    user_id, later = wire.run.user_id, row[0] + timedelta(seconds=301)
+    user_id, later = wire.run.user_id, _clock(wire) + timedelta(seconds=301)
     assert mark_stale(wire.conn, user_id, ACCOUNT, later - 2 * SECOND) == 0
     assert mark_stale(wire.conn, user_id, ACCOUNT, later) == 1
     assert mark_stale(wire.conn, user_id, ACCOUNT, later) == 0

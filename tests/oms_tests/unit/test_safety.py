@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from datetime import timedelta
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
@@ -228,8 +229,8 @@ def test_daily_loss_circuit_breaker_halts_trading(live: Live) -> None:
     assert (trip.kind, trip.code, trip.threshold, trip.value) == (
         "DAILY_LOSS",
         "CIRCUIT_BREAKER",
-        50,
-        50,
+        Decimal(50),
+        Decimal(50),
     )
     assert live.status(working) == "PENDING_CANCEL"
     assert [command[1] for command in live.commands("CANCEL")] == [0]

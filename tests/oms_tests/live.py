@@ -1,0 +1,229 @@
+"""The whole house as real processes: exchange, connector and worker, around one database."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+from uuid import UUID
+
+from broker_cases import ACCOUNT, Wire, a_broker_run
+from exchange import END_SECONDS_MAX, ROOT, ExchangeProcess
+from psycopg.types.json import Jsonb
+
+from engine.db.connect import Connection
+from engine.db.install import head
+from engine.strategies.base import PlaceOrder
+
+_PROGRAM = "import sys; from cli.main import main; sys.exit(main(sys.argv[1:]))"
+# How long something may take until a test gives up on it.
+PATIENCE_SECONDS = 30.0
+
+Got = TypeVar("Got")
+
+
+def until(look: Callable[[], Got], what: str, seconds: float = PATIENCE_SECONDS) -> Got:
+    """Look until there is something; it is polled because other processes bring it about."""
+    ends_at = time.monotonic() + seconds
+    while True:
+        found = look()
+        if found:
+            return found
+        assert time.monotonic() < ends_at, f"in {seconds:g} s there was no {what}: {found!r}"
+        time.sleep(0.02)
+
+
+class Program:
+    """An `oms` command as a process of its own, ended by its own pid."""
+
+    def __init__(self, words: Sequence[str], dsn: str) -> None:
+        self.words = list(words)
+        # A file: a pipe that nobody reads would stop the process.
+        with tempfile.NamedTemporaryFile("w", prefix="oms-", delete=False) as self._output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", _PROGRAM, *self.words],
+                env=os.environ | {"PYTHONPATH": str(ROOT), "DB_DSN": dsn},
+                stdout=self._output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def kill(self) -> None:
+        """SIGKILL: as a power cut would."""
+        self._end(signal.SIGKILL)
+
+    def stop(self) -> int:
+        """SIGTERM: as a person would; its exit code."""
+        return self._end(signal.SIGTERM)
+
+    def wait(self) -> int:
+        """Wait until it ends by itself; its exit code."""
+        return self._process.wait(PATIENCE_SECONDS)
+
+    def _end(self, number: signal.Signals) -> int:
+        if self._process.poll() is None:
+            self._process.send_signal(number)
+        return self._process.wait(END_SECONDS_MAX)
+
+    def forget(self) -> None:
+        """Throw away what it has printed."""
+        Path(self._output.name).unlink(missing_ok=True)
+
+    def said(self) -> str:
+        """What it has printed so far."""
+        return Path(self._output.name).read_text(encoding="utf-8")
+
+
+@dataclass
+class House:
+    """One user, one account, one run; what is started is ended with it."""
+
+    dsn: str
+    wire: Wire
+    exchange: ExchangeProcess
+    programs: dict[str, Program] = field(default_factory=dict)
+
+    def connect(self) -> Program:
+        """Start the account's connector and wait until it is logged on."""
+        self.programs["connect"] = Program(
+            ["connect", "--user", "ann", "--account", self.wire.account], self.dsn
+        )
+        until(self.is_connected, "connection")
+        return self.programs["connect"]
+
+    def work(self, name: str = "work") -> Program:
+        """Start a worker."""
+        self.programs[name] = Program(["work"], self.dsn)
+        return self.programs[name]
+
+    def is_connected(self) -> bool:
+        row = self.wire.conn.execute(
+            """SELECT connected AND expires_at > now() FROM broker_lease
+               WHERE user_id = %s AND account = %s""",
+            [self.wire.run.user_id, self.wire.account],
+        ).fetchone()
+        return bool(row and row[0])
+
+    def place(self, side: str = "BUY", quantity: str = "10", **terms: Any) -> UUID:
+        """Place an order as `oms order place` does."""
+        from decimal import Decimal
+
+        from engine.orders.by_hand import place_order
+        from engine.orders.model import OrderType, Side
+
+        limit = terms.pop("limit_price", None)
+        wanted = PlaceOrder(
+            terms.pop("symbol", "AAPL"),
+            Side(side),
+            Decimal(quantity),
+            OrderType.MARKET if limit is None else OrderType.LIMIT,
+            limit_price=None if limit is None else Decimal(limit),
+            **terms,
+        )
+        return place_order(self.wire.conn, self.wire.run.user_id, self.wire.run.run_id, wanted)
+
+    def status(self, order_id: UUID) -> str:
+        return str(self.wire.order(order_id)["status"])
+
+    def wait_status(self, order_id: UUID, *wanted: str) -> str:
+        """Wait until an order is in one of these statuses."""
+        until(lambda: self.status(order_id) in wanted, f"{wanted} of {order_id}")
+        return self.status(order_id)
+
+    def wait_event(self, code: str) -> Any:
+        """Wait for an event of the run; its payload."""
+        return until(lambda: self.wire.events(code), code)[-1][1]
+
+    def wait_alert(self, code: str) -> None:
+        until(lambda: code in self.wire.alerts(), f"alert {code}")
+
+    def settled(self) -> bool:
+        """Whether nothing waits in outbox or inbox."""
+        row = self.wire.conn.execute(
+            """SELECT (SELECT count(*) FROM broker_command
+                       WHERE user_id = %(user)s AND done_at IS NULL)
+                    + (SELECT count(*) FROM broker_event
+                       WHERE user_id = %(user)s AND applied_at IS NULL)""",
+            {"user": self.wire.run.user_id},
+        ).fetchone()
+        return bool(row and row[0] == 0)
+
+    def wait_settled(self) -> None:
+        until(self.settled, "quiet outbox and inbox")
+
+    def reconciled(self) -> int:
+        """How many reconciliations were stored."""
+        row = self.wire.conn.execute(
+            "SELECT count(*) FROM reconciliation WHERE user_id = %s", [self.wire.run.user_id]
+        ).fetchone()
+        return int(row[0]) if row else 0
+
+    def end(self) -> None:
+        for program in self.programs.values():
+            program.kill()
+            program.forget()
+
+
+# What a test that failed shows besides.
+_STORY = (
+    """SELECT kind, priority, claimed_at::time, done_at::time, outcome, payload FROM broker_command
+       WHERE user_id = %s ORDER BY created_at""",
+    """SELECT number, kind, received_at::time, applied_at::time, finding, code, payload
+       FROM broker_event WHERE user_id = %s ORDER BY number""",
+    "SELECT event_type, subject, payload FROM event_ledger WHERE user_id = %s ORDER BY seq",
+    "SELECT code, message FROM alert WHERE user_id = %s ORDER BY raised_at",
+)
+
+
+def audit_findings(conn: Connection) -> list[tuple[Any, ...]]:
+    """What the audit views find."""
+    views = conn.execute(
+        "SELECT viewname FROM pg_views WHERE viewname LIKE 'audit\\_%' ORDER BY viewname"
+    ).fetchall()
+    return [
+        (view, *row)
+        for (view,) in views
+        for row in conn.execute(f"SELECT subject, finding FROM {view}").fetchall()
+    ]
+
+
+@contextmanager
+def a_house(
+    dsn: str, conn: Connection, folder: Path, *, account: str = ACCOUNT, **exchange: Any
+) -> Iterator[House]:
+    """A house with its exchange running; connector and worker are started by the test.
+
+    ``conn`` is an autocommit connection of the owner. At the end the audit must find nothing.
+    """
+    # The commands want a database that migrations have made; this one is like it.
+    conn.execute("CREATE TABLE alembic_version (version_num text)")
+    conn.execute("INSERT INTO alembic_version VALUES (%s)", [head()])
+    conn.execute("SELECT grant_roles()")
+    broker = ExchangeProcess(folder, **exchange)
+    broker.start()
+    run = a_broker_run(conn, accounts=(account,))
+    conn.execute(
+        "UPDATE broker_account SET settings = %s WHERE user_id = %s",
+        [Jsonb({"port": broker.port, "client_id": 7}), run.user_id],
+    )
+    house = House(dsn, Wire(conn, run, account), broker)
+    try:
+        yield house
+    except BaseException:
+        for name, program in house.programs.items():
+            sys.stderr.write(f"--- {name}\n{program.said()[-4000:]}\n")
+        for query in _STORY:
+            for row in conn.execute(query, [run.user_id]).fetchall():
+                sys.stderr.write(f"{row}\n")
+        raise
+    finally:
+        house.end()
+        broker.stop()
+    assert audit_findings(conn) == []
