@@ -35,6 +35,7 @@ from cli import (
     report,
     schedule,
     sip,
+    status,
     tick,
     up,
     user,
@@ -87,6 +88,8 @@ app.command("work", rich_help_panel=_BROKERS)(work.work)
 app.command("connect", rich_help_panel=_BROKERS)(connect.connect)
 app.command("reconcile", rich_help_panel=_BROKERS)(reconcile.reconcile)
 app.command("equity", rich_help_panel=_LOOK)(equity.equity)
+app.command("status", rich_help_panel=_LOOK)(status.status)
+app.command("health", rich_help_panel=_LOOK)(status.health)
 app.command("pnl", rich_help_panel=_LOOK)(pnl.pnl)
 app.command("report", rich_help_panel=_LOOK)(report.report)
 app.command("bench", rich_help_panel=_LOOK)(bench.bench)
