@@ -111,7 +111,7 @@ BEGIN
                       WHERE b.user_id = o.user_id AND b.account = o.account
                         AND (b.kind = 'BUST' AND b.execution_id = e.reverses
                              OR b.kind = 'EXECUTION' AND b.execution_id <> e.reverses
-                                AND b.order_ref = o.order_id::text
+                                AND coalesce(b.order_ref, o.order_id::text) = o.order_id::text
                                 AND execution_family(b.execution_id)
                                     = execution_family(e.reverses))) THEN
         RETURN;

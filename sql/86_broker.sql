@@ -397,7 +397,8 @@ LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
     SELECT now_is.reference_price IS NOT DISTINCT FROM was.reference_price AND EXISTS (
         SELECT FROM broker_command c
         WHERE c.user_id = was.user_id AND c.run_id = was.run_id AND c.order_id = was.order_id
-          AND (c.kind = 'MODIFY' AND c.sent_at IS NOT NULL
+          -- Claimed is as good as sent: who took it may have died before he could note that.
+          AND (c.kind = 'MODIFY' AND c.claimed_by IS NOT NULL
                OR c.kind = 'SUBMIT' AND c.claimed_by IS NULL)
           AND (c.payload ->> 'quantity')::numeric = now_is.quantity
           AND (c.payload ->> 'limit_price')::numeric IS NOT DISTINCT FROM now_is.limit_price

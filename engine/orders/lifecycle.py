@@ -1,17 +1,19 @@
 """What becomes of an order when its broker speaks: pure rules, without a database.
 
 The broker is right about what happened; what it says may come twice, late, out of sequence or not
-at all. So executions are facts that count once each, wherever in the sequence they arrive, and a
-status only moves an order from where it stands. ``hear`` says what an event turns out to be and
-what is to be written; writing it is the inbox's business (``engine.inbox``).
+at all. So executions are facts that count once each, wherever in the sequence they arrive, what
+ended an order is remembered even where fills hide it, and which of two words is the newer one the
+broker's time decides: where an order stands follows from what was said, not from when it came.
+``hear`` says what an event turns out to be and what is to be written; writing it is the inbox's
+business (``engine.inbox``).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
-from decimal import Decimal
+from decimal import Decimal, InvalidOperation
 from enum import StrEnum
 from typing import Any
 from uuid import UUID
@@ -22,6 +24,13 @@ CLOSED = frozenset({"FILLED", "CANCELED", "REJECTED", "EXPIRED"})
 _BEFORE_ROUTED = ("NEW", "PENDING", "PENDING_SUBMIT")
 # Answers to a cancel that mean: there is nothing left to cancel.
 _GONE = ("ALREADY_CANCELED", "INACTIVE")
+# What a word says of an order's life, by its kind and its status or code.
+_SAYS = {
+    **{("ORDER_STATUS", end): end for end in ("ROUTED", "CANCELED", "EXPIRED", "INACTIVE")},
+    **{("CANCEL_REJECTED", code): "CANCELED" for code in _GONE},
+    ("REJECTED", ""): "REJECTED",
+}
+_REFUSALS = ("CANCEL_REJECTED", "MODIFY_REJECTED", "REJECTED")
 # Order ids are 32-bit signed integers at IB; a broker that has reached the last starts anew.
 LAST_BROKER_ORDER_ID = 2**31 - 1
 # Further than this a broker's clock and ours are apart, which is told. Source: scenario CONN-05.
@@ -57,9 +66,12 @@ class Heard:
     perm_id: int | None = None
 
     def amount(self, key: str) -> Decimal | None:
-        """A number of the payload, exactly as the broker said it."""
-        value = self.payload.get(key)
-        return None if value is None else Decimal(str(value))
+        """A number of the payload, exactly as the broker said it; ``None`` for what is none."""
+        try:
+            value = Decimal(str(self.payload.get(key)))
+        except InvalidOperation:
+            return None
+        return value if value.is_finite() else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +89,7 @@ class Executed:
 
     quantity: Decimal
     price: Decimal
+    event_at: datetime | None = field(default=None, compare=False)
 
 
 @dataclass(slots=True)
@@ -94,13 +107,21 @@ class OrderState:
     recovered: bool = False
     pending_reconcile: bool = False
     negative_price_allowed: bool = False
-    # The broker's time of what closed it; a word from before that is old news.
+    # What the broker said last of its end (CANCELED, EXPIRED, REJECTED or INACTIVE), and when, on
+    # the broker's clock; without a time it ended here.
+    end: str | None = None
     closed_at: datetime | None = None
+    # When the broker last said that it works it, and what terms it has.
+    worked_at: datetime | None = None
+    terms_at: datetime | None = None
     executions: dict[str, Executed] = field(default_factory=dict)
-    reversed: set[str] = field(default_factory=set)
+    # When each was taken back.
+    reversed: dict[str, datetime] = field(default_factory=dict)
     commissions: dict[str, tuple[Decimal, str]] = field(default_factory=dict)
     # Terms that commands have asked for: the broker may confirm these and no others.
     asked: list[Terms] = field(default_factory=list)
+    # Refusals that were heard already; one that is repeated answers nothing newer.
+    refusals: set[tuple[str, datetime]] = field(default_factory=set)
     ids: set[tuple[int, int]] = field(default_factory=set)
 
     @property
@@ -111,6 +132,92 @@ class OrderState:
     def working(self) -> str:
         """The status of an order that the broker works, by what is filled."""
         return "PARTIALLY_FILLED" if self.filled > 0 else "ROUTED"
+
+    def remember(self, kind: str, payload: Mapping[str, Any], at: datetime) -> None:
+        """Keep what a word says of the order's life, whatever is made of the word."""
+        said = _SAYS.get((kind, str(payload.get("status" if kind == "ORDER_STATUS" else "code"))))
+        said = said or _SAYS.get((kind, ""))
+        if said == "ROUTED":
+            self.worked_at = _later(self.worked_at, at)
+        elif said is not None and self.ended is None:
+            self.end, self.closed_at = said, _later(self.closed_at, at)
+        elif said is not None and self.closed_at is not None:
+            self.closed_at = max(self.closed_at, at)
+        if kind in _REFUSALS:
+            self.refusals.add((kind, at))
+
+    @property
+    def ended(self) -> str | None:
+        """The status in which the broker ended it; ``None`` if it has worked it since."""
+        if self.end is None:
+            return None
+        worked = None if self.end == "EXPIRED" else self.worked_at
+        refused = self.end in ("REJECTED", "INACTIVE")
+        if refused:
+            # A fill from after a refusal proves it wrong, one from before it has its place.
+            for done in self.executions.values():
+                worked = _later(worked, done.event_at)
+        if self.closed_at is not None and worked is not None and worked > self.closed_at:
+            return None
+        if self.end == "INACTIVE" and (self.worked_at is not None or self._asked_back):
+            return "CANCELED"
+        if refused:
+            return "CANCELED" if self.executions else "REJECTED"
+        return self.end
+
+    @property
+    def _asked_back(self) -> bool:
+        return self.status in ("PENDING_CANCEL", "CANCELED")
+
+    @property
+    def stands(self) -> str:
+        """The status in which it is by all that the broker has said of it, in whatever sequence."""
+        if self.filled >= self.terms.quantity:
+            return "FILLED"
+        if (ended := self.ended) is not None:
+            return ended
+        if self._was_filled():
+            return "CANCELED"
+        if self.status in ("PENDING_CANCEL", "PENDING_MODIFY"):
+            return self.status
+        if self.status in _BEFORE_ROUTED and self.worked_at is None and not self.executions:
+            return self.status
+        return self.working
+
+    def _was_filled(self) -> bool:
+        """Whether it was filled in whole at a moment of the broker's, before a fill was taken back.
+
+        An exchange doesn't take up again what it was done with.
+        """
+        if not self.reversed:
+            return False
+        spans = [
+            (done.event_at, self._taken_back_at(name), done.quantity)
+            for name, done in self.executions.items()
+            if done.event_at is not None
+        ]
+        moments = {since for since, _, _ in spans}
+        if self.terms_at is not None:
+            moments = {max(moment, self.terms_at) for moment in moments}
+        return any(
+            sum(
+                quantity
+                for since, until, quantity in spans
+                if since <= moment and (until is None or moment < until)
+            )
+            >= self.terms.quantity
+            for moment in moments
+        )
+
+    def _taken_back_at(self, name: str) -> datetime | None:
+        """When an execution was busted or first corrected."""
+        if name not in self.reversed:
+            return None
+        moments = [self.reversed[name]]
+        for other, done in self.executions.items():
+            if _is_newer_revision(other, name) and done.event_at is not None:
+                moments.append(done.event_at)
+        return min(moments)
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,7 +279,7 @@ class Verdict:
 
     finding: Finding
     code: str | None = None
-    effects: list[Effect] = field(default_factory=list)
+    effects: Sequence[Effect] = ()
 
     @property
     def codes(self) -> list[str]:
@@ -184,10 +291,12 @@ def hear(order: OrderState, event: Heard) -> Verdict:
     identified = _identify(order, event)
     rule = _RULES.get(event.kind)
     verdict = rule(order, event) if rule else Verdict(Finding.IGNORED)
-    verdict.effects[:0] = identified
+    order.remember(event.kind, event.payload, event.event_at)
+    verdict.effects = [*identified, *verdict.effects]
     if event.event_at - event.received_at > SKEW_MAX:
         seconds = (event.received_at - event.event_at).total_seconds()
-        verdict.effects.append(Tell("TIME_SKEW", {"seconds": seconds}, skew_words(seconds)))
+        skew = Tell("TIME_SKEW", {"seconds": seconds}, skew_words(seconds))
+        verdict.effects = [*verdict.effects, skew]
     verdict.code = verdict.code or next(iter(verdict.codes), None)
     return verdict
 
@@ -212,18 +321,33 @@ def _identify(order: OrderState, event: Heard) -> list[Effect]:
     return effects
 
 
-def _move(order: OrderState, event: Heard, status: str, reason: str | None = None) -> Change:
+def _move(
+    order: OrderState, status: str, reason: str | None = None, reject_code: str | None = None
+) -> list[Change]:
+    """Move the order; what was refused and then turns out to have been worked goes by ROUTED."""
+    moves = []
+    if (order.status, status) == ("REJECTED", "CANCELED"):
+        moves.append(Change("ROUTED", reason))
     order.status = status
-    order.closed_at = event.event_at if status in CLOSED else None
     settled = False if order.pending_reconcile else None
     order.pending_reconcile = False
-    return Change(status, reason, pending_reconcile=settled)
+    return [*moves, Change(status, reason, reject_code, pending_reconcile=settled)]
+
+
+def _later(one: datetime | None, other: datetime | None) -> datetime | None:
+    if one is None or other is None:
+        return one or other
+    return max(one, other)
 
 
 def _hear_status(order: OrderState, event: Heard) -> Verdict:
     said = str(event.payload.get("status"))
-    if said in ("PENDING_SUBMIT", "ROUTED"):
-        return _hear_working(order, event, said)
+    if said == "PENDING_SUBMIT":
+        if order.status in ("NEW", "PENDING"):
+            return Verdict(Finding.NEW, None, _move(order, said))
+        return Verdict(Finding.REPEAT if order.status == said else Finding.STALE)
+    if said == "ROUTED":
+        return _hear_routed(order, event)
     if said == "FILLED":
         # Executions tell what was filled, before this or after it; if none comes, the order goes
         # stale and the broker is asked.
@@ -233,117 +357,142 @@ def _hear_status(order: OrderState, event: Heard) -> Verdict:
     return Verdict(Finding.CONTRADICTION, "STATUS_UNKNOWN", [_alarm(order, "STATUS_UNKNOWN", said)])
 
 
-def _hear_working(order: OrderState, event: Heard, said: str) -> Verdict:
-    if order.status in _BEFORE_ROUTED and order.status != said:
-        return Verdict(Finding.NEW, None, [_move(order, event, said)])
-    if order.status == said:
-        return Verdict(Finding.REPEAT)
-    guessed = order.status in ("CANCELED", "REJECTED") and order.filled == 0 and said == "ROUTED"
-    if guessed and order.closed_at is not None and event.event_at > order.closed_at:
-        was = order.status
-        change = _move(order, event, "ROUTED", f"NOT_{was}")
-        return Verdict(
-            Finding.CONTRADICTION,
-            "STATUS_CONTRADICTION",
-            [change, _alarm(order, "STATUS_CONTRADICTION", f"was {was}, the broker works it")],
-        )
-    return Verdict(Finding.STALE)
+def _hear_routed(order: OrderState, event: Heard) -> Verdict:
+    was = order.status
+    order.remember(event.kind, event.payload, event.event_at)
+    stands = order.stands
+    if stands == was:
+        return Verdict(Finding.REPEAT if was == "ROUTED" else Finding.STALE)
+    if order.is_open:
+        return Verdict(Finding.NEW, None, _move(order, stands))
+    moves = _move(order, stands, f"NOT_{was}")
+    if not order.is_open:
+        return Verdict(Finding.NEW, None, moves)
+    alarm = _alarm(order, "STATUS_CONTRADICTION", f"was {was}, the broker works it")
+    return Verdict(Finding.CONTRADICTION, "STATUS_CONTRADICTION", [*moves, alarm])
 
 
 def _hear_end(order: OrderState, event: Heard, said: str) -> Verdict:
+    was = order.status
+    order.remember(event.kind, event.payload, event.event_at)
     if not order.is_open:
-        same = order.status == said or (order.status, said) == ("CANCELED", "INACTIVE")
+        same = was == said or (was, said) == ("CANCELED", "INACTIVE")
         return Verdict(Finding.REPEAT if same else Finding.STALE)
+    stands = order.stands
+    if stands not in CLOSED:
+        # Older than the broker's word that it works it.
+        return Verdict(Finding.STALE)
     reason = event.payload.get("reason")
     if said != "INACTIVE":
-        return Verdict(Finding.NEW, None, [_move(order, event, said, reason)])
-    if order.status in _BEFORE_ROUTED:
-        return _refuse(order, event, "INACTIVE", str(reason or "the broker holds it inactive"))
-    change = _move(order, event, "CANCELED", "CANCEL_REDUNDANT")
-    return Verdict(Finding.NEW, None, [change, Tell("CANCEL_REDUNDANT", {"said": said})])
+        return Verdict(Finding.NEW, None, _move(order, stands, reason))
+    if stands == "REJECTED":
+        words = f"INACTIVE: {reason or 'the broker holds it inactive'}"
+        return Verdict(Finding.NEW, None, _move(order, stands, words, "INACTIVE"))
+    effects = _move(order, stands, "CANCEL_REDUNDANT")
+    return Verdict(Finding.NEW, None, [*effects, Tell("CANCEL_REDUNDANT", {"said": said})])
 
 
 def _hear_rejected(order: OrderState, event: Heard) -> Verdict:
-    code, message = str(event.payload.get("code")), str(event.payload.get("message", ""))
-    if order.is_open:
-        return _refuse(order, event, code, message)
-    if order.status == "REJECTED":
-        return Verdict(Finding.REPEAT)
-    if order.status == "FILLED":
-        words = f"is FILLED, the broker says it refused it: {code} {message}"
-        alarm = _alarm(order, "STATUS_CONTRADICTION", words)
-        return Verdict(Finding.CONTRADICTION, "STATUS_CONTRADICTION", [alarm])
-    return Verdict(Finding.STALE)
-
-
-def _refuse(order: OrderState, event: Heard, code: str, message: str) -> Verdict:
     """The broker won't have it; what it filled before stays filled."""
+    code, message = str(event.payload.get("code")), str(event.payload.get("message", ""))
+    if ("REJECTED", event.event_at) in order.refusals or order.status == "REJECTED":
+        return Verdict(Finding.REPEAT)
+    order.remember(event.kind, event.payload, event.event_at)
     words = f"{code}: {message}".rstrip(": ")
-    if order.filled > 0:
-        return Verdict(Finding.NEW, None, [_move(order, event, "CANCELED", words)])
-    move = _move(order, event, "REJECTED", words)
-    effects: list[Effect] = [
-        Change(move.status, words, reject_code=code, pending_reconcile=move.pending_reconcile)
-    ]
-    return Verdict(Finding.NEW, None, effects)
+    if order.status in ("CANCELED", "EXPIRED"):
+        return Verdict(Finding.STALE)
+    stands = order.stands
+    if stands in ("CANCELED", "REJECTED"):
+        refusal = code if stands == "REJECTED" else None
+        return Verdict(Finding.NEW, None, _move(order, stands, words, refusal))
+    effects: list[Effect] = []
+    if order.is_open:
+        order.pending_reconcile = True
+        effects.append(Change(pending_reconcile=True))
+    said = f"is {order.status}, the broker says it refused it: {words}"
+    effects.append(_alarm(order, "STATUS_CONTRADICTION", said))
+    return Verdict(Finding.CONTRADICTION, "STATUS_CONTRADICTION", effects)
 
 
 def _hear_cancel_rejected(order: OrderState, event: Heard) -> Verdict:
     code = str(event.payload.get("code"))
+    if ("CANCEL_REJECTED", event.event_at) in order.refusals:
+        return Verdict(Finding.REPEAT)
     if not order.is_open:
         found = Finding.REPEAT if order.status == "CANCELED" else Finding.IGNORED
         return Verdict(found, None, [Tell("CANCEL_IGNORED", {"status": order.status})])
     if code in _GONE:
-        change = _move(order, event, "CANCELED", "CANCEL_REDUNDANT")
-        return Verdict(Finding.NEW, None, [change, Tell("CANCEL_REDUNDANT", {"said": code})])
+        order.remember(event.kind, event.payload, event.event_at)
+        if order.stands != "CANCELED":
+            return Verdict(Finding.STALE)
+        effects = _move(order, "CANCELED", "CANCEL_REDUNDANT")
+        return Verdict(Finding.NEW, None, [*effects, Tell("CANCEL_REDUNDANT", {"said": code})])
     if code == "NOT_FOUND":
         # Not among the broker's orders may also mean: just filled. It is asked.
         order.pending_reconcile = True
         return Verdict(Finding.NEW, "CANCEL_NOT_FOUND", [Change(pending_reconcile=True)])
     if order.status != "PENDING_CANCEL":
         return Verdict(Finding.STALE)
-    change = _move(order, event, order.working, f"CANCEL_REJECTED: {code}")
-    return Verdict(Finding.NEW, None, [change, Tell("CANCEL_IGNORED", {"code": code})])
+    effects = _move(order, order.working, f"CANCEL_REJECTED: {code}")
+    return Verdict(Finding.NEW, None, [*effects, Tell("CANCEL_IGNORED", {"code": code})])
 
 
 def _hear_modified(order: OrderState, event: Heard) -> Verdict:
-    if not order.is_open:
-        return Verdict(Finding.STALE)
     quantity = event.amount("quantity")
     terms = Terms(
         order.terms.quantity if quantity is None else quantity,
         event.amount("limit_price"),
         event.amount("stop_price"),
     )
+    if order.terms_at is not None and event.event_at <= order.terms_at:
+        return Verdict(Finding.REPEAT if terms == order.terms else Finding.STALE)
     waits = order.status == "PENDING_MODIFY"
     if terms == order.terms:
+        order.terms_at = event.event_at
         if waits:
-            return Verdict(Finding.NEW, None, [_move(order, event, order.working)])
+            return Verdict(Finding.NEW, None, _move(order, order.working))
         return Verdict(Finding.REPEAT)
-    if terms not in order.asked:
-        order.pending_reconcile = True
-        alarm = _alarm(order, "TERMS_CONTRADICTION", f"nobody asked for {terms}")
-        return Verdict(
-            Finding.CONTRADICTION, "TERMS_CONTRADICTION", [Change(pending_reconcile=True), alarm]
-        )
-    was, order.terms = order.status, terms
-    if order.filled >= terms.quantity:
-        move = _move(order, event, "FILLED")
-    elif waits:
-        move = _move(order, event, order.working)
-    else:
-        return Verdict(Finding.NEW, None, [Change(terms=terms)])
-    status = None if move.status == was else move.status
-    changed = Change(status, terms=terms, pending_reconcile=move.pending_reconcile)
-    return Verdict(Finding.NEW, None, [changed])
+    if terms in order.asked:
+        return _take_terms(order, event, terms)
+    if not order.is_open:
+        return Verdict(Finding.STALE)
+    order.pending_reconcile = True
+    alarm = _alarm(order, "TERMS_CONTRADICTION", f"nobody asked for {terms}")
+    return Verdict(
+        Finding.CONTRADICTION, "TERMS_CONTRADICTION", [Change(pending_reconcile=True), alarm]
+    )
+
+
+def _take_terms(order: OrderState, event: Heard, terms: Terms) -> Verdict:
+    """Terms that were asked for hold from now on, and may show that an order is over, or isn't."""
+    was, before = order.status, order.terms
+    order.terms, order.terms_at = terms, event.event_at
+    if was in ("PENDING_MODIFY", "FILLED"):
+        order.status = order.working
+    stands = order.stands
+    order.status = was
+    if stands == was:
+        if order.is_open:
+            return Verdict(Finding.NEW, None, [Change(terms=terms)])
+        # A closed order is history, and its terms make no difference any more.
+        order.terms = before
+        return Verdict(Finding.STALE)
+    # What was filled by its old terms works on by the new ones before anything can end it.
+    works = Change("PARTIALLY_FILLED", terms=terms)
+    change = replace(_move(order, stands)[-1], terms=terms)
+    if was == "FILLED" and stands != works.status:
+        return Verdict(Finding.NEW, None, [works, replace(change, terms=None)])
+    return Verdict(Finding.NEW, None, [change])
 
 
 def _hear_modify_rejected(order: OrderState, event: Heard) -> Verdict:
+    if ("MODIFY_REJECTED", event.event_at) in order.refusals:
+        return Verdict(Finding.REPEAT)
     if order.status != "PENDING_MODIFY":
         return Verdict(Finding.STALE)
     code = str(event.payload.get("code"))
-    change = _move(order, event, order.working, f"MODIFY_REJECTED: {code}")
-    return Verdict(Finding.NEW, None, [change, Tell("MODIFY_REJECTED", {"code": code})])
+    effects = _move(order, order.working, f"MODIFY_REJECTED: {code}")
+    return Verdict(Finding.NEW, None, [*effects, Tell("MODIFY_REJECTED", {"code": code})])
 
 
 def _hear_execution(order: OrderState, event: Heard) -> Verdict:
@@ -367,7 +516,7 @@ def _hear_execution(order: OrderState, event: Heard) -> Verdict:
     ):
         words = f"execution {execution_id} is of another symbol or side"
         return _not_booked(order, event, Finding.CONTRADICTION, "EXECUTION_CONTRADICTION", words)
-    return _book(order, event, execution_id, Executed(quantity, price))
+    return _book(order, event, execution_id, Executed(quantity, price, event.event_at))
 
 
 def _book(order: OrderState, event: Heard, execution_id: str, executed: Executed) -> Verdict:
@@ -379,23 +528,31 @@ def _book(order: OrderState, event: Heard, execution_id: str, executed: Executed
     if known is not None:
         words = f"execution {execution_id} was {known.quantity} at {known.price}"
         return _not_booked(order, event, Finding.CONTRADICTION, "EXECUTION_CONTRADICTION", words)
-    before = _revision_before(order, execution_id)
-    if before == execution_id:
-        return Verdict(Finding.STALE, "EXECUTION_SUPERSEDED")
     was = order.status
-    effects: list[Effect] = []
+    effects: list[Effect] = [
+        Execute(execution_id, executed.quantity, executed.price, event.event_at)
+    ]
     finding, code = Finding.NEW, None
-    if before is not None:
-        finding, code = Finding.CORRECTION, "EXECUTION_CORRECTED"
-        effects.append(_take_back(order, event, before))
-        effects.append(Tell(code, {"execution_id": execution_id, "corrects": before}))
-    effects.insert(
-        1 if before else 0, Execute(execution_id, executed.quantity, executed.price, event.event_at)
-    )
+    newer = [name for name in order.executions if _is_newer_revision(name, execution_id)]
+    older = [
+        name
+        for name in order.executions
+        if _is_newer_revision(execution_id, name) and name not in order.reversed
+    ]
     order.executions[execution_id] = executed
     order.filled += executed.quantity
-    effects += _follow_fills(order, event, was)
-    if was in ("CANCELED", "EXPIRED", "REJECTED") and before is None:
+    if newer:
+        # The correction came first: what it corrects is booked as it would have been, and gone.
+        finding, code = Finding.CORRECTION, "EXECUTION_SUPERSEDED"
+        known_at = min(order.executions[name].event_at or event.event_at for name in newer)
+        effects.append(_take_back(order, execution_id, known_at))
+        effects.append(Tell(code, {"execution_id": execution_id, "by": max(newer)}))
+    for before in older:
+        finding, code = Finding.CORRECTION, "EXECUTION_CORRECTED"
+        effects.insert(0, _take_back(order, before, event.event_at))
+        effects.append(Tell(code, {"execution_id": execution_id, "corrects": before}))
+    effects += _follow_fills(order, was)
+    if was in ("CANCELED", "EXPIRED", "REJECTED") and finding is Finding.NEW:
         effects.append(Tell("FILL_AFTER_CANCEL", {"execution_id": execution_id, "was": was}))
     if order.filled > order.terms.quantity and not order.recovered:
         over = order.filled - order.terms.quantity
@@ -410,65 +567,53 @@ def _hear_bust(order: OrderState, event: Heard) -> Verdict:
     if execution_id not in order.executions:
         return Verdict(Finding.HELD)
     was = order.status
-    effects: list[Effect] = [_take_back(order, event, execution_id)]
-    effects += _follow_fills(order, event, was)
+    effects: list[Effect] = [_take_back(order, execution_id, event.event_at)]
+    effects += _follow_fills(order, was)
     effects.append(_alarm(order, "EXECUTION_BUSTED", f"execution {execution_id} was taken back"))
     return Verdict(Finding.CORRECTION, "EXECUTION_BUSTED", effects)
 
 
-def _take_back(order: OrderState, event: Heard, execution_id: str) -> Execute:
+def _take_back(order: OrderState, execution_id: str, at: datetime) -> Execute:
     booked = order.executions[execution_id]
-    order.reversed.add(execution_id)
+    order.reversed[execution_id] = at
     order.filled -= booked.quantity
-    return Execute(
-        f"{execution_id}-R", -booked.quantity, booked.price, event.event_at, execution_id
-    )
+    return Execute(f"{execution_id}-R", -booked.quantity, booked.price, at, execution_id)
 
 
-def _follow_fills(order: OrderState, event: Heard, was: str) -> list[Effect]:
+def _follow_fills(order: OrderState, was: str) -> Sequence[Effect]:
     """Where the database puts the order when its fills change, and where it belongs then."""
     if order.filled >= order.terms.quantity:
         order.status = "FILLED"
-    elif was not in ("PENDING_CANCEL", "PENDING_MODIFY"):
-        order.status = order.working
-    if order.status == was or order.status == "FILLED":
-        if order.status == "FILLED" != was:
-            order.closed_at = event.event_at
         return []
-    if was in ("CANCELED", "EXPIRED"):
-        return [_move(order, event, was, "FILL_AFTER_CANCEL")]
-    if was == "FILLED":
-        return [_move(order, event, "CANCELED", "BUST")]
+    pending = was in ("PENDING_CANCEL", "PENDING_MODIFY")
+    order.status = was if pending else order.working
+    stands = order.stands
+    if stands != order.status:
+        reason = "FILL_AFTER_CANCEL" if was in ("CANCELED", "EXPIRED", "REJECTED") else "BUST"
+        return _move(order, stands, reason)
     if was == "REJECTED":
         # The refusal was a guess: whether the rest still works is the broker's to say.
         order.pending_reconcile = True
-        return [Change(pending_reconcile=True)]
-    return []
+        return [Change(stands, pending_reconcile=True)]
+    # The database looks at what a batch has filled in the end: a fill that is taken back at once
+    # has moved nothing there.
+    return [Change(stands)] if order.filled == 0 and not pending else []
 
 
-def _revision_before(order: OrderState, execution_id: str) -> str | None:
-    """The booked revision of an execution that ``execution_id`` corrects.
+def _is_newer_revision(one: str, other: str) -> bool:
+    """Whether an execution id corrects another.
 
-    ``execution_id`` itself where a newer revision is booked already; ``None`` where it is the
-    first. Source: IB's execution ids, of which those that differ only after the last dot are
-    revisions of one execution.
+    Source: IB's execution ids, of which those that differ only after the last dot are revisions
+    of one execution.
     """
-    family, dot, revision = execution_id.rpartition(".")
-    if not dot:
-        return None
-    booked = [
-        known
-        for known in order.executions
-        if known not in order.reversed and known.rpartition(".")[:2] == (family, dot)
-    ]
-    if not booked:
-        return None
-    newest = max(booked, key=lambda known: _order_of(known.rpartition(".")[2]))
-    return newest if _order_of(newest.rpartition(".")[2]) < _order_of(revision) else execution_id
+    family, its_family = one.rpartition("."), other.rpartition(".")
+    if not family[1] or family[:2] != its_family[:2]:
+        return False
+    return _order_of(family[2]) > _order_of(its_family[2])
 
 
 def _order_of(revision: str) -> tuple[int, str]:
-    return (int(revision) if revision.isdigit() else -1, revision)
+    return (int(revision) if revision.isdecimal() else -1, revision)
 
 
 def _hear_commission(order: OrderState, event: Heard) -> Verdict:
