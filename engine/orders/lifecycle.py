@@ -597,23 +597,21 @@ def _follow_fills(order: OrderState, was: str) -> Sequence[Effect]:
         return [Change(stands, pending_reconcile=True)]
     # The database looks at what a batch has filled in the end: a fill that is taken back at once
     # has moved nothing there.
-    return [Change(stands)] if order.filled == 0 and not pending else []
+    return [Change(stands)] if not pending and (order.filled == 0 or was == "FILLED") else []
 
 
 def _is_newer_revision(one: str, other: str) -> bool:
     """Whether an execution id corrects another.
 
-    Source: IB's execution ids, of which those that differ only after the last dot are revisions
-    of one execution.
+    Source: IB's execution ids, of which those that differ only in the number after the last dot
+    are revisions of one execution.
     """
     family, its_family = one.rpartition("."), other.rpartition(".")
     if not family[1] or family[:2] != its_family[:2]:
         return False
-    return _order_of(family[2]) > _order_of(its_family[2])
-
-
-def _order_of(revision: str) -> tuple[int, str]:
-    return (int(revision) if revision.isdecimal() else -1, revision)
+    revision, its_revision = family[2], its_family[2]
+    numbered = revision.isdecimal() and its_revision.isdecimal()
+    return numbered and int(revision) > int(its_revision)
 
 
 def _hear_commission(order: OrderState, event: Heard) -> Verdict:
