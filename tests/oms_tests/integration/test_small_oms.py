@@ -172,6 +172,15 @@ def test_status_shows_session_queue_throttle_and_how_long_the_broker_took(
         assert (account["connected"], account["queued"]) == (False, 1)
 
 
+def _start_with_a_queue(house: House) -> list[UUID]:
+    """Start connector and worker, which have some seconds of orders to send."""
+    house.set_account(orders_per_second=5)
+    orders = [house.place(quantity="1") for _ in range(25)]
+    house.work()
+    house.connect()
+    return orders
+
+
 def _outcomes(house: House) -> dict[UUID, tuple[str, str | None]]:
     """Where every order stands, and what became of its submit."""
     return {
@@ -203,9 +212,7 @@ def test_killed_processes_go_on_where_they_were(
     dsn: str, owner_conn: Connection, tmp_path: Path
 ) -> None:
     with a_house(dsn, owner_conn, tmp_path) as house:
-        house.set_account(orders_per_second=20)
-        house.staff()
-        orders = [house.place(quantity="1") for _ in range(30)]
+        orders = _start_with_a_queue(house)
         until(lambda: len(house.heard("EXECUTION")) > 3, "some fills")
         house.programs["connect"].kill()
         house.programs["work"].kill()
@@ -232,9 +239,7 @@ def test_a_signal_ends_connector_and_worker_cleanly(
     dsn: str, owner_conn: Connection, tmp_path: Path, signal_name: str
 ) -> None:
     with a_house(dsn, owner_conn, tmp_path) as house:
-        house.set_account(orders_per_second=20)
-        house.staff()
-        orders = [house.place(quantity="1") for _ in range(30)]
+        orders = _start_with_a_queue(house)
         until(lambda: len(house.heard("EXECUTION")) > 3, "some fills")
         connector, worker = house.programs["connect"], house.programs["work"]
         end = {"SIGINT": lambda each: each.interrupt(), "SIGTERM": lambda each: each.stop()}
@@ -314,7 +319,9 @@ def test_up_does_it_all_in_one_process(
         assert "Traceback" not in up.said()
         assert house.heard("LOGOUT") == [{"reason": "SHUTDOWN"}]
         assert not _holds_lease(house)
-        assert house.settled(), "everything is stored"
+        assert house.rows(
+            "SELECT count(*) FROM broker_command WHERE user_id = %s AND done_at IS NULL"
+        ) == [(0,)]
         up = house.start("up", "up", "--every", "1")
         until(house.is_connected, "connection")
         second = house.place(quantity="5")
