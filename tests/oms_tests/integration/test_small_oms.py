@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from datetime import timedelta
 from decimal import Decimal
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -52,8 +53,7 @@ def _holds_lease(house: House) -> bool:
 
 def _terms_at_exchange(house: House) -> dict[str, Decimal]:
     return {
-        each["order_ref"]: Decimal(each["limit_price"])
-        for each in house.exchange.books()["orders"]
+        each["order_ref"]: Decimal(each["limit_price"]) for each in house.exchange.books()["orders"]
     }
 
 
@@ -79,7 +79,7 @@ def test_orders_wait_for_the_session_and_can_be_changed_meanwhile(
         house.wire.modify(changed, limit_price="80")
         house.wire.cancel(taken_back)
         assert house.status(taken_back) == "CANCELED"
-        assert house.heard("LOGON") == [] and house.sent_refs() == []
+        assert (house.heard("LOGON"), house.sent_refs()) == ([], [])
         house.wait_status(kept, "ROUTED")
         house.wait_status(changed, "ROUTED")
         ((logged_on, sent),) = house.rows(
@@ -132,8 +132,9 @@ def test_a_queue_survives_a_restart_and_what_waits_in_it_can_be_changed(
             """SELECT sent_at FROM broker_command
                WHERE user_id = %s AND kind = 'SUBMIT' AND sent_at IS NOT NULL ORDER BY sent_at"""
         )
-        gaps = [later[0] - earlier[0] for earlier, later in zip(sent, sent[1:], strict=False)]
-        assert len(sent) == 5 and min(gaps) >= timedelta(seconds=1)
+        gaps = [later[0] - earlier[0] for earlier, later in pairwise(sent)]
+        assert len(sent) == 5
+        assert min(gaps) >= timedelta(seconds=1)
 
 
 @pytest.mark.scenario("OMS-LATENCY")
