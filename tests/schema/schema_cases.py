@@ -33,8 +33,17 @@ RUN_TABLES = (
     "risk_limit",
 )
 # What belongs to a run at a broker, and what to a user's account there.
-BROKER_TABLES = ("run_route", "execution_commission", "order_broker_id")
-ACCOUNT_TABLES = ("broker_account", "broker_lease", "broker_command", "broker_event", "alert")
+BROKER_TABLES = ("run_route", "execution_commission", "order_broker_id", "equity_peak")
+ACCOUNT_TABLES = (
+    "broker_account",
+    "broker_lease",
+    "broker_command",
+    "broker_event",
+    "alert",
+    "trading_halt",
+    "circuit_breaker",
+    "flatten_request",
+)
 HISTORY = ("execution", "event_ledger", "mtm_ledger", "split_applied")
 LOOKUPS = (
     "instrument",
@@ -47,6 +56,9 @@ LOOKUPS = (
     "order_transition",
     "command_kind",
     "fx_rate",
+    "limit_kind",
+    "breaker_kind",
+    "system_halt",
 )
 
 # The people of the world and their runs. Times are in January 2024.
