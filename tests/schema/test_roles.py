@@ -46,7 +46,6 @@ READ_ONLY = (
     "circuit_breaker",
     "equity_peak",
     "limit_kind",
-    "order_refusal",
     "system_halt",
     "trading_halt",
 )
