@@ -30,10 +30,12 @@ from cli import (
     order,
     pnl,
     position,
+    reconcile,
     replay,
     report,
     schedule,
     sip,
+    status,
     tick,
     up,
     user,
@@ -84,7 +86,10 @@ app.command("schedule", rich_help_panel=_RUNS)(schedule.schedule)
 app.command("up", rich_help_panel=_BROKERS)(up.up)
 app.command("work", rich_help_panel=_BROKERS)(work.work)
 app.command("connect", rich_help_panel=_BROKERS)(connect.connect)
+app.command("reconcile", rich_help_panel=_BROKERS)(reconcile.reconcile)
 app.command("equity", rich_help_panel=_LOOK)(equity.equity)
+app.command("status", rich_help_panel=_LOOK)(status.status)
+app.command("health", rich_help_panel=_LOOK)(status.health)
 app.command("pnl", rich_help_panel=_LOOK)(pnl.pnl)
 app.command("report", rich_help_panel=_LOOK)(report.report)
 app.command("bench", rich_help_panel=_LOOK)(bench.bench)

@@ -154,8 +154,8 @@ def _record_ids(
            FROM unnest(%s::uuid[], %s::uuid[], %s::bigint[], %s::bigint[])
                 AS d (run_id, order_id, broker_order_id, perm_id)
            WHERE o.user_id = %s AND o.run_id = d.run_id AND o.order_id = d.order_id
-             AND (o.broker_order_id, o.perm_id) IS DISTINCT FROM
-                 (coalesce(d.broker_order_id, o.broker_order_id), coalesce(d.perm_id, o.perm_id))""",
+             AND (coalesce(d.broker_order_id, o.broker_order_id), coalesce(d.perm_id, o.perm_id))
+                 IS DISTINCT FROM (o.broker_order_id, o.perm_id)""",
         [*columns, whose.user_id],
     )
 
@@ -224,16 +224,24 @@ def _cancel(conn: Connection, whose: Subject, wanted: Sequence[Difference]) -> N
 
 
 def note(
-    conn: Connection, whose: Subject, found: Iterable[Difference], runs: Collection[UUID]
+    conn: Connection,
+    whose: Subject,
+    found: Iterable[Difference],
+    runs: Collection[UUID],
+    number: int,
 ) -> None:
-    """Tell the runs' ledgers, the people and the log."""
+    """Tell the runs' ledgers, the people and the log; ``number`` is the snapshot's last row.
+
+    A run may stand at one logical time for days: the number tells findings of that time apart.
+    """
     found = list(found)
     told = [d for d in found if d.run_id in runs]
     conn.execute(
         """INSERT INTO event_ledger (user_id, run_id, logical_time, event_type, subject, payload)
            SELECT %(user)s, d.run_id, run_last_time(%(user)s, d.run_id), d.code,
                   left(coalesce(o.order_id || '@' || o.version || '/' || d.kind,
-                                %(account)s || '/' || d.kind || '/' || d.subject), 200), d.payload
+                                %(account)s || '/' || d.kind || '/' || d.subject), 180)
+                  || '/' || %(number)s::bigint, d.payload
            FROM unnest(%(runs)s::uuid[], %(orders)s::uuid[], %(codes)s::text[], %(kinds)s::text[],
                        %(subjects)s::text[], %(payloads)s::jsonb[]) WITH ORDINALITY
                 AS d (run_id, order_id, code, kind, subject, payload, place)
@@ -243,6 +251,7 @@ def note(
         {
             "user": whose.user_id,
             "account": whose.account,
+            "number": number,
             "runs": [d.run_id for d in told],
             "orders": [d.order_id for d in told],
             "codes": [code_of(d) for d in told],

@@ -38,7 +38,7 @@ __all__ = [
     "watch",
 ]
 
-# Below the default stale_seconds of accounts, so that what works is known to work before it is stale.
+# Below the default stale_seconds of accounts: what works is known to work before it is stale.
 RECONCILE_EVERY_SECONDS = 240
 # Between two questions, where one was not enough.
 ASK_AGAIN_SECONDS = 5
@@ -264,27 +264,40 @@ class _Comparison:
         rows = self.conn.execute(
             "SELECT order_id, derived FROM orders_derived(%s, %s)", [self.whose.user_id, orders]
         ).fetchall()
-        derived = dict(rows)
+        derived: dict[UUID, Any] = dict(rows)
         return [d._replace(derived=derived.get(d.order_id)) if d.order_id else d for d in found]
 
     def books(self) -> list[Difference]:
         """How executions, positions and cash differ."""
         row = self.conn.execute("SELECT account_run(%s, %s)", [*self.whose]).fetchone()
         run_id = row[0] if row else None
+        parts = ["executions"] if self._fills_wait() else list(_OF_BOOKS)
         return [
             Difference(kind, run_id, None, subject, None, "ALERTED", reason, ours, theirs)._replace(
                 derived=derived
             )
-            for part, (kind, reason) in _OF_BOOKS.items()
+            for part in parts
+            for kind, reason in [_OF_BOOKS[part]]
             for subject, ours, theirs, derived in self._rows(
                 f"SELECT subject, ours, brokers, derived FROM reconcile_{part}(%s, %s, %s)"
             )
         ]
 
+    def _fills_wait(self) -> bool:
+        """Whether fills have arrived since, of which the broker's holdings may know already."""
+        row = self.conn.execute(
+            """SELECT EXISTS (SELECT FROM broker_event
+                              WHERE user_id = %s AND account = %s AND applied_at IS NULL
+                                AND kind IN ('EXECUTION', 'BUST', 'COMMISSION'))""",
+            [*self.whose],
+        ).fetchone()
+        return row is not None and bool(row[0])
+
     def finish(self, found: Sequence[Difference], runs: set[UUID]) -> None:
         """Store what was found, tell of what is new, and end the question that is answered."""
         self._store(found)
-        note(self.conn, self.whose, [d for d in found if d.key not in self._before], runs)
+        news = [d for d in found if d.key not in self._before]
+        note(self.conn, self.whose, news, runs, self.facts.last_number)
         self.conn.execute(
             """UPDATE orders SET pending_reconcile = false
                WHERE user_id = %s AND account = %s AND pending_reconcile AND run_id = ANY(%s)
@@ -365,7 +378,7 @@ def due_reconciliations(
            CROSS JOIN LATERAL (
                SELECT max(b.claimed_at) FILTER (WHERE b.outcome = 'SENT') AS asked_at,
                       max(b.created_at) AS tried_at,
-                      bool_or(b.done_at IS NULL AND (b.claimed_by IS NULL OR b.claimed_by = l.holder))
+                      bool_or(b.done_at IS NULL AND coalesce(b.claimed_by = l.holder, true))
                           AS is_waiting
                FROM broker_command b JOIN broker_lease l
                  ON l.user_id = b.user_id AND l.account = b.account
@@ -439,16 +452,17 @@ def mark_stale(conn: Connection, user_id: UUID, account: str, now: datetime) -> 
 
 
 def watch(conn: Connection, user_id: UUID, now: datetime) -> None:
-    """Look after a user's accounts: compare what was answered, mark what is stale, ask what is due."""
-    rows = conn.execute(
-        "SELECT account FROM broker_account WHERE user_id = %s ORDER BY account", [user_id]
-    ).fetchall()
-    for (account,) in rows:
-        reconcile(conn, user_id, account, now)
-        if mark_stale(conn, user_id, account, now):
-            request_snapshot(conn, user_id, account, "STALE")
-    for due in due_reconciliations(conn, now, user_id=user_id):
-        request_snapshot(conn, *due)
+    """Compare what was answered, mark what is stale, and ask what is due, of a user's accounts."""
+    with translated():
+        rows = conn.execute(
+            "SELECT account FROM broker_account WHERE user_id = %s ORDER BY account", [user_id]
+        ).fetchall()
+        for (account,) in rows:
+            reconcile(conn, user_id, account, now)
+            if mark_stale(conn, user_id, account, now):
+                request_snapshot(conn, user_id, account, "STALE")
+        for due in due_reconciliations(conn, now, user_id=user_id):
+            request_snapshot(conn, *due)
 
 
 def on_start(conn: Connection, user_id: UUID, now: datetime) -> None:

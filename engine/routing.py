@@ -41,8 +41,9 @@ def reroute(
 ) -> list[Rerouted]:
     """Send orders that never reached their account to the next one of their run that is up."""
     parameters = [user_id, now, down_seconds]
-    if not conn.execute(_WAITING, parameters).fetchall():
-        return []
+    with translated():
+        if not conn.execute(_WAITING, parameters).fetchall():
+            return []
     with translated(), conn.transaction():
         conn.execute(
             """SELECT FROM strategy_run WHERE user_id = %s AND status = 'RUNNING'

@@ -278,7 +278,8 @@ CREATE FUNCTION reconcile_missing(of_user uuid, of_account text, of_snapshot uui
 RETURNS SETOF order_difference
 LANGUAGE sql STABLE ROWS 100 SET search_path = public, pg_temp AS $$
     SELECT d.class, o.run_id, o.order_id, o.order_id::text, b.becomes,
-           CASE WHEN b.becomes IS NOT NULL THEN 'CANCELED' WHEN d.class = 'NEVER_ARRIVED' THEN 'KEPT'
+           CASE WHEN b.becomes IS NOT NULL THEN 'CANCELED'
+                WHEN d.class = 'NEVER_ARRIVED' THEN 'KEPT'
                 ELSE 'ALERTED' END,
            CASE WHEN z.status IS NOT NULL THEN 'the broker says ' || z.status
                 WHEN d.class = 'MISSING_AT_BROKER'
@@ -327,7 +328,8 @@ CREATE FUNCTION order_status_at_broker(o orders, brokers_status text) RETURNS te
 LANGUAGE sql IMMUTABLE
 RETURN CASE WHEN o.filled_quantity >= o.quantity THEN NULL
             WHEN o.filled_quantity > 0 THEN 'PARTIALLY_FILLED'
-            WHEN brokers_status = 'PENDING_SUBMIT' AND o.status IN ('NEW', 'PENDING', brokers_status)
+            WHEN brokers_status = 'PENDING_SUBMIT'
+                 AND o.status IN ('NEW', 'PENDING', brokers_status)
             THEN brokers_status
             ELSE 'ROUTED' END;
 
@@ -523,7 +525,8 @@ LANGUAGE sql STABLE ROWS 10 SET search_path = public, pg_temp AS $$
     CROSS JOIN LATERAL (SELECT coalesce(
         t.ours AND event_order_id(t.order_ref) IS NOT NULL AND length(t.order_ref) = 36
         AND t.quantity > 0 AND t.side IN ('BUY', 'SELL')
-        AND t.order_type IN ('MARKET', 'LIMIT', 'STOP', 'STOP_LIMIT', 'TRAIL'), false)) k (is_orphan)
+        AND t.order_type IN ('MARKET', 'LIMIT', 'STOP', 'STOP_LIMIT', 'TRAIL'), false)
+    ) k (is_orphan)
     WHERE o.order_id IS NULL AND n.order_ref IS NULL
 $$;
 
@@ -568,27 +571,35 @@ $$;
 
 COMMENT ON FUNCTION orders_derived IS 'Status and fills of orders as the ledger tells them.';
 
--- Orders in a contract that is no longer what it was, of which nothing else says that they are over.
+-- Contracts that are no longer what they were, and orders in them of which nothing else says that
+-- they are over.
 CREATE FUNCTION reconcile_contracts(of_user uuid, of_account text, of_snapshot uuid)
 RETURNS SETOF order_difference
 LANGUAGE sql STABLE ROWS 10 SET search_path = public, pg_temp AS $$
-    SELECT DISTINCT ON (o.order_id)
-           'CONTRACT_CHANGED', o.run_id, o.order_id, o.order_id::text, NULL, 'CANCEL_SENT',
-           format('%s is %s from now on', o.symbol, e.payload ->> 'new_symbol'),
-           order_difference_ours(o), e.payload, NULL::uuid, NULL, NULL::bigint, NULL::bigint
-    FROM snapshot_facts(of_user, of_account, of_snapshot) s
-    JOIN broker_event e ON e.user_id = of_user AND e.account = of_account
-                       AND e.kind = 'CONTRACT_CHANGED' AND e.number < s.first_number
+    WITH changed AS (
+        SELECT e.number, e.received_at, e.payload
+        FROM snapshot_facts(of_user, of_account, of_snapshot) s
+        JOIN broker_event e ON e.user_id = of_user AND e.account = of_account
+                           AND e.kind = 'CONTRACT_CHANGED' AND e.number < s.first_number
+        WHERE e.number > coalesce((SELECT max(r.up_to_number) FROM reconciliation r
+                                   WHERE r.user_id = of_user AND r.account = of_account), 0)
+    )
+    SELECT 'CONTRACT_CHANGED', account_run(of_user, of_account), NULL::uuid,
+           c.payload ->> 'symbol', NULL, 'ALERTED', 'it is ' || (c.payload ->> 'new_symbol')
+           || ' from now on', NULL::jsonb, c.payload, NULL::uuid, NULL, NULL::bigint, NULL::bigint
+    FROM changed c
+    UNION ALL
+    SELECT DISTINCT 'CONTRACT_CHANGED', o.run_id, o.order_id, o.order_id::text, NULL, 'CANCEL_SENT',
+           'its symbol is another from now on', order_difference_ours(o), NULL::jsonb, NULL::uuid,
+           NULL, NULL::bigint, NULL::bigint
+    FROM changed c
     JOIN orders o ON o.user_id = of_user AND o.account = of_account
-                 AND o.symbol = e.payload ->> 'symbol' AND o.recorded_at < e.received_at
+                 AND o.symbol = c.payload ->> 'symbol' AND o.recorded_at < c.received_at
                  AND o.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED', 'PENDING_CANCEL')
-    WHERE e.number > coalesce((SELECT max(r.up_to_number) FROM reconciliation r
-                               WHERE r.user_id = of_user AND r.account = of_account), 0)
-    ORDER BY o.order_id, e.number DESC
 $$;
 
 COMMENT ON FUNCTION reconcile_contracts IS
-    'Open orders in a symbol that has changed since the last reconciliation.';
+    'Symbols that have changed since the last reconciliation, and the open orders in them.';
 
 -- --- Executions, positions, cash ------------------------------------------------------------
 
@@ -672,7 +683,8 @@ RETURNS TABLE (subject text, ours jsonb, brokers jsonb, derived jsonb)
 LANGUAGE sql STABLE ROWS 10 SET search_path = public, pg_temp AS $$
     WITH ours AS (
         SELECT x.symbol, trunc(sum(x.units), 8) AS quantity,
-               trunc(coalesce(sum(x.units) FILTER (WHERE x.event_at <= s.taken_at), 0), 8) AS earlier
+               trunc(coalesce(sum(x.units) FILTER (WHERE x.event_at <= s.taken_at), 0), 8)
+                   AS earlier
         FROM snapshot_facts(of_user, of_account, of_snapshot) s
         CROSS JOIN account_executions(of_user, of_account) x
         GROUP BY x.symbol

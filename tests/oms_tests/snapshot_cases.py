@@ -60,6 +60,8 @@ class Books:
         orders = [*self.orders.values(), *self.strangers]
         chunks = [orders[n : n + PART_ROWS] for n in range(0, len(orders), PART_ROWS)] or [[]]
         taken_at = at or self.wire.now + timedelta(milliseconds=1)
+        row = self.wire.conn.execute("SELECT clock_timestamp()").fetchone()
+        assert row is not None
         for number, chunk in enumerate(chunks, start=1):
             if parts is not None and number not in parts:
                 continue
@@ -69,6 +71,7 @@ class Books:
             self.wire.say(
                 "SNAPSHOT",
                 at=taken_at,
+                lag=row[0] - taken_at,
                 snapshot_id=str(snapshot_id),
                 part=number,
                 parts=len(chunks),

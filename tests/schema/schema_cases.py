@@ -33,7 +33,7 @@ RUN_TABLES = (
     "risk_limit",
 )
 # What belongs to a run at a broker, and what to a user's account there.
-BROKER_TABLES = ("run_route", "execution_commission", "order_broker_id", "equity_peak")
+BROKER_TABLES = ("run_route", "execution_commission", "order_broker_id")
 ACCOUNT_TABLES = (
     "broker_account",
     "broker_lease",
@@ -42,7 +42,10 @@ ACCOUNT_TABLES = (
     "alert",
     "trading_halt",
     "circuit_breaker",
+    "equity_peak",
     "flatten_request",
+    "reconciliation",
+    "reconciliation_difference",
 )
 HISTORY = ("execution", "event_ledger", "mtm_ledger", "split_applied")
 LOOKUPS = (
@@ -56,9 +59,9 @@ LOOKUPS = (
     "order_transition",
     "command_kind",
     "fx_rate",
-    "limit_kind",
-    "breaker_kind",
     "system_halt",
+    "breaker_kind",
+    "limit_kind",
 )
 
 # The people of the world and their runs. Times are in January 2024.

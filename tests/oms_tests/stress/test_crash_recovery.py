@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-import pytest
-from traded_books import Book, a_life
+import threading
 
-from engine.db.connect import Connection
+import pytest
+from broker_cases import ACCOUNT, Wire, a_broker_run
+from snapshot_cases import Books
+from traded_books import Book, a_life
+from waits import wait_until_blocked
+
+from engine.db.connect import Connection, open_connection
+from engine.inbox import apply_batch
 from engine.rebuild import fold
+from engine.reconcile import reconcile
 from engine.runs import Run, find_run
 
 
@@ -81,3 +88,56 @@ def test_a_snapshot_of_a_run_at_a_broker_holds_too(conn: Connection) -> None:
     for seq in range(last + 1):
         assert fold(conn, run, last, fold(conn, run, seq)) == whole
     assert told(conn, run, last) == the_books(conn, run)
+
+
+def _race(
+    wire: Wire, dsn: str, *, reconcile_first: bool, snapshot_first: bool
+) -> tuple[object, ...]:
+    """A snapshot that lacks an order, and its fill of the same moment: what they come to.
+
+    Both have arrived; one transaction takes in the one while the other, which must wait for it,
+    takes in the other.
+    """
+    order_id = wire.working()
+    books = Books(wire)
+    books.positions = {"AAPL": str(wire.position() + 10)}
+    books.cash = {"USD": str(wire.cash() - 1000)}
+    snapshot_id, moment = books.ask(), wire.now
+    if snapshot_first:
+        books.answer(snapshot_id, at=moment)
+    wire.fill(order_id, "10", "100", f"E-{order_id}", at=moment)
+    if not snapshot_first:
+        books.answer(snapshot_id, at=moment)
+    user_id = wire.run.user_id
+
+    def compare(conn: Connection) -> None:
+        reconcile(conn, user_id, ACCOUNT, moment)
+
+    def take_in(conn: Connection) -> None:
+        apply_batch(conn, user_id, ACCOUNT)
+
+    first, second = (compare, take_in) if reconcile_first else (take_in, compare)
+    with open_connection(dsn) as early, open_connection(dsn) as late:
+        waiting = threading.Thread(target=second, args=[late])
+        with early.transaction():
+            early.execute("SELECT FROM strategy_run FOR NO KEY UPDATE")
+            first(early)
+            waiting.start()
+            wait_until_blocked(wire.conn, late, by=early)
+        waiting.join()
+    wire.apply()
+    books.compare()
+    assert books.reconcile().differences == []
+    assert wire.alerts() == []
+    order = wire.order(order_id)
+    return order["status"], order["filled_quantity"], wire.position(), wire.cash()
+
+
+@pytest.mark.scenario("RECONCILE-RACE")
+def test_reconcile_vs_fill_race_resolves_consistently(dsn: str, owner_conn: Connection) -> None:
+    wire = Wire(owner_conn, a_broker_run(owner_conn))
+    for number, (reconcile_first, snapshot_first) in enumerate(
+        [(True, True), (True, False), (False, True), (False, False)], start=1
+    ):
+        came_to = _race(wire, dsn, reconcile_first=reconcile_first, snapshot_first=snapshot_first)
+        assert came_to == ("FILLED", 10, 10 * number, 100_000 - 1000 * number)

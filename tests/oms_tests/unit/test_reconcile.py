@@ -57,9 +57,11 @@ def claim(
     """The connector has taken a command, and it came to this."""
     wire.conn.execute(
         """UPDATE broker_command SET claimed_by = %s, claimed_at = clock_timestamp(),
-                  done_at = CASE WHEN %s::text IS NOT NULL THEN clock_timestamp() END, outcome = %s
+                  sent_at = CASE WHEN %s::text = 'SENT' THEN clock_timestamp() END,
+                  done_at = CASE WHEN %s::text IS NOT NULL THEN clock_timestamp() END,
+                  outcome = %s
            WHERE user_id = %s AND order_id = %s AND kind = %s AND claimed_by IS NULL""",
-        [by or wire.holder, outcome, outcome, wire.run.user_id, order_id, kind],
+        [by or wire.holder, outcome, outcome, outcome, wire.run.user_id, order_id, kind],
     )
 
 
@@ -339,9 +341,15 @@ def test_a_contract_that_changed_cancels_its_orders_only(wire: Wire, books: Book
     books.works(old)
     books.works(other)
     wire.say("CONTRACT_CHANGED", lag=_clock(wire) - wire.now, symbol="FB", new_symbol="META")
-    assert kinds(books.reconcile()) == [("CONTRACT_CHANGED", "CANCEL_SENT")]
+    assert kinds(books.reconcile()) == [
+        ("CONTRACT_CHANGED", "ALERTED"),
+        ("CONTRACT_CHANGED", "CANCEL_SENT"),
+    ]
     assert [wire.order(o)["status"] for o in (old, other)] == ["PENDING_CANCEL", "ROUTED"]
-    assert len(wire.events("CONTRACT_CHANGED")) == 1
+    assert len(wire.events("CONTRACT_CHANGED")) == 2
+    wire.status(old, "CANCELED")
+    del books.orders[old]
+    assert books.reconcile().differences == []
 
 
 def _stranger(ref: str | None, **more: Any) -> dict[str, Any]:
