@@ -38,7 +38,7 @@ FILLS_MUST = 2_000.0
 VISIBLE_MS_MUST = 20.0
 RECONCILE_MUST = {10_000: 5.0, 100_000: 60.0}
 MEMORY_MB_MUST = 500.0
-THROTTLE_PERCENT_MUST = 1.0
+THROTTLE_MUST = 0.99
 ORDERS_PER_SECOND = 50
 _ACCOUNT = "BENCH"
 _SYMBOL = "AAPL"
@@ -132,8 +132,20 @@ class Desk:
                 self.said += 1
                 number = None if ref is None else int(ref[:8], 16)
                 copy.write_row(
-                    [self.run.user_id, _ACCOUNT, self.said, self.holder, kind, ref, number]
-                    + [number, execution, Jsonb(payload), now, now]
+                    (
+                        self.run.user_id,
+                        _ACCOUNT,
+                        self.said,
+                        self.holder,
+                        kind,
+                        ref,
+                        number,
+                        number,
+                        execution,
+                        Jsonb(payload),
+                        now,
+                        now,
+                    )
                 )
 
     def route(self, orders: Sequence[UUID]) -> None:
@@ -291,7 +303,7 @@ def _claim(connector: Connection, desk: Desk, count: int) -> dict[UUID, float]:
 
 
 def _throttled(seconds: int) -> list[Row]:
-    """How far the throttle's pace is off what it allows, and what it lets through in a second."""
+    """The throttle's pace beside what it allows, and what it lets through in any one second."""
     limit = ORDERS_PER_SECOND
     throttle = Throttle(orders_per_second=limit, messages_per_second=10 * limit)
     sent: list[float] = []
@@ -304,10 +316,9 @@ def _throttled(seconds: int) -> list[Row]:
         throttle.note(now, is_order=True)
         sent.append(now)
     most = max(sum(at <= other < at + 1 for other in sent) for at in sent)
-    allowed = limit * seconds
-    off = abs(len(sent) - allowed) / allowed * 100
+    pace = len(sent) / seconds
     note = f"{limit} a second for {seconds} s by the wall clock"
     return [
-        Row("throttle off by", off, "%", THROTTLE_PERCENT_MUST, better="less", note=note),
+        Row("throttle", pace, "orders/s", THROTTLE_MUST, float(limit), "what it allows", note=note),
         Row("throttle, most in 1 s", most, "orders", float(limit), better="less", note=note),
     ]
