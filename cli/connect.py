@@ -64,12 +64,15 @@ def _serve(dsn: str, user: str, account: str) -> Ended:
     from engine.brokers.connector import connect as serve
     from engine.brokers.sessions import prepare
     from engine.clock import utc_now
+    from engine.log import LOGGER, JsonLines
     from engine.reads import find_user
 
     with acting(dsn) as conn:
         user_id = find_user(conn, user).user_id
         prepare(conn, user_id, account, utc_now().date())
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    log = logging.StreamHandler(sys.stderr)
+    log.setFormatter(JsonLines())
+    logging.getLogger(LOGGER).addHandler(log)
     note(f"Serving account {account}; Ctrl-C ends it.")
     jitter = random.Random().random
     return asyncio.run(serve(dsn, user_id, account, jitter=jitter, started=_end_by_signals))

@@ -35,7 +35,9 @@ from cli import (
     report,
     schedule,
     sip,
+    status,
     tick,
+    up,
     user,
     work,
 )
@@ -81,10 +83,13 @@ app.command("demo", rich_help_panel=_START)(demo.demo)
 app.command("tick", rich_help_panel=_RUNS)(tick.tick)
 app.command("replay", rich_help_panel=_RUNS)(replay.replay)
 app.command("schedule", rich_help_panel=_RUNS)(schedule.schedule)
+app.command("up", rich_help_panel=_BROKERS)(up.up)
 app.command("work", rich_help_panel=_BROKERS)(work.work)
 app.command("connect", rich_help_panel=_BROKERS)(connect.connect)
 app.command("reconcile", rich_help_panel=_BROKERS)(reconcile.reconcile)
 app.command("equity", rich_help_panel=_LOOK)(equity.equity)
+app.command("status", rich_help_panel=_LOOK)(status.status)
+app.command("health", rich_help_panel=_LOOK)(status.health)
 app.command("pnl", rich_help_panel=_LOOK)(pnl.pnl)
 app.command("report", rich_help_panel=_LOOK)(report.report)
 app.command("bench", rich_help_panel=_LOOK)(bench.bench)

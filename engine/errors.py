@@ -205,6 +205,7 @@ RULES: dict[str, Rule] = {
             "broker_account_broker_format",
             "broker_account_currency_format",
             "broker_account_time_zone_known",
+            "reconciliation_why_format",
             "broker_event_kind_format",
             "execution_commission_known_currency",
             "system_halt_name_format",
@@ -226,6 +227,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         (
             "alert_words_short",
+            "reconciliation_difference_words_short",
             "broker_lease_holder_name_short",
             "event_ledger_subject_short",
             "flatten_request_words_short",
@@ -263,6 +265,7 @@ RULES: dict[str, Rule] = {
             "broker_account_rates_positive",
             "broker_account_seconds_positive",
             "broker_event_number_positive",
+            "reconciliation_counts_not_negative",
             "corporate_action_ratio_positive",
             "breaker_kind_threshold_in_range",
             "circuit_breaker_seconds_in_range",
@@ -303,6 +306,8 @@ RULES: dict[str, Rule] = {
         (
             "app_user_kind_known",
             "broker_account_out_of_session_known",
+            "reconciliation_difference_action_known",
+            "reconciliation_difference_class_known",
             "broker_command_kind_known",
             "broker_command_outcome_known",
             "broker_command_priority_known",
@@ -377,6 +382,8 @@ RULES: dict[str, Rule] = {
             "broker_account_belongs_to_user",
             "broker_command_belongs_to_run",
             "broker_command_of_account",
+            "reconciliation_difference_of_reconciliation",
+            "reconciliation_of_account",
             "broker_command_of_order",
             "broker_event_of_account",
             "broker_lease_of_account",

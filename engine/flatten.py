@@ -24,6 +24,7 @@ from psycopg.types.json import Jsonb
 from engine.db.connect import Connection
 from engine.errors import translated
 from engine.log import tell
+from engine.outbox import wake
 from engine.safety import raise_alert, record, require_scope
 
 # How long cancels, and answers about the margin, are waited for before positions are closed anyway.
@@ -144,6 +145,7 @@ def advance(conn: Connection, user_id: UUID, now: datetime) -> Flatten | None:
             asked = running(conn, user_id) or asked
         if asked.status == "CLOSING":
             _finish_if_done(conn, asked, runs, now)
+        wake(conn)
         return find(conn, user_id, asked.flatten_id)
 
 

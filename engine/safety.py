@@ -20,6 +20,7 @@ from psycopg.types.json import Jsonb
 from engine.db.connect import Connection
 from engine.errors import BadInput, translated
 from engine.log import tell
+from engine.outbox import wake
 
 # Who places and lifts what nobody asked for.
 BREAKER = "breaker"
@@ -124,6 +125,7 @@ def _place(conn: Connection, user_id: UUID, order: HaltOrder, scope: str) -> Hal
         ],
     )
     assert halt is not None
+    wake(conn)
     _tell("KILL_SWITCH", halt, by=halt.placed_by, reason=halt.reason)
     return halt
 

@@ -420,32 +420,24 @@ CREATE TRIGGER orders_m_send_move AFTER UPDATE ON orders
         AND NEW.status = ANY ('{PENDING_CANCEL,PENDING_MODIFY,CANCELED,EXPIRED,REJECTED}'))
     EXECUTE FUNCTION orders_send_move();
 
--- What has not gone goes with the new terms; what never reached one account goes to the next.
+-- What has not gone goes with the new terms.
 CREATE FUNCTION orders_send_terms() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
 BEGIN
-    IF NEW.account <> OLD.account THEN
-        INSERT INTO broker_command (user_id, account, priority, kind, run_id, order_id,
-                                    order_version, payload, not_before)
-        VALUES (NEW.user_id, NEW.account, CASE WHEN NEW.purpose = 'FLATTEN' THEN 0 ELSE 2 END,
-                'SUBMIT', NEW.run_id, NEW.order_id, NEW.version, orders_command_payload(NEW),
-                orders_not_before(NEW));
-    ELSE
-        UPDATE broker_command SET payload = orders_command_payload(NEW)
-        WHERE user_id = NEW.user_id AND account = NEW.account AND order_id = NEW.order_id
-          AND kind = 'SUBMIT' AND claimed_by IS NULL AND done_at IS NULL;
-    END IF;
+    UPDATE broker_command SET payload = orders_command_payload(NEW)
+    WHERE user_id = NEW.user_id AND account = NEW.account AND order_id = NEW.order_id
+      AND kind = 'SUBMIT' AND claimed_by IS NULL AND done_at IS NULL;
     RETURN NULL;
 END $$;
 
 COMMENT ON FUNCTION orders_send_terms IS
-    'Trigger: what waits in the outbox follows its order, to another account too.';
+    'Trigger: what waits in the outbox follows its order.';
 
 CREATE TRIGGER orders_m_send_terms AFTER UPDATE ON orders
     FOR EACH ROW WHEN (NEW.broker <> 'paper'
-        AND (NEW.quantity, NEW.limit_price, NEW.stop_price, NEW.trail_amount, NEW.account)
+        AND (NEW.quantity, NEW.limit_price, NEW.stop_price, NEW.trail_amount)
             IS DISTINCT FROM
-            (OLD.quantity, OLD.limit_price, OLD.stop_price, OLD.trail_amount, OLD.account))
+            (OLD.quantity, OLD.limit_price, OLD.stop_price, OLD.trail_amount))
     EXECUTE FUNCTION orders_send_terms();
 
 -- The proof of new terms: the last command that a connector took to modify it asks for just these.
@@ -458,8 +450,18 @@ LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
                AND (c.payload ->> 'trail_amount')::numeric IS NOT DISTINCT FROM now_is.trail_amount
         FROM broker_command c
         WHERE c.user_id = was.user_id AND c.run_id = was.run_id AND c.order_id = was.order_id
+<<<<<<< HEAD
           AND c.kind = 'MODIFY' AND c.claimed_by IS NOT NULL
         ORDER BY c.order_version DESC LIMIT 1), false)
+=======
+          -- Claimed is as good as sent: who took it may have died before he could note that.
+          AND (c.kind = 'MODIFY' AND c.claimed_by IS NOT NULL
+               OR c.kind = 'SUBMIT' AND c.claimed_by IS NULL)
+          AND (c.payload ->> 'quantity')::numeric = now_is.quantity
+          AND (c.payload ->> 'limit_price')::numeric IS NOT DISTINCT FROM now_is.limit_price
+          AND (c.payload ->> 'stop_price')::numeric IS NOT DISTINCT FROM now_is.stop_price
+          AND (c.payload ->> 'trail_amount')::numeric IS NOT DISTINCT FROM now_is.trail_amount)
+>>>>>>> lifecycle
 $$;
 
 COMMENT ON FUNCTION orders_follows_command IS
@@ -576,11 +578,16 @@ END $$;
 COMMENT ON FUNCTION broker_command_prove IS
     'Trigger: a command is what its order says, and never arrived only if the broker shows it.';
 
--- A submit that may have gone out is given up only if the broker, asked afterwards, tells nothing
--- of its order.
+-- A submit that may have gone out is given up only if the connector that had taken it says that it
+-- never wrote it, or if the broker, asked afterwards, tells nothing of its order.
 CREATE FUNCTION broker_command_never_arrived(c broker_command) RETURNS boolean
 LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
     SELECT EXISTS (SELECT FROM broker_event e
+                   WHERE e.user_id = c.user_id AND e.account = c.account
+                     AND e.order_ref = c.order_id::text AND e.kind = 'SEND_FAILED'
+                     AND e.holder = c.claimed_by
+                     AND e.payload ->> 'command_id' = c.command_id::text)
+       OR EXISTS (SELECT FROM broker_event e
                    WHERE e.user_id = c.user_id AND e.account = c.account
                      AND e.kind = 'SNAPSHOT' AND e.received_at >= c.claimed_at)
        AND NOT EXISTS (SELECT FROM broker_event e
@@ -594,7 +601,8 @@ LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
 $$;
 
 COMMENT ON FUNCTION broker_command_never_arrived IS
-    'Whether a SNAPSHOT since a command was claimed shows that its order is not at the broker.';
+    'Whether its connector says that it was not sent, or a SNAPSHOT since it was claimed shows that '
+    'its order is not at the broker.';
 
 CREATE TRIGGER broker_command_b_prove BEFORE INSERT ON broker_command
     FOR EACH ROW EXECUTE FUNCTION broker_command_prove();

@@ -5,7 +5,7 @@
 
 CREATE TABLE limit_kind (
     kind        text     NOT NULL,
-    place       smallint NOT NULL,
+    place       integer NOT NULL,
     code        text     NOT NULL,
     source      text     NOT NULL,
     log_code    text     NOT NULL,

@@ -278,7 +278,8 @@ CREATE FUNCTION reconcile_missing(of_user uuid, of_account text, of_snapshot uui
 RETURNS SETOF order_difference
 LANGUAGE sql STABLE ROWS 100 SET search_path = public, pg_temp AS $$
     SELECT d.class, o.run_id, o.order_id, o.order_id::text, b.becomes,
-           CASE WHEN b.becomes IS NOT NULL THEN 'CANCELED' WHEN d.class = 'NEVER_ARRIVED' THEN 'KEPT'
+           CASE WHEN b.becomes IS NOT NULL THEN 'CANCELED'
+                WHEN d.class = 'NEVER_ARRIVED' THEN 'KEPT'
                 ELSE 'ALERTED' END,
            CASE WHEN z.status IS NOT NULL THEN 'the broker says ' || z.status
                 WHEN d.class = 'MISSING_AT_BROKER'
@@ -327,7 +328,8 @@ CREATE FUNCTION order_status_at_broker(o orders, brokers_status text) RETURNS te
 LANGUAGE sql IMMUTABLE
 RETURN CASE WHEN o.filled_quantity >= o.quantity THEN NULL
             WHEN o.filled_quantity > 0 THEN 'PARTIALLY_FILLED'
-            WHEN brokers_status = 'PENDING_SUBMIT' AND o.status IN ('NEW', 'PENDING', brokers_status)
+            WHEN brokers_status = 'PENDING_SUBMIT'
+                 AND o.status IN ('NEW', 'PENDING', brokers_status)
             THEN brokers_status
             ELSE 'ROUTED' END;
 
@@ -523,7 +525,8 @@ LANGUAGE sql STABLE ROWS 10 SET search_path = public, pg_temp AS $$
     CROSS JOIN LATERAL (SELECT coalesce(
         t.ours AND event_order_id(t.order_ref) IS NOT NULL AND length(t.order_ref) = 36
         AND t.quantity > 0 AND t.side IN ('BUY', 'SELL')
-        AND t.order_type IN ('MARKET', 'LIMIT', 'STOP', 'STOP_LIMIT', 'TRAIL'), false)) k (is_orphan)
+        AND t.order_type IN ('MARKET', 'LIMIT', 'STOP', 'STOP_LIMIT', 'TRAIL'), false)
+    ) k (is_orphan)
     WHERE o.order_id IS NULL AND n.order_ref IS NULL
 $$;
 
@@ -680,7 +683,8 @@ RETURNS TABLE (subject text, ours jsonb, brokers jsonb, derived jsonb)
 LANGUAGE sql STABLE ROWS 10 SET search_path = public, pg_temp AS $$
     WITH ours AS (
         SELECT x.symbol, trunc(sum(x.units), 8) AS quantity,
-               trunc(coalesce(sum(x.units) FILTER (WHERE x.event_at <= s.taken_at), 0), 8) AS earlier
+               trunc(coalesce(sum(x.units) FILTER (WHERE x.event_at <= s.taken_at), 0), 8)
+                   AS earlier
         FROM snapshot_facts(of_user, of_account, of_snapshot) s
         CROSS JOIN account_executions(of_user, of_account) x
         GROUP BY x.symbol

@@ -313,8 +313,9 @@ class Store:
         async with self._inbox.use() as conn:
             if not await self._is_there(conn, batch):
                 async with conn.transaction():
-                    await self._write_done(conn, batch.done)
+                    # First what was heard: that a command never went is proven by it.
                     await self._write_heard(conn, batch)
+                    await self._write_done(conn, batch.done)
             if batch.heard:
                 await conn.execute("SELECT pg_notify(%s, %s)", [EVENT_CHANNEL, self._key[1]])
 

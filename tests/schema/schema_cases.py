@@ -34,7 +34,19 @@ RUN_TABLES = (
 )
 # What belongs to a run at a broker, and what to a user's account there.
 BROKER_TABLES = ("run_route", "execution_commission", "order_broker_id")
-ACCOUNT_TABLES = ("broker_account", "broker_lease", "broker_command", "broker_event", "alert")
+ACCOUNT_TABLES = (
+    "broker_account",
+    "broker_lease",
+    "broker_command",
+    "broker_event",
+    "alert",
+    "trading_halt",
+    "circuit_breaker",
+    "equity_peak",
+    "flatten_request",
+    "reconciliation",
+    "reconciliation_difference",
+)
 HISTORY = ("execution", "event_ledger", "mtm_ledger", "split_applied")
 LOOKUPS = (
     "instrument",
@@ -47,6 +59,9 @@ LOOKUPS = (
     "order_transition",
     "command_kind",
     "fx_rate",
+    "system_halt",
+    "breaker_kind",
+    "limit_kind",
 )
 
 # The people of the world and their runs. Times are in January 2024.

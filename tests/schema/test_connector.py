@@ -11,10 +11,12 @@ from uuid import UUID, uuid4
 import psycopg
 import pytest
 from connector_cases import ACCOUNT, Desk
+from psycopg.types.json import Jsonb
 from waits import SECONDS_MAX, wait_until_blocked
 
 from engine.db.connect import CONNECTOR_ROLE, Connection, open_connection
 from engine.errors import (
+    BooksDisagree,
     EngineError,
     HistoryIsFixed,
     InvalidValue,
@@ -325,6 +327,21 @@ def test_two_connectors_never_claim_the_same_command(
         claim(first, own_desk, FIRST)
 
 
+def test_a_lease_does_not_end_under_a_claim(
+    own_desk: Desk, racers: tuple[Connection, Connection]
+) -> None:
+    first, second = racers
+    take(first, own_desk, FIRST)
+    first.execute("BEGIN")
+    assert claim(first, own_desk, FIRST) == []
+    thread = threading.Thread(target=call, args=(second, "lease_release", own_desk, FIRST))
+    thread.start()
+    wait_until_blocked(own_desk.conn, second, by=first)
+    first.execute("COMMIT")
+    thread.join(SECONDS_MAX)
+    assert not own_desk.lease()[0]
+
+
 def test_a_command_that_somebody_else_holds_is_passed_over(
     own_desk: Desk, racers: tuple[Connection, Connection]
 ) -> None:
@@ -402,7 +419,8 @@ def test_what_a_command_says_is_fixed(desk: Desk, change: str) -> None:
 
 def test_an_order_that_waits_may_be_given_new_terms_and_nothing_else(desk: Desk) -> None:
     waiting, withdrawn = (desk.command("SUBMIT", order) for order in desk.orders(2))
-    modify = 'UPDATE broker_command SET payload = \'{"quantity": "2"}\' WHERE command_id = %s'
+    modify = """UPDATE broker_command c SET payload = orders_command_payload(o) FROM orders o
+                WHERE o.user_id = c.user_id AND o.order_id = c.order_id AND c.command_id = %s"""
     desk.conn.execute(modify.encode(), [waiting])
     rule = "broker_command_terms_fixed"
     claiming = "payload = '{}', claimed_by = gen_random_uuid()"
@@ -454,6 +472,7 @@ def test_the_broker_says_what_arrived(desk: Desk, first: str, then: str) -> None
     command = desk.command("SUBMIT", order)
     claim(desk.conn, desk)
     done(desk.conn, desk, command, first)
+    hear(desk.conn, desk, kind="SNAPSHOT")
     decide = "UPDATE broker_command SET outcome = %s WHERE command_id = %s"
     desk.conn.execute(decide.encode(), [then, command])
     for other in ("SENT", "UNKNOWN", "ARRIVED" if then != "ARRIVED" else "NEVER_ARRIVED"):
@@ -470,12 +489,46 @@ def test_an_order_is_submitted_at_an_account_once(desk: Desk) -> None:
 # --- The inbox --------------------------------------------------------------------------------
 
 
-def hear(conn: Connection, desk: Desk, number: int = 1) -> None:
+def hear(
+    conn: Connection,
+    desk: Desk,
+    number: int = 1,
+    kind: str = "EXECUTION",
+    order: UUID | None = None,
+    command: UUID | None = None,
+    holder: UUID = FIRST,
+) -> None:
+    payload = {"price": "100"} if command is None else {"command_id": str(command)}
     conn.execute(
-        """INSERT INTO broker_event (user_id, account, number, holder, kind, payload, event_at)
-           VALUES (%s, %s, %s, %s, 'EXECUTION', '{"price": "100"}', '2024-01-02')""",
-        [desk.user_id, desk.account, number, FIRST],
+        """INSERT INTO broker_event (user_id, account, number, holder, kind, order_ref, payload,
+                                     event_at)
+           VALUES (%s, %s, %s, %s, %s, %s, %s, '2024-01-02')""",
+        [
+            desk.user_id,
+            desk.account,
+            number,
+            holder,
+            kind,
+            None if order is None else str(order),
+            Jsonb(payload),
+        ],
     )
+
+
+def test_who_claimed_may_say_that_it_never_went_and_nobody_else(desk: Desk) -> None:
+    """Else only a snapshot of the broker's shows it: it may have been sent."""
+    take(desk.conn, desk, FIRST)
+    (order,) = desk.orders(1)
+    command = desk.command("SUBMIT", order)
+    claim(desk.conn, desk)
+    hear(desk.conn, desk, 1, "SEND_FAILED", order, uuid4())
+    hear(desk.conn, desk, 2, "SEND_FAILED", order, command, holder=SECOND)
+    with pytest.raises(BooksDisagree) as caught:
+        done(desk.conn, desk, command, "NEVER_ARRIVED")
+    assert caught.value.constraint == "broker_command_outcome_said_by_broker"
+    hear(desk.conn, desk, 3, "SEND_FAILED", order, command)
+    done(desk.conn, desk, command, "NEVER_ARRIVED")
+    assert desk.outcomes()[command] == "NEVER_ARRIVED"
 
 
 @pytest.mark.parametrize(

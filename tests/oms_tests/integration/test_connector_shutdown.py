@@ -48,6 +48,7 @@ def _sent(file: Path) -> list[str]:
     return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
 
 
+@pytest.mark.slow
 @pytest.mark.scenario("OMS-SHUTDOWN")
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_it_cleanly(
@@ -77,6 +78,7 @@ def test_a_signal_stops_it_cleanly(
     assert _sent(tmp_path / "sent") == [f"SUBMIT {ref}" for ref in refs]
 
 
+@pytest.mark.slow
 def test_a_kill_loses_nothing_and_sends_nothing_twice(dsn: str, desk: Desk, tmp_path: Path) -> None:
     refs = desk.submits(ORDERS)
     file = tmp_path / "sent"

@@ -81,13 +81,15 @@ class Live:
     def status(self, order: UUID) -> str:
         return str(self._one("SELECT status FROM orders WHERE order_id = %s", order))
 
-    def send(self, order: UUID) -> None:
+    def send(self, order: UUID, *, seconds_ago: int = 0) -> None:
         """The connector takes the order's submit and writes it to the wire."""
         self.owner.execute(
-            """UPDATE broker_command SET claimed_by = gen_random_uuid(), claimed_at = now(),
-                      sent_at = clock_timestamp(), done_at = now(), outcome = 'SENT'
+            """UPDATE broker_command
+               SET claimed_by = gen_random_uuid(), claimed_at = now(),
+                   sent_at = clock_timestamp() - %s * interval '1 second',
+                   done_at = now(), outcome = 'SENT'
                WHERE user_id = %s AND order_id = %s AND kind = 'SUBMIT'""",
-            [self.user, order],
+            [seconds_ago, self.user, order],
         )
 
     def hear(
@@ -119,11 +121,18 @@ class Live:
         while apply_batch(self.engine, self.user, ACCOUNT).events:
             pass
 
-    def work(self, side: str = "BUY", quantity: object = 1, price: object = 100) -> UUID:
-        """An order that the broker works."""
+    def work(
+        self,
+        side: str = "BUY",
+        quantity: object = 1,
+        price: object = 100,
+        *,
+        seconds_ago: int = 0,
+    ) -> UUID:
+        """An order that the broker works, which was sent so long ago."""
         order, code = self.place(side, quantity, price)
         assert code is None, code
-        self.send(order)
+        self.send(order, seconds_ago=seconds_ago)
         self.hear("ORDER_STATUS", {"status": "ROUTED", "filled": "0"}, order)
         self.apply()
         assert self.status(order) == "ROUTED"
