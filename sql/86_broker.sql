@@ -450,18 +450,8 @@ LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
                AND (c.payload ->> 'trail_amount')::numeric IS NOT DISTINCT FROM now_is.trail_amount
         FROM broker_command c
         WHERE c.user_id = was.user_id AND c.run_id = was.run_id AND c.order_id = was.order_id
-<<<<<<< HEAD
           AND c.kind = 'MODIFY' AND c.claimed_by IS NOT NULL
         ORDER BY c.order_version DESC LIMIT 1), false)
-=======
-          -- Claimed is as good as sent: who took it may have died before he could note that.
-          AND (c.kind = 'MODIFY' AND c.claimed_by IS NOT NULL
-               OR c.kind = 'SUBMIT' AND c.claimed_by IS NULL)
-          AND (c.payload ->> 'quantity')::numeric = now_is.quantity
-          AND (c.payload ->> 'limit_price')::numeric IS NOT DISTINCT FROM now_is.limit_price
-          AND (c.payload ->> 'stop_price')::numeric IS NOT DISTINCT FROM now_is.stop_price
-          AND (c.payload ->> 'trail_amount')::numeric IS NOT DISTINCT FROM now_is.trail_amount)
->>>>>>> lifecycle
 $$;
 
 COMMENT ON FUNCTION orders_follows_command IS

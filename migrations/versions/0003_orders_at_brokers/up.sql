@@ -584,34 +584,11 @@ COMMENT ON FUNCTION execution_said_by_broker IS
 CREATE FUNCTION execution_check_broker(e execution) RETURNS void
 LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
 BEGIN
-<<<<<<< HEAD
     IF NOT coalesce(execution_said_by_broker(e), false) THEN
         RAISE EXCEPTION 'no broker has said that execution % of order % happened', e.execution_id,
             e.order_id
             USING ERRCODE = '23T08', CONSTRAINT = 'execution_said_by_broker', TABLE = 'execution',
                   HINT = 'Executions at a broker come from its connector''s broker_event rows.';
-=======
-    IF e.reverses IS NULL THEN
-        IF EXISTS (SELECT FROM broker_event b
-                   WHERE b.user_id = o.user_id AND b.account = o.account
-                     AND b.execution_id = e.execution_id AND b.kind = 'EXECUTION'
-                     AND (b.payload ->> 'quantity')::numeric = e.quantity
-                     AND (b.payload ->> 'price')::numeric = e.price) THEN
-            RETURN;
-        END IF;
-    ELSIF EXISTS (SELECT FROM execution t
-                  WHERE t.user_id = e.user_id AND t.run_id = e.run_id
-                    AND t.execution_id = e.reverses AND t.order_id = e.order_id
-                    AND t.quantity = -e.quantity AND t.price = e.price AND t.reverses IS NULL)
-          AND EXISTS (SELECT FROM broker_event b
-                      WHERE b.user_id = o.user_id AND b.account = o.account
-                        AND (b.kind = 'BUST' AND b.execution_id = e.reverses
-                             OR b.kind = 'EXECUTION' AND b.execution_id <> e.reverses
-                                AND coalesce(b.order_ref, o.order_id::text) = o.order_id::text
-                                AND execution_family(b.execution_id)
-                                    = execution_family(e.reverses))) THEN
-        RETURN;
->>>>>>> lifecycle
     END IF;
 END $$;
 
@@ -1911,18 +1888,8 @@ LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
                AND (c.payload ->> 'trail_amount')::numeric IS NOT DISTINCT FROM now_is.trail_amount
         FROM broker_command c
         WHERE c.user_id = was.user_id AND c.run_id = was.run_id AND c.order_id = was.order_id
-<<<<<<< HEAD
           AND c.kind = 'MODIFY' AND c.claimed_by IS NOT NULL
         ORDER BY c.order_version DESC LIMIT 1), false)
-=======
-          -- Claimed is as good as sent: who took it may have died before he could note that.
-          AND (c.kind = 'MODIFY' AND c.claimed_by IS NOT NULL
-               OR c.kind = 'SUBMIT' AND c.claimed_by IS NULL)
-          AND (c.payload ->> 'quantity')::numeric = now_is.quantity
-          AND (c.payload ->> 'limit_price')::numeric IS NOT DISTINCT FROM now_is.limit_price
-          AND (c.payload ->> 'stop_price')::numeric IS NOT DISTINCT FROM now_is.stop_price
-          AND (c.payload ->> 'trail_amount')::numeric IS NOT DISTINCT FROM now_is.trail_amount)
->>>>>>> lifecycle
 $$;
 
 COMMENT ON FUNCTION orders_follows_command IS
