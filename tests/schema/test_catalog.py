@@ -381,6 +381,7 @@ def test_few_functions_have_the_owners_rights(conn: Connection) -> None:
         ("event_ledger_prove", "trigger"),
         ("execution_apply", "trigger"),
         ("execution_commission_apply", "trigger"),
+        ("executions_unheard", "bigint"),
         ("lease_release", "void"),
         ("lease_renew", "timestamp with time zone"),
         ("lease_take", "timestamp with time zone"),

@@ -122,7 +122,9 @@ def test_what_may_have_arrived_stays(routes: Wire, outcome: str | None) -> None:
     )
     assert moved(routes, 100_000) == []
     with pytest.raises(psycopg.Error) as refused, routes.conn.transaction():
-        routes.conn.execute("UPDATE orders SET account = %s WHERE order_id = %s", [SECOND, order_id])
+        routes.conn.execute(
+            "UPDATE orders SET account = %s WHERE order_id = %s", [SECOND, order_id]
+        )
     assert refused.value.diag.constraint_name == "orders_terms_fixed"
 
 
