@@ -381,6 +381,7 @@ def test_few_functions_have_the_owners_rights(conn: Connection) -> None:
         ("event_ledger_prove", "trigger"),
         ("execution_apply", "trigger"),
         ("execution_commission_apply", "trigger"),
+        ("executions_unheard", "bigint"),
         ("halt_enforce", "integer"),
         ("halt_lift", "trading_halt"),
         ("halt_place", "trading_halt"),
