@@ -15,7 +15,7 @@ from uuid import UUID
 from engine.clock import Clock, utc_now
 from engine.db.connect import Connection, connected
 from engine.errors import DatabaseUnavailable, EngineError, Retryable
-from engine.inbox import Applied, Part, apply_batch, waiting
+from engine.inbox import Applied, Part, apply_batch, retry_held, waiting
 from engine.log import tell
 from engine.outbox import EVENTS, wake
 from engine.stop import settle_stopping
@@ -40,10 +40,15 @@ def work_through(conn: Connection, part: Part = Part()) -> int:  # noqa: B008
 
 def _apply(conn: Connection, user_id: UUID, account: str, part: Part) -> Applied:
     while True:
+        began = time.perf_counter()
         try:
-            return apply_batch(conn, user_id, account, part=part)
+            applied = apply_batch(conn, user_id, account, part=part)
         except Retryable:
             continue
+        if applied.fills:
+            rate = applied.fills / (time.perf_counter() - began)
+            tell("FILL_RATE", account=account, fills=applied.fills, per_second=round(rate))
+        return applied
 
 
 def users_at_brokers(conn: Connection) -> list[UUID]:
@@ -71,7 +76,16 @@ def settle(conn: Connection, user_id: UUID, now: datetime) -> None:
         tell("RUN_SETTLED", run_id=run_id, at=now)
 
 
-WATCHES: tuple[Watch, ...] = (settle,)
+def book_held(conn: Connection, user_id: UUID, now: datetime) -> None:
+    """Book what was held for an execution or an exchange rate that has come since."""
+    for (account,) in conn.execute(
+        "SELECT account FROM broker_account WHERE user_id = %s ORDER BY account", [user_id]
+    ).fetchall():
+        if words := retry_held(conn, user_id, account):
+            tell("HELD_BOOKED", account=account, words=words, at=now)
+
+
+WATCHES: tuple[Watch, ...] = (book_held, settle)
 
 
 def serve(

@@ -282,16 +282,17 @@ COMMENT ON COLUMN execution_commission.event_at IS 'When the broker says that it
 CREATE FUNCTION execution_commission_prepare_insert() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 DECLARE
-    run strategy_run;
+    run       strategy_run;
+    booked_at text;
 BEGIN
     run := run_lock(NEW.user_id, NEW.run_id, 'execution_commission', 'RUNNING', 'STOPPING');
+    SELECT o.account INTO booked_at FROM execution e
+    JOIN orders o ON o.user_id = e.user_id AND o.run_id = e.run_id AND o.order_id = e.order_id
+    WHERE e.user_id = NEW.user_id AND e.run_id = NEW.run_id AND e.execution_id = NEW.execution_id;
     IF NOT EXISTS (
-        SELECT FROM execution e
-        JOIN orders o ON o.user_id = e.user_id AND o.run_id = e.run_id AND o.order_id = e.order_id
-        JOIN broker_event b ON b.user_id = o.user_id AND b.account = o.account
-                           AND b.execution_id = NEW.execution_id AND b.kind = 'COMMISSION'
-        WHERE e.user_id = NEW.user_id AND e.run_id = NEW.run_id
-          AND e.execution_id = NEW.execution_id
+        SELECT FROM broker_event b
+        WHERE b.user_id = NEW.user_id AND b.account = booked_at
+          AND b.execution_id = NEW.execution_id AND b.kind = 'COMMISSION'
           AND (b.payload ->> 'amount')::numeric = NEW.amount
           AND b.payload ->> 'currency' = NEW.currency AND b.event_at = NEW.event_at) THEN
         RAISE EXCEPTION 'no broker has reported a commission of % % on execution %', NEW.amount,
