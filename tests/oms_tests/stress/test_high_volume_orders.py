@@ -7,6 +7,7 @@ import resource
 import sys
 import threading
 import time
+from datetime import datetime
 from decimal import Decimal
 from uuid import UUID, uuid4
 
@@ -23,9 +24,11 @@ from engine.worker import serve, work_through
 MEGABYTE = 2**20
 
 
-def place_many(wire: Wire, count: int, conn: Connection | None = None) -> list[UUID]:
+def place_many(
+    wire: Wire, count: int, conn: Connection | None = None, at: datetime | None = None
+) -> list[UUID]:
     """Limit orders for 10 at 1, placed in one statement."""
-    at = wire.stands_at()
+    at = at or wire.stands_at()
     orders = [
         Order(
             uuid4(),
@@ -95,14 +98,17 @@ def waiting(conn: Connection) -> int:
 @pytest.fixture
 def wire(owner_conn: Connection) -> Wire:
     """A rich run in a database of its own."""
-    return Wire(owner_conn, a_broker_run(owner_conn, initial_cash=Decimal(10**9)))
+    terms = {"initial_cash": Decimal(10**9), "account_type": "MARGIN"}
+    return Wire(owner_conn, a_broker_run(owner_conn, **terms))
 
 
 @pytest.mark.scenario("EVENT-ORDER")
 def test_concurrent_submit_uses_single_writer_and_consistent_ids(wire: Wire, dsn: str) -> None:
     threads_count, each = 6, 10
     at_once = threading.Barrier(threads_count)
-    placed: list[UUID] = []
+    # A run that has begun: its moment is that of its newest event.
+    placed: list[UUID] = place_many(wire, 1)
+    at = wire.stands_at()
     failed: list[BaseException] = []
 
     def submit() -> None:
@@ -110,7 +116,7 @@ def test_concurrent_submit_uses_single_writer_and_consistent_ids(wire: Wire, dsn
             with open_connection(dsn, role=ENGINE_ROLE) as conn:
                 at_once.wait(SECONDS_MAX)
                 for _ in range(each):
-                    placed.extend(place_many(wire, 1, conn))
+                    placed.extend(place_many(wire, 1, conn, at))
         except BaseException as error:
             failed.append(error)
 
@@ -121,7 +127,7 @@ def test_concurrent_submit_uses_single_writer_and_consistent_ids(wire: Wire, dsn
         thread.join(SECONDS_MAX)
         assert not thread.is_alive()
     assert failed == []
-    assert len(set(placed)) == threads_count * each
+    assert len(set(placed)) == threads_count * each + 1
     stored = {order_id for (order_id,) in wire.conn.execute("SELECT order_id FROM orders")}
     sent = wire.conn.execute("SELECT order_id FROM broker_command WHERE kind = 'SUBMIT'").fetchall()
     assert stored == set(placed)
@@ -167,7 +173,7 @@ def test_hundred_fills_per_second_no_backlog(
 @pytest.mark.scenario("PERF-01")
 @pytest.mark.slow
 def test_ten_thousand_open_orders_memory_and_speed_ok(wire: Wire) -> None:
-    """The thousandth thousand costs as the first, but for the sum of the open orders' cash."""
+    """The last five hundred cost what the first cost."""
     spent = []
     orders: list[UUID] = []
     for _ in range(20):
@@ -188,6 +194,7 @@ def test_ten_thousand_open_orders_memory_and_speed_ok(wire: Wire) -> None:
         "SELECT count(*) FROM orders WHERE status IN ('NEW', 'PARTIALLY_FILLED')"
     ).fetchone()
     assert open_orders == (10_000,)
-    # Quadratic growth would make the last batch cost as many times the first as there are batches.
-    assert spent[-1] < 8 * spent[0]
+    # Quadratic growth would make the last batch cost as many times the first as there are batches;
+    # the best of some is what the machine can, whatever else it does.
+    assert min(spent[-5:]) < 4 * min(spent[:5])
     assert applied < 30
