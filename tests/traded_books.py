@@ -99,7 +99,20 @@ class Book:
     ) -> str:
         """Buy a quantity, or sell a negative one; returns the execution's id."""
         self.at += after
-        order_id = self.order(quantity, symbol)
+        return self.fill(
+            self.order(quantity, symbol), quantity, price, symbol, event_at, commission
+        )
+
+    def fill(
+        self,
+        order_id: UUID,
+        quantity: str,
+        price: str,
+        symbol: str = "AAPL",
+        event_at: datetime | None = None,
+        commission: str = "0",
+    ) -> str:
+        """A first execution of an order, of all of it or of a part."""
         execution_id = f"{order_id}.01"
         if self.broker != "paper":
             self.heard(
