@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 from engine.db.connect import Connection
-from engine.errors import RuleViolation, translated
+from engine.errors import BadInput, EngineError, RuleViolation, translated
 from engine.log import tell
 from engine.orders import broker_write
 from engine.orders.lifecycle import (
     SKEW_MAX,
     Finding,
     Heard,
+    Identify,
     OrderState,
     Tell,
     Verdict,
@@ -45,6 +46,15 @@ _OF_ORDERS = frozenset(
     }
 )
 _NEED_EXECUTION = frozenset({"COMMISSION", "BUST"})
+# Held words whose turn has come: their execution is booked now, and their rate is known.
+_IS_READY = """e.finding = 'HELD' AND e.kind IN ('COMMISSION', 'BUST') AND EXISTS (
+    SELECT FROM execution x
+    JOIN orders o ON o.user_id = x.user_id AND o.run_id = x.run_id AND o.order_id = x.order_id
+    JOIN strategy_run r ON r.user_id = x.user_id AND r.run_id = x.run_id
+    WHERE x.user_id = e.user_id AND o.account = e.account AND x.execution_id = e.execution_id
+      AND r.status IN ('RUNNING', 'STOPPING')
+      AND (e.kind = 'BUST'
+           OR fx_rate_at(e.payload ->> 'currency', r.currency, e.event_at) IS NOT NULL))"""
 _BOOKED = (Finding.NEW, Finding.CORRECTION, Finding.ORPHAN)
 # Words of the connection and the account that a person must know of.
 _ALARMS: Mapping[str, str] = {
@@ -92,6 +102,19 @@ class _Row(NamedTuple):
             return None
 
 
+def _until_ids_change(rows: list[_Row]) -> list[_Row]:
+    """The words up to one whose id has meant another order, or none, in this batch.
+
+    Whose it is shows when those before it are booked: the next batch begins with it.
+    """
+    meant: dict[tuple[str, int], UUID | None] = {}
+    for place, row in enumerate(rows):
+        for name, number in (("perm", row.heard.perm_id), ("id", row.heard.broker_order_id)):
+            if number and meant.setdefault((name, number), row.order_id) != row.order_id:
+                return rows[:place]
+    return rows
+
+
 def waiting(conn: Connection) -> list[tuple[UUID, str]]:
     """The accounts, with their users, whose inbox holds words that nobody has applied."""
     rows = conn.execute(
@@ -118,12 +141,26 @@ def apply_batch(
     try:
         with translated(), conn.transaction():
             applied = batch.apply(limit)
-    except RuleViolation as violation:
-        if limit > 1:
-            applied = apply_batch(conn, user_id, account, part=part, limit=1)
-        else:
-            applied = _Batch(conn, user_id, account, part).set_aside(violation)
+        batch.report()
+    except (RuleViolation, BadInput) as violation:
+        if batch.applied.events > 1:
+            # By halves, so that what stands before it is not tried one by one.
+            limit = batch.applied.events // 2
+            return apply_batch(conn, user_id, account, part=part, limit=limit)
+        return _Batch(conn, user_id, account, part).set_aside(batch.first, violation)
     return applied
+
+
+def retry_held(conn: Connection, user_id: UUID, account: str) -> int:
+    """Book what was held for an execution or an exchange rate that is there now.
+
+    Returns how many words that were. Raises as ``apply_batch`` does.
+    """
+    batch = _Batch(conn, user_id, account, Part())
+    with translated(), conn.transaction():
+        applied = batch.apply_held()
+    batch.report()
+    return applied.events
 
 
 class _Batch:
@@ -141,18 +178,35 @@ class _Batch:
         self.writer = broker_write.Writer(conn, user_id, account)
         self.applied = Applied()
         self.told: list[tuple[str, Mapping[str, Any], str | None]] = []
+        self.numbers: list[int] = []
+
+    @property
+    def first(self) -> int:
+        """The number of the first word."""
+        return self.numbers[0]
 
     def apply(self, limit: int) -> Applied:
-        rows = self._take(limit)
+        self._hear_all(self._take(limit))
+        return self.applied
+
+    def apply_held(self) -> Applied:
+        """Hear again what was held for want of what is there now."""
+        self._hear_all(self._take(BATCH_EVENTS, held=True))
+        return self.applied
+
+    def _hear_all(self, rows: Sequence[_Row]) -> None:
+        self.numbers = [row.heard.number for row in rows]
+        self.applied.events = len(rows)
         self.held = self._held_for(rows)
         for row in rows:
             self._take_in(row)
         self.writer.write_out()
+
+    def report(self) -> None:
+        """Log what was committed."""
         for code, facts, alarm in self.told:
             level = logging.WARNING if alarm else logging.INFO
             tell(code, level=level, account=self.account, **facts)
-        self.applied.events = len(rows)
-        return self.applied
 
     def _take_in(self, row: _Row) -> None:
         """Hear a word, and what has waited for it."""
@@ -165,24 +219,30 @@ class _Batch:
             for waited in self.held.pop(name, ()):
                 self._take_in(_Row(waited, row.order_ref, None, self._order_of(row), False))
 
-    def set_aside(self, violation: RuleViolation) -> Applied:
-        """Mark the first word as refused by the database."""
+    def set_aside(self, number: int, violation: EngineError) -> Applied:
+        """Mark a word as refused by the database, unless another worker has meanwhile."""
         with translated(), self.conn.transaction():
-            row = self._take(1)[0]
-            words = f"{row.heard.kind} {row.heard.number} of {self.account}: {violation}"
+            rows = self._read(1, lock=True, upto=[number])
+            if not rows:
+                return Applied(1)
+            words = f"{rows[0].heard.kind} {number} of {self.account}: {violation}"
             verdict = Verdict(Finding.REFUSED, "EVENT_REFUSED")
-            self.writer.alert("EVENT_REFUSED", f"{self.account}/{row.heard.number}", words, None)
-            self.writer.finding(row.heard.number, verdict, str(violation)[:1000])
+            self.writer.alert("EVENT_REFUSED", f"{self.account}/{number}", words, None)
+            self.writer.finding(number, verdict, str(violation)[:1000])
             self.writer.write_out()
         tell("EVENT_REFUSED", level=logging.ERROR, account=self.account, reason=str(violation))
         return Applied(1, ["EVENT_REFUSED"])
 
-    def _take(self, limit: int) -> list[_Row]:
+    def _take(self, limit: int, *, held: bool = False) -> list[_Row]:
         """The next words, their runs locked first, and their orders read."""
-        looked_at = self._read(limit, lock=False)
-        self._lock_runs(row.run_id for row in looked_at)
-        # Another worker may have taken some of them while the runs were waited for.
-        rows = self._read(limit, lock=True, upto=[row.heard.number for row in looked_at])
+        rows: list[_Row] = []
+        while looked_at := self._read(limit, lock=False, held=held):
+            self._lock_runs(row.run_id for row in looked_at)
+            # Another worker may have taken some of them, or all, while the runs were waited for.
+            numbers = [row.heard.number for row in looked_at]
+            if rows := self._read(limit, lock=True, upto=numbers, held=held):
+                break
+        rows = _until_ids_change(rows)
         self.orders = broker_write.order_states(
             self.conn, self.user_id, {row.order_id for row in rows if row.order_id is not None}
         )
@@ -201,8 +261,11 @@ class _Batch:
             if status not in ("RUNNING", "STOPPING"):
                 self.closed_runs.add(run_id)
 
-    def _read(self, limit: int, *, lock: bool, upto: Sequence[int] | None = None) -> list[_Row]:
+    def _read(
+        self, limit: int, *, lock: bool, upto: Sequence[int] | None = None, held: bool = False
+    ) -> list[_Row]:
         among = "" if upto is None else "AND e.number = ANY (%(upto)s)"
+        waits = _IS_READY if held else "e.applied_at IS NULL"
         share = (
             ""
             if self.part.of == 1
@@ -214,7 +277,7 @@ class _Batch:
                        o.run_id, o.order_id, coalesce(o.reused, false)
                 FROM (SELECT * FROM broker_event e
                       WHERE e.user_id = %(user)s AND e.account = %(account)s
-                        AND e.applied_at IS NULL {among} {share}
+                        AND {waits} {among} {share}
                       ORDER BY e.priority, e.number LIMIT %(limit)s
                       {"FOR UPDATE" if lock else ""}) e
                 LEFT JOIN LATERAL (
@@ -278,10 +341,9 @@ class _Batch:
         if heard.kind == "COMMISSION" and self._lacks_rate(order, heard):
             return Verdict(Finding.HELD, "FX_RATE_MISSING")
         verdict = hear(order, heard)
-        if row.reused:
-            verdict.effects.append(
-                Tell("ORDER_ID_REUSE", {"broker_order_id": heard.broker_order_id})
-            )
+        if row.reused and any(isinstance(effect, Identify) for effect in verdict.effects):
+            reuse = Tell("ORDER_ID_REUSE", {"broker_order_id": heard.broker_order_id})
+            verdict.effects = [*verdict.effects, reuse]
             verdict.code = verdict.code or "ORDER_ID_REUSE"
         self._keep(order, heard, verdict)
         return verdict
@@ -305,7 +367,9 @@ class _Batch:
                 subject = f"{order.order_id}@{heard.number}"
                 self.writer.event(order.run_id, effect.code, subject, effect.facts)
                 if effect.alarm is not None:
-                    self.writer.alert(effect.code, subject, effect.alarm, order.run_id)
+                    # A clock is the account's: one alert for all the words that it stamps.
+                    about = self.account if effect.code == "TIME_SKEW" else subject
+                    self.writer.alert(effect.code, about, effect.alarm, order.run_id)
                 self.told.append((effect.code, facts, effect.alarm))
             else:
                 self.writer.effect(order, effect)
@@ -366,6 +430,11 @@ class _Batch:
 
     def _adopt(self, ref: UUID, heard: Heard) -> Verdict:
         """Make up the order that a fill belongs to, and book it."""
+        if not broker_write.is_whole(heard):
+            words = f"{self.account}: fill of unknown order {ref} lacks its facts"
+            self.writer.alert("EXECUTION_INCOMPLETE", f"{ref}@{heard.number}", words, None)
+            self.told.append(("EXECUTION_INCOMPLETE", {"order_id": ref}, words))
+            return Verdict(Finding.REFUSED, "EXECUTION_INCOMPLETE")
         run_id = broker_write.adopting_run(self.conn, self.user_id, self.account)
         subject = f"{ref}@{heard.number}"
         if run_id is None:
@@ -380,7 +449,7 @@ class _Batch:
         self.orders[ref] = order
         words = f"{self.account}: fill of unknown order {ref}; it was taken up as recovered"
         verdict = hear(order, heard)
-        verdict.effects.append(Tell("ORPHAN_FILL", {"order_id": str(ref)}, words))
+        verdict.effects = [*verdict.effects, Tell("ORPHAN_FILL", {"order_id": str(ref)}, words)]
         self._keep(order, heard, verdict)
         return Verdict(Finding.ORPHAN, "ORPHAN_FILL")
 

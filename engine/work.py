@@ -516,9 +516,7 @@ class Work:
         ]
         self.placed += len(orders)
         if self.desk.mode is not Mode.STEPS and all(self._is_plain(order) for order in orders):
-            outcomes = sorted(
-                self._match(orders, self.view.bars), key=lambda outcome: outcome.order.order_id
-            )
+            outcomes = self._match_placed(orders)
             if self._are_trades(outcomes):
                 fills = self._journal_trades(outcomes, wanted)
                 self._record_occasions(wanted, orders, {})
@@ -531,9 +529,14 @@ class Work:
         taken = [order for order in orders if order.order_id not in rejected]
         fills = []
         if self.run.broker == PAPER:
-            fills = self._settle(self._match(taken, self.view.bars))
+            fills = self._settle(self._match_placed(taken))
         self._record_occasions(wanted, orders, rejected | self._unpaid)
         return fills
+
+    def _match_placed(self, orders: Sequence[Order]) -> list[Outcome]:
+        """What becomes at once of orders that were placed together, in the order of their ids."""
+        outcomes = self._match(orders, self.view.bars)
+        return sorted(outcomes, key=lambda outcome: outcome.order.order_id)
 
     def _is_plain(self, order: Order) -> bool:
         """Whether an order is one that may be a trade: what it needs is there, and nothing else."""
@@ -555,6 +558,7 @@ class Work:
         if self.run.account_type != "CASH":
             return True
         cash, held = self.books.available_cash, {}
+        free = cash
         for outcome in outcomes:
             order = outcome.order
             if order.symbol not in held:
@@ -562,8 +566,11 @@ class Work:
                 held[order.symbol] = holding.quantity if holding else _ZERO
             if order.side is Side.BUY:
                 price = order.limit_price or self.view.prices[order.symbol]
-                if EXACT.multiply(order.quantity, price) > cash:
+                wanted = EXACT.multiply(order.quantity, price)
+                # In steps the gate weighs all of them before the first is filled.
+                if wanted > free or wanted > cash:
                     return False
+                free = EXACT.subtract(free, wanted)
                 held[order.symbol] += order.quantity
             else:
                 held[order.symbol] -= order.quantity

@@ -97,6 +97,7 @@ INSERT INTO order_transition (from_status, to_status, why) VALUES
     ('CANCELED', 'ROUTED', 'The cancel was a guess; the broker works it.'),
     ('CANCELED', 'FILLED', 'The broker had filled it before the cancel reached it.'),
     ('CANCELED', 'PARTIALLY_FILLED', 'A fill from before the cancel arrived late.'),
+    ('EXPIRED', 'ROUTED', 'A bust took all fills back; it is over at once again.'),
     ('EXPIRED', 'FILLED', 'The broker had filled it before it expired.'),
     ('EXPIRED', 'PARTIALLY_FILLED', 'A fill from before the expiry arrived late.'),
     ('REJECTED', 'FILLED', 'The rejection was a guess, the fill is a fact.'),

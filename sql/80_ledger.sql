@@ -299,7 +299,7 @@ END $$;
 
 COMMENT ON FUNCTION orders_record_insert IS 'Trigger: tells the ledger of orders placed.';
 
--- Moves by a fill are told by the execution's own event.
+-- Moves by a fill are told by the execution's own event, but not that all of them were taken back.
 CREATE FUNCTION orders_record_move() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 BEGIN
@@ -310,7 +310,8 @@ BEGIN
                'status_reason', n.status_reason))
     FROM new_rows n
     JOIN old_rows o ON o.user_id = n.user_id AND o.run_id = n.run_id AND o.order_id = n.order_id
-    WHERE n.status <> o.status AND n.filled_quantity = o.filled_quantity
+    WHERE n.status <> o.status
+      AND (n.filled_quantity = o.filled_quantity OR n.status = 'ROUTED')
     ORDER BY n.order_id;
     RETURN NULL;
 END $$;

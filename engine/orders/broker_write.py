@@ -15,7 +15,6 @@ from psycopg.types.json import Jsonb
 from engine.db.connect import Connection
 from engine.log import tell
 from engine.orders.lifecycle import (
-    CLOSED,
     Change,
     Charge,
     Effect,
@@ -36,22 +35,17 @@ def order_states(
     """Orders as far as their brokers' words concern them, by their ids."""
     if not order_ids:
         return {}
-    parameters = {"user": user_id, "orders": list(order_ids), "closed": list(CLOSED)}
+    parameters = {"user": user_id, "orders": list(order_ids)}
     rows = conn.execute(
         """SELECT o.order_id, o.run_id, o.symbol, o.side, o.status, o.quantity, o.limit_price,
                   o.stop_price, o.filled_quantity, o.purpose, o.recovered, o.pending_reconcile,
-                  coalesce(i.negative_price_allowed, false),
-                  CASE WHEN o.status = ANY (%(closed)s)
-                       THEN (SELECT max(b.event_at) FROM broker_event b
-                             WHERE b.user_id = o.user_id AND b.account = o.account
-                               AND b.order_ref = o.order_id::text AND b.finding = 'NEW') END
+                  coalesce(i.negative_price_allowed, false)
            FROM orders o LEFT JOIN instrument i ON i.symbol = o.symbol
            WHERE o.user_id = %(user)s AND o.order_id = ANY (%(orders)s) AND o.broker <> 'paper'""",
         parameters,
     ).fetchall()
     states = {}
     for order_id, run_id, symbol, side, status, quantity, limit_price, stop_price, *more in rows:
-        filled, purpose, recovered, pending_reconcile, negative_price_allowed, closed_at = more
         states[order_id] = OrderState(
             order_id,
             run_id,
@@ -59,15 +53,11 @@ def order_states(
             Side(side),
             status,
             Terms(quantity, limit_price, stop_price),
-            filled,
-            purpose,
-            recovered,
-            pending_reconcile,
-            negative_price_allowed,
-            closed_at,
+            *more,
         )
     _add_executions(conn, states, parameters)
     _add_ids(conn, states, parameters)
+    _add_words(conn, states, parameters)
     return states
 
 
@@ -75,7 +65,8 @@ def _add_executions(
     conn: Connection, states: dict[UUID, OrderState], parameters: Mapping[str, Any]
 ) -> None:
     rows = conn.execute(
-        """SELECT e.order_id, e.execution_id, e.quantity, e.price, e.reverses, c.amount, c.currency
+        """SELECT e.order_id, e.execution_id, e.quantity, e.price, e.event_at, e.reverses,
+                  c.amount, c.currency
            FROM orders o
            JOIN execution e ON e.user_id = o.user_id AND e.run_id = o.run_id
                            AND e.order_id = o.order_id
@@ -84,12 +75,12 @@ def _add_executions(
            WHERE o.user_id = %(user)s AND o.order_id = ANY (%(orders)s) AND o.broker <> 'paper'""",
         parameters,
     ).fetchall()
-    for order_id, execution_id, quantity, price, reverses, amount, currency in rows:
+    for order_id, execution_id, quantity, price, event_at, reverses, amount, currency in rows:
         state = states[order_id]
         if reverses is None:
-            state.executions[execution_id] = Executed(quantity, price)
+            state.executions[execution_id] = Executed(quantity, price, event_at)
         else:
-            state.reversed.add(reverses)
+            state.reversed[reverses] = event_at
         if amount is not None:
             state.commissions[execution_id] = (amount, currency)
 
@@ -113,10 +104,38 @@ def _add_ids(
            JOIN broker_command c ON c.user_id = o.user_id AND c.run_id = o.run_id
                                 AND c.order_id = o.order_id
            WHERE o.user_id = %(user)s AND o.order_id = ANY (%(orders)s) AND o.broker <> 'paper'
-             AND c.kind = 'MODIFY' AND c.sent_at IS NOT NULL""",
+             AND c.kind = 'MODIFY' AND c.claimed_by IS NOT NULL""",
         parameters,
     ).fetchall():
         states[order_id].asked.append(Terms(quantity, limit_price, stop_price))
+
+
+def _add_words(
+    conn: Connection, states: dict[UUID, OrderState], parameters: Mapping[str, Any]
+) -> None:
+    """What brokers have said of the orders' lives, in the order in which it was heard."""
+    heard_at: dict[UUID, datetime] = {}
+    for order_id, kind, payload, event_at, finding in conn.execute(
+        """SELECT o.order_id, b.kind, b.payload, b.event_at, b.finding
+           FROM orders o
+           JOIN broker_event b ON b.user_id = o.user_id AND b.account = o.account
+                              AND b.order_ref = o.order_id::text
+           WHERE o.user_id = %(user)s AND o.order_id = ANY (%(orders)s) AND o.broker <> 'paper'
+             AND b.kind IN ('ORDER_STATUS', 'MODIFIED', 'REJECTED', 'CANCEL_REJECTED',
+                            'MODIFY_REJECTED')
+             AND b.finding <> ALL ('{REFUSED,HELD}')
+           ORDER BY b.number""",
+        parameters,
+    ).fetchall():
+        state = states[order_id]
+        state.remember(kind, payload, event_at)
+        heard_at[order_id] = max(event_at, heard_at.get(order_id, event_at))
+        if kind == "MODIFIED" and finding != "CONTRADICTION":
+            state.terms_at = max(event_at, state.terms_at or event_at)
+    for order_id, state in states.items():
+        if not state.is_open and state.stands != state.status:
+            # Ended by us or by what a snapshot showed: right until the broker says otherwise.
+            state.end, state.closed_at = state.status, heard_at.get(order_id)
 
 
 def has_rate(conn: Connection, currency: str, quote: str, at: datetime) -> bool:
@@ -135,6 +154,13 @@ def adopting_run(conn: Connection, user_id: UUID, account: str) -> UUID | None:
         [user_id, account],
     ).fetchone()
     return row[0] if row else None
+
+
+def is_whole(heard: Heard) -> bool:
+    """Whether an execution says all that an order can be made up of."""
+    quantity, price = heard.amount("quantity"), heard.amount("price")
+    whole = quantity is not None and quantity > 0 and price is not None
+    return whole and "symbol" in heard.payload and heard.payload.get("side") in list(Side)
 
 
 def recover_order(
@@ -267,8 +293,12 @@ class Writer:
                SET status = coalesce(m.status, o.status),
                    status_reason = CASE WHEN m.status IS NULL OR m.status = o.status
                                         THEN o.status_reason ELSE m.reason END,
-                   reject_source = CASE WHEN m.status = 'REJECTED' THEN 'BROKER' END,
-                   reject_code = CASE WHEN m.status = 'REJECTED' THEN m.reject_code END,
+                   reject_source = CASE WHEN m.status IS NULL OR m.status = o.status
+                                        THEN o.reject_source
+                                        WHEN m.status = 'REJECTED' THEN 'BROKER' END,
+                   reject_code = CASE WHEN m.status IS NULL OR m.status = o.status
+                                      THEN o.reject_code
+                                      WHEN m.status = 'REJECTED' THEN m.reject_code END,
                    quantity = coalesce(m.quantity, o.quantity),
                    limit_price = CASE WHEN m.quantity IS NULL THEN o.limit_price
                                       ELSE m.limit_price END,
@@ -282,7 +312,12 @@ class Writer:
                            %s::bigint[], %s::bigint[])
                     AS m (run_id, order_id, status, reason, reject_code, quantity, limit_price,
                           stop_price, pending_reconcile, broker_order_id, perm_id)
-               WHERE o.user_id = %s AND o.run_id = m.run_id AND o.order_id = m.order_id""",
+               WHERE o.user_id = %s AND o.run_id = m.run_id AND o.order_id = m.order_id
+                 -- Nothing new is no change, which a closed order would refuse.
+                 AND (m.status <> o.status OR m.quantity IS NOT NULL
+                      OR m.pending_reconcile <> o.pending_reconcile
+                      OR m.broker_order_id <> coalesce(o.broker_order_id, 0)
+                      OR m.perm_id <> coalesce(o.perm_id, 0))""",
             [
                 [written.run_id for written in phase.values()],
                 list(phase),

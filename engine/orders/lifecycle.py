@@ -10,8 +10,8 @@ business (``engine.inbox``).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from enum import StrEnum
@@ -24,7 +24,12 @@ CLOSED = frozenset({"FILLED", "CANCELED", "REJECTED", "EXPIRED"})
 _BEFORE_ROUTED = ("NEW", "PENDING", "PENDING_SUBMIT")
 # Answers to a cancel that mean: there is nothing left to cancel.
 _GONE = ("ALREADY_CANCELED", "INACTIVE")
-_ENDS = ("CANCELED", "EXPIRED", "REJECTED", "INACTIVE")
+# What a word says of an order's life, by its kind and its status or code.
+_SAYS = {
+    **{("ORDER_STATUS", end): end for end in ("ROUTED", "CANCELED", "EXPIRED", "INACTIVE")},
+    **{("CANCEL_REJECTED", code): "CANCELED" for code in _GONE},
+    ("REJECTED", ""): "REJECTED",
+}
 _REFUSALS = ("CANCEL_REJECTED", "MODIFY_REJECTED", "REJECTED")
 # Order ids are 32-bit signed integers at IB; a broker that has reached the last starts anew.
 LAST_BROKER_ORDER_ID = 2**31 - 1
@@ -130,15 +135,16 @@ class OrderState:
 
     def remember(self, kind: str, payload: Mapping[str, Any], at: datetime) -> None:
         """Keep what a word says of the order's life, whatever is made of the word."""
-        said = str(payload.get("status")) if kind == "ORDER_STATUS" else kind
+        said = _SAYS.get((kind, str(payload.get("status" if kind == "ORDER_STATUS" else "code"))))
+        said = said or _SAYS.get((kind, ""))
         if said == "ROUTED":
             self.worked_at = _later(self.worked_at, at)
-        elif said == "CANCEL_REJECTED" and payload.get("code") in _GONE:
-            said = "CANCELED"
-        if said in _ENDS and (self.end is None or self.closed_at is None or at > self.closed_at):
-            self.end, self.closed_at = said, at
-        elif said in _REFUSALS:
-            self.refusals.add((said, at))
+        elif said is not None and self.ended is None:
+            self.end, self.closed_at = said, _later(self.closed_at, at)
+        elif said is not None and self.closed_at is not None:
+            self.closed_at = max(self.closed_at, at)
+        if kind in _REFUSALS:
+            self.refusals.add((kind, at))
 
     @property
     def ended(self) -> str | None:
@@ -273,7 +279,7 @@ class Verdict:
 
     finding: Finding
     code: str | None = None
-    effects: list[Effect] = field(default_factory=list)
+    effects: Sequence[Effect] = ()
 
     @property
     def codes(self) -> list[str]:
@@ -286,10 +292,11 @@ def hear(order: OrderState, event: Heard) -> Verdict:
     rule = _RULES.get(event.kind)
     verdict = rule(order, event) if rule else Verdict(Finding.IGNORED)
     order.remember(event.kind, event.payload, event.event_at)
-    verdict.effects[:0] = identified
+    verdict.effects = [*identified, *verdict.effects]
     if event.event_at - event.received_at > SKEW_MAX:
         seconds = (event.received_at - event.event_at).total_seconds()
-        verdict.effects.append(Tell("TIME_SKEW", {"seconds": seconds}, skew_words(seconds)))
+        skew = Tell("TIME_SKEW", {"seconds": seconds}, skew_words(seconds))
+        verdict.effects = [*verdict.effects, skew]
     verdict.code = verdict.code or next(iter(verdict.codes), None)
     return verdict
 
@@ -315,14 +322,10 @@ def _identify(order: OrderState, event: Heard) -> list[Effect]:
 
 
 def _move(
-    order: OrderState,
-    event: Heard,
-    status: str,
-    reason: str | None = None,
-    reject_code: str | None = None,
-) -> list[Effect]:
+    order: OrderState, status: str, reason: str | None = None, reject_code: str | None = None
+) -> list[Change]:
     """Move the order; what was refused and then turns out to have been worked goes by ROUTED."""
-    moves: list[Effect] = []
+    moves = []
     if (order.status, status) == ("REJECTED", "CANCELED"):
         moves.append(Change("ROUTED", reason))
     order.status = status
@@ -341,7 +344,7 @@ def _hear_status(order: OrderState, event: Heard) -> Verdict:
     said = str(event.payload.get("status"))
     if said == "PENDING_SUBMIT":
         if order.status in ("NEW", "PENDING"):
-            return Verdict(Finding.NEW, None, _move(order, event, said))
+            return Verdict(Finding.NEW, None, _move(order, said))
         return Verdict(Finding.REPEAT if order.status == said else Finding.STALE)
     if said == "ROUTED":
         return _hear_routed(order, event)
@@ -361,12 +364,12 @@ def _hear_routed(order: OrderState, event: Heard) -> Verdict:
     if stands == was:
         return Verdict(Finding.REPEAT if was == "ROUTED" else Finding.STALE)
     if order.is_open:
-        return Verdict(Finding.NEW, None, _move(order, event, stands))
-    effects = _move(order, event, stands, f"NOT_{was}")
+        return Verdict(Finding.NEW, None, _move(order, stands))
+    moves = _move(order, stands, f"NOT_{was}")
     if not order.is_open:
-        return Verdict(Finding.NEW, None, effects)
-    effects.append(_alarm(order, "STATUS_CONTRADICTION", f"was {was}, the broker works it"))
-    return Verdict(Finding.CONTRADICTION, "STATUS_CONTRADICTION", effects)
+        return Verdict(Finding.NEW, None, moves)
+    alarm = _alarm(order, "STATUS_CONTRADICTION", f"was {was}, the broker works it")
+    return Verdict(Finding.CONTRADICTION, "STATUS_CONTRADICTION", [*moves, alarm])
 
 
 def _hear_end(order: OrderState, event: Heard, said: str) -> Verdict:
@@ -381,11 +384,11 @@ def _hear_end(order: OrderState, event: Heard, said: str) -> Verdict:
         return Verdict(Finding.STALE)
     reason = event.payload.get("reason")
     if said != "INACTIVE":
-        return Verdict(Finding.NEW, None, _move(order, event, stands, reason))
+        return Verdict(Finding.NEW, None, _move(order, stands, reason))
     if stands == "REJECTED":
         words = f"INACTIVE: {reason or 'the broker holds it inactive'}"
-        return Verdict(Finding.NEW, None, _move(order, event, stands, words, "INACTIVE"))
-    effects = _move(order, event, stands, "CANCEL_REDUNDANT")
+        return Verdict(Finding.NEW, None, _move(order, stands, words, "INACTIVE"))
+    effects = _move(order, stands, "CANCEL_REDUNDANT")
     return Verdict(Finding.NEW, None, [*effects, Tell("CANCEL_REDUNDANT", {"said": said})])
 
 
@@ -401,7 +404,7 @@ def _hear_rejected(order: OrderState, event: Heard) -> Verdict:
     stands = order.stands
     if stands in ("CANCELED", "REJECTED"):
         refusal = code if stands == "REJECTED" else None
-        return Verdict(Finding.NEW, None, _move(order, event, stands, words, refusal))
+        return Verdict(Finding.NEW, None, _move(order, stands, words, refusal))
     effects: list[Effect] = []
     if order.is_open:
         order.pending_reconcile = True
@@ -422,7 +425,7 @@ def _hear_cancel_rejected(order: OrderState, event: Heard) -> Verdict:
         order.remember(event.kind, event.payload, event.event_at)
         if order.stands != "CANCELED":
             return Verdict(Finding.STALE)
-        effects = _move(order, event, "CANCELED", "CANCEL_REDUNDANT")
+        effects = _move(order, "CANCELED", "CANCEL_REDUNDANT")
         return Verdict(Finding.NEW, None, [*effects, Tell("CANCEL_REDUNDANT", {"said": code})])
     if code == "NOT_FOUND":
         # Not among the broker's orders may also mean: just filled. It is asked.
@@ -430,7 +433,7 @@ def _hear_cancel_rejected(order: OrderState, event: Heard) -> Verdict:
         return Verdict(Finding.NEW, "CANCEL_NOT_FOUND", [Change(pending_reconcile=True)])
     if order.status != "PENDING_CANCEL":
         return Verdict(Finding.STALE)
-    effects = _move(order, event, order.working, f"CANCEL_REJECTED: {code}")
+    effects = _move(order, order.working, f"CANCEL_REJECTED: {code}")
     return Verdict(Finding.NEW, None, [*effects, Tell("CANCEL_IGNORED", {"code": code})])
 
 
@@ -447,7 +450,7 @@ def _hear_modified(order: OrderState, event: Heard) -> Verdict:
     if terms == order.terms:
         order.terms_at = event.event_at
         if waits:
-            return Verdict(Finding.NEW, None, _move(order, event, order.working))
+            return Verdict(Finding.NEW, None, _move(order, order.working))
         return Verdict(Finding.REPEAT)
     if terms in order.asked:
         return _take_terms(order, event, terms)
@@ -474,11 +477,12 @@ def _take_terms(order: OrderState, event: Heard, terms: Terms) -> Verdict:
         # A closed order is history, and its terms make no difference any more.
         order.terms = before
         return Verdict(Finding.STALE)
-    moves = _move(order, event, stands)
-    last = moves.pop()
-    assert isinstance(last, Change)
-    changed = Change(last.status, terms=terms, pending_reconcile=last.pending_reconcile)
-    return Verdict(Finding.NEW, None, [*moves, changed])
+    # What was filled by its old terms works on by the new ones before anything can end it.
+    works = Change("PARTIALLY_FILLED", terms=terms)
+    change = replace(_move(order, stands)[-1], terms=terms)
+    if was == "FILLED" and stands != works.status:
+        return Verdict(Finding.NEW, None, [works, replace(change, terms=None)])
+    return Verdict(Finding.NEW, None, [change])
 
 
 def _hear_modify_rejected(order: OrderState, event: Heard) -> Verdict:
@@ -487,7 +491,7 @@ def _hear_modify_rejected(order: OrderState, event: Heard) -> Verdict:
     if order.status != "PENDING_MODIFY":
         return Verdict(Finding.STALE)
     code = str(event.payload.get("code"))
-    effects = _move(order, event, order.working, f"MODIFY_REJECTED: {code}")
+    effects = _move(order, order.working, f"MODIFY_REJECTED: {code}")
     return Verdict(Finding.NEW, None, [*effects, Tell("MODIFY_REJECTED", {"code": code})])
 
 
@@ -540,14 +544,14 @@ def _book(order: OrderState, event: Heard, execution_id: str, executed: Executed
     if newer:
         # The correction came first: what it corrects is booked as it would have been, and gone.
         finding, code = Finding.CORRECTION, "EXECUTION_SUPERSEDED"
-        known_at = min((order.executions[name].event_at or event.event_at for name in newer))
+        known_at = min(order.executions[name].event_at or event.event_at for name in newer)
         effects.append(_take_back(order, execution_id, known_at))
         effects.append(Tell(code, {"execution_id": execution_id, "by": max(newer)}))
     for before in older:
         finding, code = Finding.CORRECTION, "EXECUTION_CORRECTED"
         effects.insert(0, _take_back(order, before, event.event_at))
         effects.append(Tell(code, {"execution_id": execution_id, "corrects": before}))
-    effects += _follow_fills(order, event, was)
+    effects += _follow_fills(order, was)
     if was in ("CANCELED", "EXPIRED", "REJECTED") and finding is Finding.NEW:
         effects.append(Tell("FILL_AFTER_CANCEL", {"execution_id": execution_id, "was": was}))
     if order.filled > order.terms.quantity and not order.recovered:
@@ -564,7 +568,7 @@ def _hear_bust(order: OrderState, event: Heard) -> Verdict:
         return Verdict(Finding.HELD)
     was = order.status
     effects: list[Effect] = [_take_back(order, execution_id, event.event_at)]
-    effects += _follow_fills(order, event, was)
+    effects += _follow_fills(order, was)
     effects.append(_alarm(order, "EXECUTION_BUSTED", f"execution {execution_id} was taken back"))
     return Verdict(Finding.CORRECTION, "EXECUTION_BUSTED", effects)
 
@@ -576,7 +580,7 @@ def _take_back(order: OrderState, execution_id: str, at: datetime) -> Execute:
     return Execute(f"{execution_id}-R", -booked.quantity, booked.price, at, execution_id)
 
 
-def _follow_fills(order: OrderState, event: Heard, was: str) -> list[Effect]:
+def _follow_fills(order: OrderState, was: str) -> Sequence[Effect]:
     """Where the database puts the order when its fills change, and where it belongs then."""
     if order.filled >= order.terms.quantity:
         order.status = "FILLED"
@@ -585,30 +589,29 @@ def _follow_fills(order: OrderState, event: Heard, was: str) -> list[Effect]:
     order.status = was if pending else order.working
     stands = order.stands
     if stands != order.status:
-        reason = "BUST" if order.ended is None else "FILL_AFTER_CANCEL"
-        return _move(order, event, stands, reason)
+        reason = "FILL_AFTER_CANCEL" if was in ("CANCELED", "EXPIRED", "REJECTED") else "BUST"
+        return _move(order, stands, reason)
     if was == "REJECTED":
         # The refusal was a guess: whether the rest still works is the broker's to say.
         order.pending_reconcile = True
         return [Change(stands, pending_reconcile=True)]
     # The database looks at what a batch has filled in the end: a fill that is taken back at once
     # has moved nothing there.
-    return [Change(stands)] if order.filled == 0 and not pending else []
+    return [Change(stands)] if not pending and (order.filled == 0 or was == "FILLED") else []
 
 
 def _is_newer_revision(one: str, other: str) -> bool:
     """Whether an execution id corrects another.
 
-    Source: IB's execution ids, of which those that differ only after the last dot are revisions
-    of one execution.
+    Source: IB's execution ids, of which those that differ only in the number after the last dot
+    are revisions of one execution.
     """
-    family, dot, revision = one.rpartition(".")
-    its_family, _, its_revision = other.rpartition(".")
-    return bool(dot) and family == its_family and _order_of(revision) > _order_of(its_revision)
-
-
-def _order_of(revision: str) -> tuple[int, str]:
-    return (int(revision) if revision.isdecimal() else -1, revision)
+    family, its_family = one.rpartition("."), other.rpartition(".")
+    if not family[1] or family[:2] != its_family[:2]:
+        return False
+    revision, its_revision = family[2], its_family[2]
+    numbered = revision.isdecimal() and its_revision.isdecimal()
+    return numbered and int(revision) > int(its_revision)
 
 
 def _hear_commission(order: OrderState, event: Heard) -> Verdict:

@@ -10,6 +10,7 @@ from uuid import UUID
 
 from engine.db.connect import Connection
 from engine.ids import ORDERS_PER_TICK_MAX, SALT_BITS, order_id_of
+from engine.log import tell
 from engine.market.model import Split
 from engine.market.view import View
 from engine.orders.model import Fill, Order, Side
@@ -154,6 +155,8 @@ def cancel_order(
         "SELECT order_cancel(%s, %s, %s, %s, %s)", [run.user_id, run.run_id, order_id, reason, at]
     ).fetchone()
     assert row is not None
+    if row[0] == "CANCEL_IGNORED":
+        tell("CANCEL_IGNORED", run_id=run.run_id, order_id=order_id, reason=reason)
     return str(row[0])
 
 

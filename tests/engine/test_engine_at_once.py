@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from datetime import date, datetime, timedelta
 from decimal import Decimal
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -120,8 +121,7 @@ class Tick(NamedTuple):
 def written(conn: Connection) -> dict[str, list[str]]:
     """Every row of every table, but for when it was written and the chain made of it.
 
-    Numbers are compared by their value: 1.0 is 1. Of several orders, steps place all before they
-    execute any, so that numbers of events differ; each order's own events are in one order.
+    Numbers are compared by their value: 1.0 is 1. The numbers of events are those of ``chain``.
     """
     left_out = "{recorded_at, created_at, hash, seq, books_seq}"
     return {
@@ -134,6 +134,20 @@ def written(conn: Connection) -> dict[str, list[str]]:
         )
         for table in tables(conn)
     }
+
+
+def chain(conn: Connection) -> list[tuple[datetime, str, str]]:
+    """The events in the order of the chain, which the proof of their hashes makes the only one.
+
+    Of several orders of one side, steps place all before they execute any, and at once each is
+    executed as it is placed. Which comes first of those placed, and of those executed, is the same.
+    """
+    found = rows(conn, "SELECT logical_time, event_type, subject FROM event_ledger ORDER BY seq")
+    trades = ("ORDER_PLACED", "EXECUTION")
+    ordered: list[tuple[datetime, str, str]] = []
+    for _, part in groupby(found, key=lambda event: (event[0], event[1] in trades)):
+        ordered += sorted(part, key=lambda event: event[1] == "EXECUTION")
+    return ordered
 
 
 def plain(number: str) -> str:
@@ -265,12 +279,24 @@ def assert_the_same(
 ) -> None:
     with conn.transaction(force_rollback=True):
         results = [tick.run(conn, run) for tick in ticks]
-        in_steps = written(conn)
+        in_steps, in_order = written(conn), chain(conn)
     no_steps()
     assert [tick.run(conn, run) for tick in ticks] == results
     at_once = written(conn)
+    assert chain(conn) == in_order
     for table, found in in_steps.items():
         assert at_once[table] == found, table
+
+
+def test_orders_are_weighed_alike_at_once_and_in_steps(owner_conn: Connection) -> None:
+    """All of one side before the first of them is filled: a limit far above the price counts."""
+    run = a_run(owner_conn)
+    far = buy("1", order_type="LIMIT", limit_price="9000")
+    tick = Tick(CLOSE, BOTH, [far, buy("20"), buy("10")])
+    with owner_conn.transaction(force_rollback=True):
+        in_steps = tick.run(owner_conn, run), written(owner_conn), chain(owner_conn)
+    assert (tick.run(owner_conn, run), written(owner_conn), chain(owner_conn)) == in_steps
+    assert statuses(owner_conn, run) == ["FILLED", "REJECTED", "FILLED"]
 
 
 # What was kept is not trusted

@@ -1,5 +1,11 @@
 -- Back to paper runs alone; what was traded at brokers must have been deleted before.
 
+DROP VIEW latency_summary;
+
+DROP VIEW order_latency;
+
+DROP VIEW order_response;
+
 DROP VIEW audit_event;
 
 DROP VIEW audit_mark;
@@ -837,6 +843,12 @@ DROP FUNCTION orders_from_ledger;
 
 DROP FUNCTION order_after_event;
 
+DROP FUNCTION health_positions;
+
+DROP FUNCTION account_status;
+
+DROP FUNCTION latency_since;
+
 DROP FUNCTION orders_send_rerouted;
 
 DROP FUNCTION orders_to_reroute;
@@ -1397,6 +1409,8 @@ DELETE FROM order_transition WHERE from_status = 'FILLED' AND to_status = 'PARTI
 DELETE FROM order_transition WHERE from_status = 'FILLED' AND to_status = 'ROUTED';
 
 DELETE FROM order_transition WHERE from_status = 'CANCELED' AND to_status = 'ROUTED';
+
+DELETE FROM order_transition WHERE from_status = 'EXPIRED' AND to_status = 'ROUTED';
 
 -- A trigger function is called by its trigger, whoever writes; nobody else needs it, and nobody
 -- shall put it on a table of their own and feed it with rows of their own.

@@ -945,7 +945,7 @@ BEGIN
                      AND o.status_at = event.logical_time END;
 END $$;
 
--- Moves by a fill are told by the execution's own event.
+-- Moves by a fill are told by the execution's own event, but not that all of them were taken back.
 CREATE OR REPLACE FUNCTION orders_record_move() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 BEGIN
@@ -956,7 +956,8 @@ BEGIN
                'status_reason', n.status_reason))
     FROM new_rows n
     JOIN old_rows o ON o.user_id = n.user_id AND o.run_id = n.run_id AND o.order_id = n.order_id
-    WHERE n.status <> o.status AND n.filled_quantity = o.filled_quantity
+    WHERE n.status <> o.status
+      AND (n.filled_quantity = o.filled_quantity OR n.status = 'ROUTED')
     ORDER BY n.order_id;
     RETURN NULL;
 END $$;
@@ -1857,32 +1858,24 @@ CREATE TRIGGER orders_m_send_move AFTER UPDATE ON orders
         AND NEW.status = ANY ('{PENDING_CANCEL,PENDING_MODIFY,CANCELED,EXPIRED,REJECTED}'))
     EXECUTE FUNCTION orders_send_move();
 
--- What has not gone goes with the new terms; what never reached one account goes to the next.
+-- What has not gone goes with the new terms.
 CREATE FUNCTION orders_send_terms() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
 BEGIN
-    IF NEW.account <> OLD.account THEN
-        INSERT INTO broker_command (user_id, account, priority, kind, run_id, order_id,
-                                    order_version, payload, not_before)
-        VALUES (NEW.user_id, NEW.account, CASE WHEN NEW.purpose = 'FLATTEN' THEN 0 ELSE 2 END,
-                'SUBMIT', NEW.run_id, NEW.order_id, NEW.version, orders_command_payload(NEW),
-                orders_not_before(NEW));
-    ELSE
-        UPDATE broker_command SET payload = orders_command_payload(NEW)
-        WHERE user_id = NEW.user_id AND account = NEW.account AND order_id = NEW.order_id
-          AND kind = 'SUBMIT' AND claimed_by IS NULL AND done_at IS NULL;
-    END IF;
+    UPDATE broker_command SET payload = orders_command_payload(NEW)
+    WHERE user_id = NEW.user_id AND account = NEW.account AND order_id = NEW.order_id
+      AND kind = 'SUBMIT' AND claimed_by IS NULL AND done_at IS NULL;
     RETURN NULL;
 END $$;
 
 COMMENT ON FUNCTION orders_send_terms IS
-    'Trigger: what waits in the outbox follows its order, to another account too.';
+    'Trigger: what waits in the outbox follows its order.';
 
 CREATE TRIGGER orders_m_send_terms AFTER UPDATE ON orders
     FOR EACH ROW WHEN (NEW.broker <> 'paper'
-        AND (NEW.quantity, NEW.limit_price, NEW.stop_price, NEW.trail_amount, NEW.account)
+        AND (NEW.quantity, NEW.limit_price, NEW.stop_price, NEW.trail_amount)
             IS DISTINCT FROM
-            (OLD.quantity, OLD.limit_price, OLD.stop_price, OLD.trail_amount, OLD.account))
+            (OLD.quantity, OLD.limit_price, OLD.stop_price, OLD.trail_amount))
     EXECUTE FUNCTION orders_send_terms();
 
 -- The proof of new terms: the last command that a connector took to modify it asks for just these.
@@ -2013,11 +2006,16 @@ END $$;
 COMMENT ON FUNCTION broker_command_prove IS
     'Trigger: a command is what its order says, and never arrived only if the broker shows it.';
 
--- A submit that may have gone out is given up only if the broker, asked afterwards, tells nothing
--- of its order.
+-- A submit that may have gone out is given up only if the connector that had taken it says that it
+-- never wrote it, or if the broker, asked afterwards, tells nothing of its order.
 CREATE FUNCTION broker_command_never_arrived(c broker_command) RETURNS boolean
 LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
     SELECT EXISTS (SELECT FROM broker_event e
+                   WHERE e.user_id = c.user_id AND e.account = c.account
+                     AND e.order_ref = c.order_id::text AND e.kind = 'SEND_FAILED'
+                     AND e.holder = c.claimed_by
+                     AND e.payload ->> 'command_id' = c.command_id::text)
+       OR EXISTS (SELECT FROM broker_event e
                    WHERE e.user_id = c.user_id AND e.account = c.account
                      AND e.kind = 'SNAPSHOT' AND e.received_at >= c.claimed_at)
        AND NOT EXISTS (SELECT FROM broker_event e
@@ -2031,7 +2029,8 @@ LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
 $$;
 
 COMMENT ON FUNCTION broker_command_never_arrived IS
-    'Whether a SNAPSHOT since a command was claimed shows that its order is not at the broker.';
+    'Whether its connector says that it was not sent, or a SNAPSHOT since it was claimed shows that '
+    'its order is not at the broker.';
 
 CREATE TRIGGER broker_command_b_prove BEFORE INSERT ON broker_command
     FOR EACH ROW EXECUTE FUNCTION broker_command_prove();
@@ -3176,7 +3175,7 @@ COMMENT ON FUNCTION flatten_positions IS
 
 CREATE TABLE limit_kind (
     kind        text     NOT NULL,
-    place       smallint NOT NULL,
+    place       integer NOT NULL,
     code        text     NOT NULL,
     source      text     NOT NULL,
     log_code    text     NOT NULL,
@@ -4100,7 +4099,8 @@ CREATE FUNCTION reconcile_missing(of_user uuid, of_account text, of_snapshot uui
 RETURNS SETOF order_difference
 LANGUAGE sql STABLE ROWS 100 SET search_path = public, pg_temp AS $$
     SELECT d.class, o.run_id, o.order_id, o.order_id::text, b.becomes,
-           CASE WHEN b.becomes IS NOT NULL THEN 'CANCELED' WHEN d.class = 'NEVER_ARRIVED' THEN 'KEPT'
+           CASE WHEN b.becomes IS NOT NULL THEN 'CANCELED'
+                WHEN d.class = 'NEVER_ARRIVED' THEN 'KEPT'
                 ELSE 'ALERTED' END,
            CASE WHEN z.status IS NOT NULL THEN 'the broker says ' || z.status
                 WHEN d.class = 'MISSING_AT_BROKER'
@@ -4149,7 +4149,8 @@ CREATE FUNCTION order_status_at_broker(o orders, brokers_status text) RETURNS te
 LANGUAGE sql IMMUTABLE
 RETURN CASE WHEN o.filled_quantity >= o.quantity THEN NULL
             WHEN o.filled_quantity > 0 THEN 'PARTIALLY_FILLED'
-            WHEN brokers_status = 'PENDING_SUBMIT' AND o.status IN ('NEW', 'PENDING', brokers_status)
+            WHEN brokers_status = 'PENDING_SUBMIT'
+                 AND o.status IN ('NEW', 'PENDING', brokers_status)
             THEN brokers_status
             ELSE 'ROUTED' END;
 
@@ -4345,7 +4346,8 @@ LANGUAGE sql STABLE ROWS 10 SET search_path = public, pg_temp AS $$
     CROSS JOIN LATERAL (SELECT coalesce(
         t.ours AND event_order_id(t.order_ref) IS NOT NULL AND length(t.order_ref) = 36
         AND t.quantity > 0 AND t.side IN ('BUY', 'SELL')
-        AND t.order_type IN ('MARKET', 'LIMIT', 'STOP', 'STOP_LIMIT', 'TRAIL'), false)) k (is_orphan)
+        AND t.order_type IN ('MARKET', 'LIMIT', 'STOP', 'STOP_LIMIT', 'TRAIL'), false)
+    ) k (is_orphan)
     WHERE o.order_id IS NULL AND n.order_ref IS NULL
 $$;
 
@@ -4390,27 +4392,35 @@ $$;
 
 COMMENT ON FUNCTION orders_derived IS 'Status and fills of orders as the ledger tells them.';
 
--- Orders in a contract that is no longer what it was, of which nothing else says that they are over.
+-- Contracts that are no longer what they were, and orders in them of which nothing else says that
+-- they are over.
 CREATE FUNCTION reconcile_contracts(of_user uuid, of_account text, of_snapshot uuid)
 RETURNS SETOF order_difference
 LANGUAGE sql STABLE ROWS 10 SET search_path = public, pg_temp AS $$
-    SELECT DISTINCT ON (o.order_id)
-           'CONTRACT_CHANGED', o.run_id, o.order_id, o.order_id::text, NULL, 'CANCEL_SENT',
-           format('%s is %s from now on', o.symbol, e.payload ->> 'new_symbol'),
-           order_difference_ours(o), e.payload, NULL::uuid, NULL, NULL::bigint, NULL::bigint
-    FROM snapshot_facts(of_user, of_account, of_snapshot) s
-    JOIN broker_event e ON e.user_id = of_user AND e.account = of_account
-                       AND e.kind = 'CONTRACT_CHANGED' AND e.number < s.first_number
+    WITH changed AS (
+        SELECT e.number, e.received_at, e.payload
+        FROM snapshot_facts(of_user, of_account, of_snapshot) s
+        JOIN broker_event e ON e.user_id = of_user AND e.account = of_account
+                           AND e.kind = 'CONTRACT_CHANGED' AND e.number < s.first_number
+        WHERE e.number > coalesce((SELECT max(r.up_to_number) FROM reconciliation r
+                                   WHERE r.user_id = of_user AND r.account = of_account), 0)
+    )
+    SELECT 'CONTRACT_CHANGED', account_run(of_user, of_account), NULL::uuid,
+           c.payload ->> 'symbol', NULL, 'ALERTED', 'it is ' || (c.payload ->> 'new_symbol')
+           || ' from now on', NULL::jsonb, c.payload, NULL::uuid, NULL, NULL::bigint, NULL::bigint
+    FROM changed c
+    UNION ALL
+    SELECT DISTINCT 'CONTRACT_CHANGED', o.run_id, o.order_id, o.order_id::text, NULL, 'CANCEL_SENT',
+           'its symbol is another from now on', order_difference_ours(o), NULL::jsonb, NULL::uuid,
+           NULL, NULL::bigint, NULL::bigint
+    FROM changed c
     JOIN orders o ON o.user_id = of_user AND o.account = of_account
-                 AND o.symbol = e.payload ->> 'symbol' AND o.recorded_at < e.received_at
+                 AND o.symbol = c.payload ->> 'symbol' AND o.recorded_at < c.received_at
                  AND o.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED', 'PENDING_CANCEL')
-    WHERE e.number > coalesce((SELECT max(r.up_to_number) FROM reconciliation r
-                               WHERE r.user_id = of_user AND r.account = of_account), 0)
-    ORDER BY o.order_id, e.number DESC
 $$;
 
 COMMENT ON FUNCTION reconcile_contracts IS
-    'Open orders in a symbol that has changed since the last reconciliation.';
+    'Symbols that have changed since the last reconciliation, and the open orders in them.';
 
 -- --- Executions, positions, cash ------------------------------------------------------------
 
@@ -4494,7 +4504,8 @@ RETURNS TABLE (subject text, ours jsonb, brokers jsonb, derived jsonb)
 LANGUAGE sql STABLE ROWS 10 SET search_path = public, pg_temp AS $$
     WITH ours AS (
         SELECT x.symbol, trunc(sum(x.units), 8) AS quantity,
-               trunc(coalesce(sum(x.units) FILTER (WHERE x.event_at <= s.taken_at), 0), 8) AS earlier
+               trunc(coalesce(sum(x.units) FILTER (WHERE x.event_at <= s.taken_at), 0), 8)
+                   AS earlier
         FROM snapshot_facts(of_user, of_account, of_snapshot) s
         CROSS JOIN account_executions(of_user, of_account) x
         GROUP BY x.symbol
@@ -4730,7 +4741,8 @@ LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
         'alert', 'app_user', 'broker_account', 'broker_command', 'broker_event', 'broker_lease',
         'calendar_session', 'command_kind', 'corporate_action', 'engine_state', 'engine_status',
         'event_ledger', 'execution', 'execution_commission', 'execution_cost', 'fx_rate',
-        'instrument', 'mtm_ledger', 'order_broker_id', 'order_status', 'order_transition', 'orders',
+        'instrument', 'latency_summary', 'mtm_ledger', 'order_broker_id', 'order_latency',
+        'order_response', 'order_status', 'order_transition', 'orders',
         'pnl_daily', 'position', 'position_pnl', 'price_bar', 'reconciliation',
         'reconciliation_difference', 'risk_limit', 'run_route',
         'run_status', 'run_transition', 'sip_plan', 'split_applied', 'strategy_run',
@@ -4863,6 +4875,159 @@ CREATE VIEW audit_event AS
     WHERE r.status IN ('STOPPED', 'ERROR') AND h.event_type <> 'RUN_' || r.status;
 
 COMMENT ON VIEW audit_event IS 'Rows without their event and events without their row.';
+
+-- How it is going: what is connected, what waits, how long brokers take to answer, and whether
+-- what we hold is what they hold. Questions to rows that are there anyway.
+
+-- Every word of a broker about an order that we sent, and how long after the sending we heard it.
+CREATE VIEW order_response AS
+    SELECT c.user_id, c.account, c.run_id, c.order_id, e.number, e.kind,
+           e.payload ->> 'status' AS status, c.sent_at, e.received_at,
+           round(extract(epoch FROM e.received_at - c.sent_at), 6) AS seconds
+    FROM broker_command c
+    JOIN broker_event e ON e.user_id = c.user_id AND e.account = c.account
+                       AND e.order_ref = c.order_id::text AND e.received_at >= c.sent_at
+    WHERE c.kind = 'SUBMIT' AND c.sent_at IS NOT NULL AND e.kind <> 'THROTTLED';
+
+COMMENT ON VIEW order_response IS
+    'The round trip of each order to each response of its broker, in seconds on our clock.';
+
+-- The way of an order, step by step; NULL where it has not come so far.
+CREATE VIEW order_latency AS
+    SELECT c.user_id, c.account, c.run_id, c.order_id, c.created_at, c.claimed_at, c.sent_at,
+           w.first_word_at, w.first_fill_at,
+           round(extract(epoch FROM c.claimed_at - c.created_at), 6) AS claim_seconds,
+           round(extract(epoch FROM c.sent_at - c.claimed_at), 6) AS send_seconds,
+           round(extract(epoch FROM w.first_word_at - c.sent_at), 6) AS response_seconds,
+           round(extract(epoch FROM w.first_fill_at - c.sent_at), 6) AS fill_seconds
+    FROM broker_command c
+    LEFT JOIN LATERAL (
+        SELECT min(e.received_at) AS first_word_at,
+               min(e.received_at) FILTER (WHERE e.kind = 'EXECUTION') AS first_fill_at
+        FROM broker_event e
+        WHERE e.user_id = c.user_id AND e.account = c.account AND e.order_ref = c.order_id::text
+          AND e.received_at >= c.sent_at AND e.kind <> 'THROTTLED') w ON true
+    WHERE c.kind = 'SUBMIT';
+
+COMMENT ON VIEW order_latency IS
+    'How long each order waited to be claimed and sent, for the first word and the first fill.';
+
+COMMENT ON COLUMN order_latency.claim_seconds IS
+    'From the order''s row to the connector''s claim: the queue, the throttle, closed hours.';
+
+CREATE FUNCTION latency_since(of_user uuid, since timestamptz)
+RETURNS TABLE (account text, step text, orders bigint, p50 numeric, p95 numeric, p99 numeric)
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT s.account, s.step, count(*),
+           round(extract(epoch FROM percentile_cont(0.50) WITHIN GROUP (ORDER BY s.took)), 6),
+           round(extract(epoch FROM percentile_cont(0.95) WITHIN GROUP (ORDER BY s.took)), 6),
+           round(extract(epoch FROM percentile_cont(0.99) WITHIN GROUP (ORDER BY s.took)), 6)
+    FROM (SELECT l.account, t.step, t.took, t.place
+          FROM order_latency l
+          CROSS JOIN LATERAL (VALUES
+              ('CLAIM', 1, l.claimed_at - l.created_at),
+              ('SEND', 2, l.sent_at - l.claimed_at),
+              ('RESPONSE', 3, l.first_word_at - l.sent_at),
+              ('FILL', 4, l.first_fill_at - l.sent_at)) AS t (step, place, took)
+          WHERE l.user_id = of_user AND l.created_at >= since AND t.took IS NOT NULL) s
+    GROUP BY s.account, s.step, s.place
+    ORDER BY s.account, s.place
+$$;
+
+COMMENT ON FUNCTION latency_since IS
+    'Percentiles of the steps of a user''s orders since a moment, in seconds, by account.';
+
+CREATE VIEW latency_summary AS
+    SELECT u.user_id, l.account, l.step, l.orders, l.p50, l.p95, l.p99
+    FROM app_user u CROSS JOIN LATERAL latency_since(u.user_id, '-infinity') l;
+
+COMMENT ON VIEW latency_summary IS
+    'Percentiles of the steps of all orders that ever went to an account, in seconds.';
+
+-- One account at a moment of our clock.
+CREATE FUNCTION account_status(of_user uuid, at timestamptz)
+RETURNS TABLE (account text, broker text, is_open boolean, opens_at timestamptz,
+               connected boolean, holder_name text, last_heard_at timestamptz,
+               heartbeat_is_late boolean, clock_skew_seconds numeric, queued bigint,
+               queued_for_session bigint, in_flight bigint, oldest_queued_at timestamptz,
+               orders_per_second integer, sent_last_second bigint, throttled bigint,
+               inbox_waiting bigint, open_orders bigint)
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT a.account, a.broker, h.is_open, h.opens_at,
+           coalesce(l.connected AND l.expires_at > at, false), l.holder_name, l.last_heard_at,
+           coalesce(l.last_heard_at < at - a.heartbeat_seconds * interval '1 second', true),
+           round(extract(epoch FROM l.clock_skew), 3), c.queued, c.for_session, c.in_flight,
+           c.oldest, a.orders_per_second, c.just_sent,
+           -- What could go now and is more than may.
+           greatest(c.ready - (a.orders_per_second - least(c.just_sent, a.orders_per_second)), 0),
+           (SELECT count(*) FROM broker_event e
+            WHERE e.user_id = of_user AND e.account = a.account AND e.applied_at IS NULL),
+           (SELECT count(*) FROM orders o
+            WHERE o.user_id = of_user AND o.account = a.account
+              AND o.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED'))
+    FROM broker_account a
+    CROSS JOIN LATERAL account_hours(of_user, a.account, at) h
+    LEFT JOIN broker_lease l ON l.user_id = of_user AND l.account = a.account
+    CROSS JOIN LATERAL (
+        SELECT count(*) FILTER (WHERE k.done_at IS NULL AND k.claimed_by IS NULL) AS queued,
+               count(*) FILTER (WHERE k.done_at IS NULL AND k.claimed_by IS NULL
+                                AND k.not_before > at) AS for_session,
+               count(*) FILTER (WHERE k.done_at IS NULL AND k.claimed_by IS NULL
+                                AND k.kind = 'SUBMIT'
+                                AND coalesce(k.not_before, at) <= at) AS ready,
+               count(*) FILTER (WHERE k.done_at IS NULL AND k.claimed_by IS NOT NULL) AS in_flight,
+               min(k.created_at) FILTER (WHERE k.done_at IS NULL AND k.claimed_by IS NULL)
+                   AS oldest,
+               count(*) FILTER (WHERE k.kind = 'SUBMIT' AND k.sent_at > at - interval '1 second')
+                   AS just_sent
+        FROM broker_command k
+        WHERE k.user_id = of_user AND k.account = a.account
+          AND (k.done_at IS NULL OR k.sent_at > at - interval '1 second')) c
+    WHERE a.user_id = of_user
+    ORDER BY a.account
+$$;
+
+COMMENT ON FUNCTION account_status IS
+    'The accounts of a user at a moment: session, connection, queue, throttle, inbox.';
+
+-- Whether what we hold is so, three ways: our positions against the ledger that they follow from,
+-- and against what brokers said last. A broker that never said is no proof either.
+CREATE FUNCTION health_positions(of_user uuid)
+RETURNS TABLE (run_id uuid, account text, symbol text, ours numeric, brokers numeric,
+               ledger numeric)
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT r.run_id, NULL::text, d.symbol, d.ours, NULL::numeric, d.told
+    FROM strategy_run r
+    CROSS JOIN LATERAL (
+        SELECT symbol, coalesce(p.quantity, 0) AS ours, coalesce(l.quantity, 0) AS told
+        FROM (SELECT * FROM position k WHERE k.user_id = of_user AND k.run_id = r.run_id) p
+        FULL JOIN position_from_ledger(of_user, r.run_id) l USING (symbol)) d
+    WHERE r.user_id = of_user AND r.status IN ('RUNNING', 'STOPPING') AND d.ours <> d.told
+    UNION ALL
+    SELECT NULL, a.account, d.subject, (d.ours #>> '{}')::numeric, (d.brokers #>> '{}')::numeric,
+           (d.derived #>> '{}')::numeric
+    FROM broker_account a
+    CROSS JOIN LATERAL (SELECT coalesce(
+        snapshot_newest(of_user, a.account),
+        (SELECT k.snapshot_id FROM reconciliation k
+         WHERE k.user_id = of_user AND k.account = a.account
+         ORDER BY k.up_to_number DESC LIMIT 1)) AS snapshot_id) s
+    CROSS JOIN LATERAL reconcile_positions(of_user, a.account, s.snapshot_id) d
+    WHERE a.user_id = of_user AND s.snapshot_id IS NOT NULL
+    UNION ALL
+    SELECT NULL, a.account, x.symbol, x.units, NULL, NULL
+    FROM broker_account a
+    CROSS JOIN LATERAL (SELECT e.symbol, sum(e.units) AS units
+                        FROM account_executions(of_user, a.account) e GROUP BY e.symbol) x
+    WHERE a.user_id = of_user AND x.units <> 0
+      AND NOT EXISTS (SELECT FROM reconciliation k
+                      WHERE k.user_id = of_user AND k.account = a.account)
+      AND snapshot_newest(of_user, a.account) IS NULL
+$$;
+
+COMMENT ON FUNCTION health_positions IS
+    'Positions that are not what the ledger makes them, or not what the account''s broker last '
+    'said, or of which no broker has said anything; NULL where somebody was not asked.';
 
 -- Everything from the ledger: what a run's events make of its orders, executions and books. Who has
 -- lost the rest of the database, or doubts it, has these; oms audit rebuild loads a run with them.
@@ -5206,7 +5371,8 @@ INSERT INTO order_transition (from_status, to_status, why) VALUES
     ('PARTIALLY_FILLED', 'ROUTED', 'A bust took all fills back.'),
     ('FILLED', 'PARTIALLY_FILLED', 'A bust took a fill back.'),
     ('FILLED', 'ROUTED', 'A bust took all fills back.'),
-    ('CANCELED', 'ROUTED', 'The cancel was a guess; the broker works it.');
+    ('CANCELED', 'ROUTED', 'The cancel was a guess; the broker works it.'),
+    ('EXPIRED', 'ROUTED', 'A bust took all fills back; it is over at once again.');
 
 -- A trigger function is called by its trigger, whoever writes; nobody else needs it, and nobody
 -- shall put it on a table of their own and feed it with rows of their own.
