@@ -46,7 +46,8 @@ def connect(
 
     SIGTERM ends it too: what is being sent is finished, and it logs off. Exit
     code 3 means that another process has taken over, 4 that the broker speaks
-    for another account. The log is on stderr, one JSON object a line.
+    for another account. The log is on stderr, one JSON object a line,
+    and in connect-ACCOUNT.log in OMS_LOG, or in the folder log of OMS_HOME.
 
     Example:
       oms connect --account DU123 --user alice
@@ -61,10 +62,11 @@ def connect(
 
 
 def _serve(dsn: str, user: str, account: str) -> Ended:
+    from engine import config
     from engine.brokers.connector import connect as serve
     from engine.brokers.sessions import prepare
     from engine.clock import utc_now
-    from engine.log import LOGGER, JsonLines
+    from engine.log import LOGGER, JsonLines, open_log
     from engine.reads import find_user
 
     with acting(dsn) as conn:
@@ -75,7 +77,8 @@ def _serve(dsn: str, user: str, account: str) -> Ended:
     logging.getLogger(LOGGER).addHandler(log)
     note(f"Serving account {account}; Ctrl-C ends it.")
     jitter = random.Random().random
-    return asyncio.run(serve(dsn, user_id, account, jitter=jitter, started=_end_by_signals))
+    with open_log(config.log_folder() / f"connect-{account}.log"):
+        return asyncio.run(serve(dsn, user_id, account, jitter=jitter, started=_end_by_signals))
 
 
 def _end_by_signals(connector: Connector) -> None:
