@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 import signal
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli.database import acting, owner_dsn
 from cli.options import Dsn, Json
-from cli.output import note, print_json, say
+from cli.output import log_to_stderr, note, print_json, say
 
 if TYPE_CHECKING:
     from engine.brokers.connector import Connector, Ended
@@ -66,15 +64,13 @@ def _serve(dsn: str, user: str, account: str) -> Ended:
     from engine.brokers.connector import connect as serve
     from engine.brokers.sessions import prepare
     from engine.clock import utc_now
-    from engine.log import LOGGER, JsonLines, open_log
+    from engine.log import open_log
     from engine.reads import find_user
 
     with acting(dsn) as conn:
         user_id = find_user(conn, user).user_id
         prepare(conn, user_id, account, utc_now().date())
-    log = logging.StreamHandler(sys.stderr)
-    log.setFormatter(JsonLines())
-    logging.getLogger(LOGGER).addHandler(log)
+    log_to_stderr()
     note(f"Serving account {account}; Ctrl-C ends it.")
     jitter = random.Random().random
     with open_log(config.log_folder() / f"connect-{account}.log"):
