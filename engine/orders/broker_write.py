@@ -37,8 +37,8 @@ def order_states(
         return {}
     parameters: dict[str, Any] = {"user": user_id, "orders": list(order_ids)}
     rows = conn.execute(
-        """SELECT o.account, o.order_id, o.run_id, o.symbol, o.side, o.status, o.quantity, o.limit_price,
-                  o.stop_price, o.filled_quantity, o.purpose, o.recovered, o.pending_reconcile,
+        """SELECT o.account, o.order_id, o.run_id, o.symbol, o.side, o.status, o.quantity,
+                  o.limit_price, o.stop_price, o.filled_quantity, o.purpose, o.recovered, o.pending_reconcile,
                   coalesce(i.negative_price_allowed, false)
            FROM orders o LEFT JOIN instrument i ON i.symbol = o.symbol
            WHERE o.user_id = %(user)s AND o.order_id = ANY (%(orders)s) AND o.broker <> 'paper'""",
@@ -105,7 +105,8 @@ def _add_ids(
                   (c.payload ->> 'limit_price')::numeric, (c.payload ->> 'stop_price')::numeric
            FROM broker_command c
            WHERE c.user_id = %(user)s AND c.run_id = ANY (%(runs)s)
-             AND c.order_id = ANY (%(orders)s) AND c.kind = 'MODIFY' AND c.claimed_by IS NOT NULL""",
+             AND c.order_id = ANY (%(orders)s) AND c.kind = 'MODIFY'
+             AND c.claimed_by IS NOT NULL""",
         parameters,
     ).fetchall():
         states[order_id].asked.append(Terms(quantity, limit_price, stop_price))
