@@ -832,3 +832,22 @@ $$;
 
 COMMENT ON FUNCTION orders_to_reroute IS
     'Orders that never reached their account, and the account that takes them over.';
+
+-- The next account is sent what the first never had.
+CREATE FUNCTION orders_send_rerouted() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+BEGIN
+    INSERT INTO broker_command (user_id, account, priority, kind, run_id, order_id, order_version,
+                                payload, not_before)
+    VALUES (NEW.user_id, NEW.account, CASE WHEN NEW.purpose = 'FLATTEN' THEN 0 ELSE 2 END,
+            'SUBMIT', NEW.run_id, NEW.order_id, NEW.version, orders_command_payload(NEW),
+            orders_not_before(NEW));
+    RETURN NULL;
+END $$;
+
+COMMENT ON FUNCTION orders_send_rerouted IS
+    'Trigger: an order that another account takes over goes into that one''s outbox.';
+
+CREATE TRIGGER orders_m_send_rerouted AFTER UPDATE ON orders
+    FOR EACH ROW WHEN (NEW.broker <> 'paper' AND NEW.account IS DISTINCT FROM OLD.account)
+    EXECUTE FUNCTION orders_send_rerouted();

@@ -76,9 +76,9 @@ class Office:
 
     def reconcile(self, *words: str, account: str = ACCOUNT) -> dict[str, Any]:
         """What ``oms reconcile`` says."""
+        named = ("reconcile", "--account", account, "--user", USER)
         told = subprocess.run(
-            [sys.executable, "-c", _PROGRAM, "reconcile", "--account", account, "--user", USER]
-            + [*words, "--json"],
+            [sys.executable, "-c", _PROGRAM, *named, *words, "--json"],
             env=os.environ | {"PYTHONPATH": str(ROOT), "DB_DSN": self.dsn},
             capture_output=True,
             text=True,
