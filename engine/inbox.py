@@ -229,7 +229,7 @@ class _Batch:
             self.writer.finding(number, verdict, str(violation)[:1000])
             self.writer.write_out()
         tell("EVENT_REFUSED", level=logging.ERROR, account=self.account, reason=str(violation))
-        return Applied(1, ["EVENT_REFUSED"])
+        return Applied(1, codes=["EVENT_REFUSED"])
 
     def _take(self, limit: int, *, held: bool = False) -> list[_Row]:
         """The next words, their runs locked first, and their orders read."""
