@@ -239,7 +239,8 @@ def test_cancelled_already_from_before_it_was_worked_is_stale() -> None:
 
 
 @pytest.mark.parametrize(
-    ("was", "finding"), [("CANCELED", REPEAT), ("FILLED", Finding.IGNORED), ("EXPIRED", Finding.IGNORED)]
+    ("was", "finding"),
+    [("CANCELED", REPEAT), ("FILLED", Finding.IGNORED), ("EXPIRED", Finding.IGNORED)],
 )
 def test_a_cancel_of_what_is_over_is_ignored(was: str, finding: Finding) -> None:
     verdict = say(order_in(was), "CANCEL_REJECTED", code="ALREADY_FILLED")
@@ -290,6 +291,7 @@ def modified(order: OrderState, quantity: str, **more: Any) -> Verdict:
     [
         ("PENDING_MODIFY", "8", "ROUTED"),
         ("PENDING_CANCEL", "8", "PENDING_CANCEL"),
+        ("NEW", "8", "NEW"),
         ("ROUTED", "8", "ROUTED"),
         ("PARTIALLY_FILLED", "8", "PARTIALLY_FILLED"),
         ("PARTIALLY_FILLED", "4", "FILLED"),
@@ -450,7 +452,14 @@ def test_a_correction_replaces_in_either_sequence(quantity: str) -> None:
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [("x.01", "y.02"), ("x01", "x02"), ("x.1", "x.01"), ("x.a", "x.b"), ("x.01", "x.b"), (".1", "1")],
+    [
+        ("x.01", "y.02"),
+        ("x01", "x02"),
+        ("x.1", "x.01"),
+        ("x.a", "x.b"),
+        ("x.01", "x.b"),
+        (".1", "1"),
+    ],
 )
 def test_other_ids_are_other_executions(one: str, other: str) -> None:
     order = order_in("ROUTED")
