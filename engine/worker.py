@@ -20,6 +20,7 @@ from engine.flatten import advance, mark_post_market
 from engine.inbox import Applied, Part, apply_batch, retry_held, waiting
 from engine.log import tell
 from engine.outbox import EVENTS, wake
+from engine.reconcile import on_start
 from engine.reconcile import watch as watch_accounts
 from engine.routing import reroute
 from engine.safety import cancel_breaches, check_breakers, enforce_halts
@@ -160,6 +161,9 @@ def _serve(
     report: Callable[[int], None],
 ) -> None:
     watched = 0.0
+    for user_id in users_at_brokers(conn):
+        # Whatever was asked before this process began.
+        on_start(conn, user_id, clock())
     while not stopped.is_set():
         taken = work_through(conn, part)
         if taken.words:
