@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
+from broker_cases import Wire, a_broker_run
 
 from engine.db.connect import Connection
-from broker_cases import Wire, a_broker_run
 
 
 @pytest.fixture
