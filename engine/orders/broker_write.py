@@ -37,8 +37,8 @@ def order_states(
     parameters: dict[str, Any] = {"user": user_id, "orders": list(order_ids)}
     rows = conn.execute(
         """SELECT o.account, o.order_id, o.run_id, o.symbol, o.side, o.status, o.quantity,
-                  o.limit_price, o.stop_price, o.filled_quantity, o.purpose, o.recovered, o.pending_reconcile,
-                  coalesce(i.negative_price_allowed, false)
+                  o.limit_price, o.stop_price, o.filled_quantity, o.purpose, o.recovered,
+                  o.pending_reconcile, coalesce(i.negative_price_allowed, false)
            FROM orders o LEFT JOIN instrument i ON i.symbol = o.symbol
            WHERE o.user_id = %(user)s AND o.order_id = ANY (%(orders)s) AND o.broker <> 'paper'""",
         parameters,
