@@ -42,11 +42,8 @@ def a_broker_run(
     user_id = add_user(conn, user)
     for account in accounts:
         an_account(conn, user_id, account)
-    made = create_run(
-        conn,
-        user_id,
-        Terms(**({"initial_cash": Decimal(100_000), "accounts": accounts} | terms)),
-    )
+    given: dict[str, Any] = {"initial_cash": Decimal(100_000), "accounts": accounts, **terms}
+    made = create_run(conn, user_id, Terms(**given))
     return start_run(conn, user_id, made.run_id)
 
 
@@ -186,7 +183,7 @@ class Wire:
     def modify(self, order_id: UUID, **terms: str) -> str:
         version = self.order(order_id)["version"]
         given = {name: Decimal(value) for name, value in terms.items()}
-        return modify_order(self.conn, self.run, order_id, version, **given)  # type: ignore[arg-type]
+        return modify_order(self.conn, self.run, order_id, version, **given)
 
     def commands(self, order_id: UUID) -> int:
         """How many commands there are about the order."""

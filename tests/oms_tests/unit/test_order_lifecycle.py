@@ -329,6 +329,13 @@ def test_older_terms_are_stale() -> None:
     assert (modified(order, "8", at=1).finding, order.terms) == (STALE, asked[1])
 
 
+def test_an_old_confirmation_does_not_answer_a_newer_question() -> None:
+    order = order_in("PENDING_MODIFY", asked=[Terms(Decimal(8))])
+    modified(order, "8")
+    order.status = "PENDING_MODIFY"
+    assert (modified(order, "8").finding, order.status) == (REPEAT, "PENDING_MODIFY")
+
+
 @pytest.mark.parametrize("was", ["CANCELED", "EXPIRED", "REJECTED", "FILLED"])
 def test_a_closed_order_keeps_its_terms(was: str) -> None:
     quantity = "9" if was == "FILLED" else "8"
