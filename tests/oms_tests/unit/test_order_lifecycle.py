@@ -337,12 +337,12 @@ def test_an_old_confirmation_does_not_answer_a_newer_question() -> None:
 
 
 @pytest.mark.parametrize("was", ["CANCELED", "EXPIRED", "REJECTED", "FILLED"])
-def test_a_closed_order_keeps_its_terms(was: str) -> None:
+def test_a_closed_order_takes_only_terms_that_were_asked_for(was: str) -> None:
     quantity = "9" if was == "FILLED" else "8"
     order = order_in(was, asked=[Terms(Decimal(quantity))])
     verdict = modified(order, quantity)
-    assert (verdict.finding, verdict.effects, order.status) == (STALE, [], was)
-    assert order.terms.quantity == 10
+    assert (verdict.finding, order.status) == (NEW, was)
+    assert verdict.effects == [Change(terms=Terms(Decimal(quantity)))]
     assert modified(order_in(was), "3").finding is STALE
 
 

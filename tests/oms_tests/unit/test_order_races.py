@@ -468,5 +468,19 @@ def test_moves_of_one_batch_are_each_told(wire: Wire) -> None:
     assert_is(wire, order_id, "EXPIRED", 4)
 
 
+def test_terms_confirmed_after_a_later_end_measure_the_fills(wire: Wire) -> None:
+    order_id = wire.working(quantity="4", limit_price="100")
+    wire.modify(order_id, quantity="5")
+    wire.sent(order_id)
+    wire.status(order_id, "CANCELED", at=NOW + 60 * SECOND)
+    wire.apply()
+    wire.say("MODIFIED", order_id, quantity="5", limit_price="100", at=NOW + 20 * SECOND)
+    wire.apply()
+    assert wire.order(order_id)["quantity"] == 5
+    wire.fill(order_id, "4", "100", "a", at=NOW + 30 * SECOND)
+    wire.apply()
+    assert_is(wire, order_id, "CANCELED", 4)
+
+
 def test_nothing_waits_in_an_empty_inbox(wire: Wire) -> None:
     assert apply_batch(wire.conn, wire.run.user_id, wire.account).events == 0
