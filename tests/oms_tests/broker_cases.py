@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -42,11 +42,8 @@ def a_broker_run(
     user_id = add_user(conn, user)
     for account in accounts:
         an_account(conn, user_id, account)
-    made = create_run(
-        conn,
-        user_id,
-        replace(Terms(initial_cash=Decimal(100_000), accounts=accounts), **terms),
-    )
+    given: dict[str, Any] = {"initial_cash": Decimal(100_000), "accounts": accounts, **terms}
+    made = create_run(conn, user_id, Terms(**given))
     return start_run(conn, user_id, made.run_id)
 
 

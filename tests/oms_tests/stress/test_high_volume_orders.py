@@ -100,8 +100,8 @@ def waiting(conn: Connection) -> int:
 @pytest.fixture
 def wire(owner_conn: Connection) -> Wire:
     """A rich run in a database of its own."""
-    terms = {"initial_cash": Decimal(10**9), "account_type": "MARGIN"}
-    return Wire(owner_conn, a_broker_run(owner_conn, **terms))
+    run = a_broker_run(owner_conn, initial_cash=Decimal(10**9), account_type="MARGIN")
+    return Wire(owner_conn, run)
 
 
 @pytest.mark.scenario("EVENT-ORDER")
