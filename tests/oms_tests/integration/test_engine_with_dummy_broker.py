@@ -45,10 +45,12 @@ def test_mid_submit_disconnect_keeps_order_new_and_reconciles(
         lost = house.place(limit_price="91")
         until(lambda: len(house.wire.events("SUBMIT_PENDING")) == 2, "second SUBMIT_PENDING")
         until(
-            lambda: ("NEVER_ARRIVED",)
-            in owner_conn.execute(
-                "SELECT outcome FROM broker_command WHERE order_id = %s", [lost]
-            ).fetchall(),
+            lambda: (
+                ("NEVER_ARRIVED",)
+                in owner_conn.execute(
+                    "SELECT outcome FROM broker_command WHERE order_id = %s", [lost]
+                ).fetchall()
+            ),
             "the broker's word that it never had it",
         )
         order = house.wire.order(lost)
@@ -185,7 +187,8 @@ def test_flatten_all_rejected_in_frozen_market_logs_and_alerts(
         ((words,),) = house.rows(
             "SELECT message FROM alert WHERE user_id = %s AND code = 'FLATTEN_SUMMARY'"
         )
-        assert "10 AAPL" in words and "5 MSFT" in words
+        assert "10 AAPL" in words
+        assert "5 MSFT" in words
         house.wait_settled()
         assert house.exchange.books()["positions"] == {"AAPL": "10", "MSFT": "5"}
         assert (house.wire.position(), house.wire.position("MSFT")) == (10, 5)
