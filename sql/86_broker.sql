@@ -591,8 +591,8 @@ LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
 $$;
 
 COMMENT ON FUNCTION broker_command_never_arrived IS
-    'Whether its connector says that it was not sent, or a SNAPSHOT since it was claimed shows that '
-    'its order is not at the broker.';
+    'Whether its connector says that it was not sent, or a SNAPSHOT since it was claimed shows '
+    'that its order is not at the broker.';
 
 CREATE TRIGGER broker_command_b_prove BEFORE INSERT ON broker_command
     FOR EACH ROW EXECUTE FUNCTION broker_command_prove();
