@@ -15,16 +15,22 @@ from engine.db.embedded import Server
 from engine.errors import ConfigurationError
 
 # Views that put rows together, so that nobody can write into them.
+<<<<<<< HEAD
 COMPUTED = ("order_refusal", "execution_cost", "pnl_daily", "position_pnl")
+=======
+COMPUTED = (
+    "execution_cost",
+    "latency_summary",
+    "order_latency",
+    "order_refusal",
+    "order_response",
+    "pnl_daily",
+    "position_pnl",
+)
+>>>>>>> schema2
 READ_ONLY = (
     *COMPUTED,
-    "run_status",
-    "run_transition",
-    "order_status",
-    "order_transition",
-    "command_kind",
-    "broker_lease",
-    "risk_limit",
+    "audit_broker",
     "audit_cash",
     "audit_chain",
     "audit_duplicate",
@@ -35,17 +41,25 @@ READ_ONLY = (
     "audit_orphan",
     "audit_position",
     "audit_running",
-    "alert",
-    "broker_account",
-    "broker_command",
-    "broker_event",
+    "breaker_kind",
     "broker_lease",
+    "circuit_breaker",
     "command_kind",
+<<<<<<< HEAD
     "order_broker_id",
     "breaker_kind",
     "circuit_breaker",
     "equity_peak",
     "limit_kind",
+=======
+    "equity_peak",
+    "limit_kind",
+    "order_status",
+    "order_transition",
+    "risk_limit",
+    "run_status",
+    "run_transition",
+>>>>>>> schema2
     "system_halt",
     "trading_halt",
 )
@@ -95,6 +109,12 @@ ENGINE: dict[str, dict[str, str]] = {
     },
     "broker_event": {"UPDATE": "applied_at code finding note"},
     "alert": {"INSERT": "*", "UPDATE": "acknowledged_at acknowledged_by"},
+    "flatten_request": {
+        "INSERT": "account asked_at asked_by flatten_id reason run_id scope user_id",
+        "UPDATE": "checked_at finished_at status summary",
+    },
+    "reconciliation": {"INSERT": "*"},
+    "reconciliation_difference": {"INSERT": "*"},
     "position": {"UPDATE": "mark_price marked_at"},
     "split_applied": {"INSERT": "ex_date kind logical_time run_id symbol user_id"},
     "mtm_ledger": {"INSERT": "logical_time run_id user_id"},
@@ -136,9 +156,19 @@ CONNECTOR_FUNCTIONS = [
     "commands_done",
     "commands_throttled",
     "connector_alert",
+    "executions_unheard",
     "lease_release",
     "lease_renew",
     "lease_take",
+]
+ENGINE_FUNCTIONS = [
+    "halt_enforce",
+    "halt_lift",
+    "halt_place",
+    "run_equity_peak",
+    "system_halt_lift",
+    "system_halt_place",
+    "ticks_write",
 ]
 
 # What the engine calls to halt and to lift, and what its orders make the gate call.
@@ -214,9 +244,26 @@ def test_trigger_functions_are_for_their_triggers_alone(conn: Connection) -> Non
                          WHERE x.grantee <> p.proowner)
            ORDER BY p.proname"""
     ).fetchall()
+<<<<<<< HEAD
     assert open_to_all == [
         (name,) for name in sorted((*CONNECTOR_FUNCTIONS, *SAFETY_FUNCTIONS, "ticks_write"))
     ]
+=======
+    assert open_to_all == [(name,) for name in sorted(CONNECTOR_FUNCTIONS + ENGINE_FUNCTIONS)]
+
+
+def test_each_function_with_the_owners_rights_is_for_one_role(conn: Connection) -> None:
+    callers = conn.execute(
+        """SELECT p.proname, x.grantee::regrole::text FROM pg_proc p
+           CROSS JOIN LATERAL aclexplode(p.proacl) x
+           WHERE p.pronamespace = 'public'::regnamespace AND p.prosecdef
+             AND x.grantee <> p.proowner ORDER BY 1"""
+    ).fetchall()
+    assert callers == sorted(
+        [(name, "oms_connector") for name in CONNECTOR_FUNCTIONS]
+        + [(name, "oms_engine") for name in ENGINE_FUNCTIONS]
+    )
+>>>>>>> schema2
 
 
 @pytest.mark.parametrize("role", ["oms_auditor", "oms_connector"])
