@@ -15,9 +15,6 @@ from engine.db.embedded import Server
 from engine.errors import ConfigurationError
 
 # Views that put rows together, so that nobody can write into them.
-<<<<<<< HEAD
-COMPUTED = ("order_refusal", "execution_cost", "pnl_daily", "position_pnl")
-=======
 COMPUTED = (
     "execution_cost",
     "latency_summary",
@@ -27,7 +24,6 @@ COMPUTED = (
     "pnl_daily",
     "position_pnl",
 )
->>>>>>> schema2
 READ_ONLY = (
     *COMPUTED,
     "audit_broker",
@@ -45,13 +41,6 @@ READ_ONLY = (
     "broker_lease",
     "circuit_breaker",
     "command_kind",
-<<<<<<< HEAD
-    "order_broker_id",
-    "breaker_kind",
-    "circuit_breaker",
-    "equity_peak",
-    "limit_kind",
-=======
     "equity_peak",
     "limit_kind",
     "order_status",
@@ -59,7 +48,6 @@ READ_ONLY = (
     "risk_limit",
     "run_status",
     "run_transition",
->>>>>>> schema2
     "system_halt",
     "trading_halt",
 )
@@ -244,11 +232,6 @@ def test_trigger_functions_are_for_their_triggers_alone(conn: Connection) -> Non
                          WHERE x.grantee <> p.proowner)
            ORDER BY p.proname"""
     ).fetchall()
-<<<<<<< HEAD
-    assert open_to_all == [
-        (name,) for name in sorted((*CONNECTOR_FUNCTIONS, *SAFETY_FUNCTIONS, "ticks_write"))
-    ]
-=======
     assert open_to_all == [(name,) for name in sorted(CONNECTOR_FUNCTIONS + ENGINE_FUNCTIONS)]
 
 
@@ -263,7 +246,6 @@ def test_each_function_with_the_owners_rights_is_for_one_role(conn: Connection) 
         [(name, "oms_connector") for name in CONNECTOR_FUNCTIONS]
         + [(name, "oms_engine") for name in ENGINE_FUNCTIONS]
     )
->>>>>>> schema2
 
 
 @pytest.mark.parametrize("role", ["oms_auditor", "oms_connector"])
