@@ -181,7 +181,7 @@ class Stand:
             self.wait_quiet()
             if before == self.exchange_state() and done.undecided == 0:
                 return
-        raise AssertionError(f"after {SETTLE_ROUNDS_MAX} rounds there is no end: {done}")
+        raise AssertionError(f"no end after {SETTLE_ROUNDS_MAX} rounds: {done}")
 
     def exchange_state(self) -> tuple[Any, ...]:
         return self.control.strikes(), self.control.books(self.wire.account)
@@ -240,10 +240,12 @@ class Stand:
     def must_agree(self) -> None:
         """Our books are the exchange's, the audit is clean, and nothing was sent twice."""
         books = self.control.books(self.wire.account)
-        assert disagreements(self.conn, self.wire.run, books) == []
+        found = disagreements(self.conn, self.wire.run, books)
+        assert found == [], "\n".join(found)
         twice = {ref: count for ref, count in self.sent.items() if count > 1}
         assert twice == {}, "sent more than once"
-        assert audit(self.conn, self.wire.run) == []
+        findings = audit(self.conn, self.wire.run)
+        assert findings == []
 
 
 _WAITING = """SELECT count(*) FROM broker_command
