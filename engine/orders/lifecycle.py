@@ -312,12 +312,12 @@ def _identify(order: OrderState, event: Heard) -> list[Effect]:
     pair = (event.broker_order_id or 0, event.perm_id or 0)
     if pair == (0, 0) or pair in order.ids:
         return []
-    first = not order.ids
+    perms = {perm for _, perm in order.ids} - {0}
     order.ids.add(pair)
     effects: list[Effect] = [Identify(*pair, event.event_at)]
     if pair[0] >= LAST_BROKER_ORDER_ID:
         effects.append(Tell("ORDER_ID_WRAP", {"perm_id": pair[1]}))
-    elif not first and pair[1] and all(perm not in (0, pair[1]) for _, perm in order.ids - {pair}):
+    elif pair[1] and perms and pair[1] not in perms:
         effects.append(Tell("PERM_ID_CHANGED", {"perm_id": pair[1]}))
     return effects
 

@@ -15,7 +15,7 @@ from engine.db.embedded import Server
 from engine.errors import ConfigurationError
 
 # Views that put rows together, so that nobody can write into them.
-COMPUTED = ("execution_cost", "pnl_daily", "position_pnl")
+COMPUTED = ("order_refusal", "execution_cost", "pnl_daily", "position_pnl")
 READ_ONLY = (
     *COMPUTED,
     "run_status",
@@ -42,6 +42,12 @@ READ_ONLY = (
     "broker_lease",
     "command_kind",
     "order_broker_id",
+    "breaker_kind",
+    "circuit_breaker",
+    "equity_peak",
+    "limit_kind",
+    "system_halt",
+    "trading_halt",
 )
 
 # What the engine's role may do besides reading: of columns where not of all of them.
@@ -73,6 +79,10 @@ ENGINE: dict[str, dict[str, str]] = {
     },
     "execution_commission": {"INSERT": "amount currency event_at execution_id run_id user_id"},
     "run_route": {"INSERT": "*"},
+    "flatten_request": {
+        "INSERT": "account asked_at asked_by flatten_id reason run_id scope user_id",
+        "UPDATE": "checked_at finished_at status summary",
+    },
     "order_broker_id": {"INSERT": "*"},
     "broker_account": {
         "INSERT": "*",
@@ -130,6 +140,16 @@ CONNECTOR_FUNCTIONS = [
     "lease_renew",
     "lease_take",
 ]
+
+# What the engine calls to halt and to lift, and what its orders make the gate call.
+SAFETY_FUNCTIONS = (
+    "halt_enforce",
+    "halt_lift",
+    "halt_place",
+    "run_equity_peak",
+    "system_halt_lift",
+    "system_halt_place",
+)
 
 _TABLE_RIGHTS = """
     SELECT c.relname, x.privilege_type, '*'
@@ -194,7 +214,9 @@ def test_trigger_functions_are_for_their_triggers_alone(conn: Connection) -> Non
                          WHERE x.grantee <> p.proowner)
            ORDER BY p.proname"""
     ).fetchall()
-    assert open_to_all == [(name,) for name in (*CONNECTOR_FUNCTIONS, "ticks_write")]
+    assert open_to_all == [
+        (name,) for name in sorted((*CONNECTOR_FUNCTIONS, *SAFETY_FUNCTIONS, "ticks_write"))
+    ]
 
 
 @pytest.mark.parametrize("role", ["oms_auditor", "oms_connector"])

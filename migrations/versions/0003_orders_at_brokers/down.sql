@@ -32,8 +32,6 @@ DROP TRIGGER orders_m_record_terms ON orders;
 
 DROP TRIGGER orders_b_pass_gate ON orders;
 
-DROP TRIGGER orders_m_send_rerouted ON orders;
-
 ALTER TABLE strategy_run
     DROP CONSTRAINT strategy_run_pnl_method_known,
     DROP CONSTRAINT strategy_run_cash_not_negative_in_cash_account;
@@ -849,8 +847,6 @@ DROP FUNCTION account_status;
 
 DROP FUNCTION latency_since;
 
-DROP FUNCTION orders_send_rerouted;
-
 DROP FUNCTION orders_to_reroute;
 
 DROP FUNCTION account_is_up;
@@ -1052,6 +1048,8 @@ DROP FUNCTION execution_commission_apply;
 DROP FUNCTION execution_commission_payload;
 
 DROP FUNCTION execution_commission_prepare_insert;
+
+DROP FUNCTION execution_is_untold;
 
 DROP FUNCTION execution_is_newer;
 
