@@ -208,7 +208,8 @@ class _Batch:
         """Log what was committed."""
         for code, facts, alarm in self.told:
             level = logging.WARNING if alarm else logging.INFO
-            tell(code, level=level, account=self.account, **facts)
+            # A broker's payload may name anything, "account" and "level" too.
+            tell(code, **{**facts, "level": level, "account": self.account})
 
     def _take_in(self, row: _Row) -> None:
         """Hear a word, and what has waited for it."""

@@ -293,7 +293,8 @@ def hear(order: OrderState, event: Heard) -> Verdict:
     verdict = rule(order, event) if rule else Verdict(Finding.IGNORED)
     order.remember(event.kind, event.payload, event.event_at)
     verdict.effects = [*identified, *verdict.effects]
-    if event.event_at - event.received_at > SKEW_MAX:
+    # What is held is heard again, and told of then.
+    if event.event_at - event.received_at > SKEW_MAX and verdict.finding is not Finding.HELD:
         seconds = (event.received_at - event.event_at).total_seconds()
         skew = Tell("TIME_SKEW", {"seconds": seconds}, skew_words(seconds))
         verdict.effects = [*verdict.effects, skew]
