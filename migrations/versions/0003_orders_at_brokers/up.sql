@@ -753,23 +753,10 @@ COMMENT ON FUNCTION execution_commission_is_said IS
 CREATE FUNCTION execution_commission_prepare_insert() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 DECLARE
-    run       strategy_run;
-    booked_at text;
+    run strategy_run;
 BEGIN
     run := run_lock(NEW.user_id, NEW.run_id, 'execution_commission', 'RUNNING', 'STOPPING');
-<<<<<<< HEAD
-    SELECT o.account INTO booked_at FROM execution e
-    JOIN orders o ON o.user_id = e.user_id AND o.run_id = e.run_id AND o.order_id = e.order_id
-    WHERE e.user_id = NEW.user_id AND e.run_id = NEW.run_id AND e.execution_id = NEW.execution_id;
-    IF NOT EXISTS (
-        SELECT FROM broker_event b
-        WHERE b.user_id = NEW.user_id AND b.account = booked_at
-          AND b.execution_id = NEW.execution_id AND b.kind = 'COMMISSION'
-          AND (b.payload ->> 'amount')::numeric = NEW.amount
-          AND b.payload ->> 'currency' = NEW.currency AND b.event_at = NEW.event_at) THEN
-=======
     IF NOT coalesce(execution_commission_is_said(NEW), false) THEN
->>>>>>> schema2
         RAISE EXCEPTION 'no broker has reported a commission of % % on execution %', NEW.amount,
             NEW.currency, NEW.execution_id
             USING ERRCODE = '23T08', CONSTRAINT = 'execution_commission_said_by_broker',
@@ -2127,10 +2114,16 @@ BEGIN
                   TABLE = 'orders', COLUMN = 'order_id', HINT = 'oms order list shows the orders.';
     ELSIF o.status IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED', 'PENDING_CANCEL') THEN
         -- The second of two cancels, or one that a fill has overtaken: a fact, no fault.
+        -- Told once: the ledger refuses to hear it again at the same logical time.
         INSERT INTO event_ledger (user_id, run_id, logical_time, event_type, subject, payload)
-        VALUES (of_user, of_run, coalesce(at, run_last_time(of_user, of_run)), 'CANCEL_IGNORED',
-                of_order || '@' || o.version, jsonb_build_object('status', o.status, 'why', why))
-        ON CONFLICT DO NOTHING;
+        SELECT of_user, of_run, t.at, 'CANCEL_IGNORED', t.subject,
+               jsonb_build_object('status', o.status, 'why', why)
+        FROM (SELECT coalesce(at, run_last_time(of_user, of_run)), of_order || '@' || o.version)
+             AS t (at, subject)
+        WHERE NOT EXISTS (SELECT FROM event_ledger l
+                          WHERE l.user_id = of_user AND l.run_id = of_run
+                            AND l.logical_time = t.at AND l.event_type = 'CANCEL_IGNORED'
+                            AND l.subject = t.subject);
         RETURN 'CANCEL_IGNORED';
     END IF;
     IF o.broker <> 'paper' THEN
