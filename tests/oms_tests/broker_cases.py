@@ -227,14 +227,14 @@ class Wire:
         assert row is not None
         return row[0], row[1]
 
-    def position(self, symbol: str = "AAPL") -> Decimal:
+    def position(self, symbol: str = "AAPL") -> Any:
         row = self.conn.execute(
             "SELECT quantity FROM position WHERE user_id = %s AND run_id = %s AND symbol = %s",
             [self.run.user_id, self.run.run_id, symbol],
         ).fetchone()
         return row[0] if row else Decimal(0)
 
-    def cash(self) -> Decimal:
+    def cash(self) -> Any:
         return find_run(self.conn, self.run.run_id).cash
 
     def stands_at(self) -> datetime:

@@ -144,9 +144,7 @@ class Stand:
         def broker() -> Witness:
             return Witness(self.port, self.sent, self.wire.account)
 
-        self._connector = Connector(
-            store, account, broker, jitter=lambda: 0.0, pace=QUICK
-        )
+        self._connector = Connector(store, account, broker, jitter=lambda: 0.0, pace=QUICK)
 
         async def serve(connector: Connector) -> None:
             try:
@@ -229,9 +227,7 @@ class Stand:
         return "\n".join(parts)
 
     def _one(self, query: str, *more: Any) -> Any:
-        row = self.conn.execute(
-            query.encode(), [self.user_id, self.wire.account, *more]
-        ).fetchone()
+        row = self.conn.execute(query.encode(), [self.user_id, self.wire.account, *more]).fetchone()
         assert row is not None
         return row[0]
 

@@ -108,10 +108,10 @@ def test_each_part_takes_its_own_orders_and_nothing_is_left(
     assert all(shares)
     assert shares[0] | shares[1] == {str(order_id) for order_id in ids}
     assert not shares[0] & shares[1]
-    assert work_through(workers[0], BOTH[0]) == 4 * len(shares[0])
+    assert work_through(workers[0], BOTH[0]).words == 4 * len(shares[0])
     assert applied_by(shared) == shares[0]
-    assert work_through(workers[1], BOTH[1]) == 4 * len(shares[1])
-    assert work_through(workers[0], BOTH[0]) == 0
+    assert work_through(workers[1], BOTH[1]).words == 4 * len(shares[1])
+    assert work_through(workers[0], BOTH[0]).words == 0
     assert_all_filled(shared, ids)
 
 
