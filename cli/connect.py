@@ -44,7 +44,8 @@ def connect(
 
     SIGTERM ends it too: what is being sent is finished, and it logs off. Exit
     code 3 means that another process has taken over, 4 that the broker speaks
-    for another account. The log is on stderr, one JSON object a line.
+    for another account. The log is on stderr, one JSON object a line,
+    and in connect-ACCOUNT.log in OMS_LOG, or in the folder log of OMS_HOME.
 
     Example:
       oms connect --account DU123 --user alice
@@ -59,9 +60,11 @@ def connect(
 
 
 def _serve(dsn: str, user: str, account: str) -> Ended:
+    from engine import config
     from engine.brokers.connector import connect as serve
     from engine.brokers.sessions import prepare
     from engine.clock import utc_now
+    from engine.log import open_log
     from engine.reads import find_user
 
     with acting(dsn) as conn:
@@ -70,7 +73,8 @@ def _serve(dsn: str, user: str, account: str) -> Ended:
     log_to_stderr()
     note(f"Serving account {account}; Ctrl-C ends it.")
     jitter = random.Random().random
-    return asyncio.run(serve(dsn, user_id, account, jitter=jitter, started=_end_by_signals))
+    with open_log(config.log_folder() / f"connect-{account}.log"):
+        return asyncio.run(serve(dsn, user_id, account, jitter=jitter, started=_end_by_signals))
 
 
 def _end_by_signals(connector: Connector) -> None:

@@ -288,8 +288,9 @@ END $$;
 
 COMMENT ON FUNCTION broker_event_is_of_order IS 'Whether a broker''s words are about an order.';
 
--- Whether an account trades now, and when next. Hours of its own win over its calendar; a calendar
--- of which no sessions are known closes nothing.
+-- Whether an account trades now, and when next. Hours of its own win over its calendar, and are
+-- those of every day, Saturdays and Sundays too: who closes on some days has a calendar. One of
+-- which no sessions are known closes nothing.
 CREATE FUNCTION account_hours(of_user uuid, of_account text, at timestamptz,
                               OUT is_open boolean, OUT opens_at timestamptz)
 LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
@@ -543,7 +544,7 @@ BEGIN
         ELSIF NEW.kind IN ('SUBMIT', 'MODIFY') THEN
             PERFORM run_lock(NEW.user_id, NEW.run_id, 'broker_command', 'RUNNING');
         END IF;
-    ELSIF NEW.outcome = 'NEVER_ARRIVED' AND NEW.kind = 'SUBMIT'
+    ELSIF NEW.outcome IN ('NEVER_ARRIVED', 'REFUSED') AND NEW.kind = 'SUBMIT'
           AND OLD.outcome IS DISTINCT FROM NEW.outcome
           AND NOT broker_command_never_arrived(NEW) THEN
         RAISE EXCEPTION 'nothing that the broker said shows that % never arrived', NEW.command_id
@@ -569,17 +570,18 @@ COMMENT ON FUNCTION broker_command_prove IS
     'Trigger: a command is what its order says, and never arrived only if the broker shows it.';
 
 -- A submit that may have gone out is given up only if the connector that had taken it says that it
--- never wrote it, or if the broker, asked afterwards, tells nothing of its order.
+-- never wrote it, or if the broker, asked afterwards, tells nothing of its order
+-- (94_reconcile.sql).
 CREATE FUNCTION broker_command_never_arrived(c broker_command) RETURNS boolean
-LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
-    SELECT EXISTS (SELECT FROM broker_event e
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    RETURN EXISTS (SELECT FROM broker_event e
                    WHERE e.user_id = c.user_id AND e.account = c.account
                      AND e.order_ref = c.order_id::text AND e.kind = 'SEND_FAILED'
                      AND e.holder = c.claimed_by
                      AND e.payload ->> 'command_id' = c.command_id::text)
-       OR EXISTS (SELECT FROM broker_event e
-                   WHERE e.user_id = c.user_id AND e.account = c.account
-                     AND e.kind = 'SNAPSHOT' AND e.received_at >= c.claimed_at)
+       OR EXISTS (SELECT FROM snapshots_whole(c.user_id, c.account) s
+                  WHERE s.received_at >= c.claimed_at AND s.asked_at > c.claimed_at)
        AND NOT EXISTS (SELECT FROM broker_event e
                        WHERE e.user_id = c.user_id AND e.account = c.account
                          AND e.order_ref = c.order_id::text
@@ -587,12 +589,12 @@ LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
        AND NOT EXISTS (SELECT FROM broker_event e
                        WHERE e.user_id = c.user_id AND e.account = c.account
                          AND e.kind = 'SNAPSHOT' AND e.received_at >= c.claimed_at
-                         AND strpos(e.payload::text, c.order_id::text) > 0)
-$$;
+                         AND strpos(e.payload::text, c.order_id::text) > 0);
+END $$;
 
 COMMENT ON FUNCTION broker_command_never_arrived IS
-    'Whether its connector says that it was not sent, or a SNAPSHOT since it was claimed shows that '
-    'its order is not at the broker.';
+    'Whether its connector says that it was not sent, or a SNAPSHOT since it was claimed shows '
+    'that its order is not at the broker.';
 
 CREATE TRIGGER broker_command_b_prove BEFORE INSERT ON broker_command
     FOR EACH ROW EXECUTE FUNCTION broker_command_prove();
@@ -633,15 +635,16 @@ BEGIN
                   TABLE = 'orders', COLUMN = 'order_id', HINT = 'oms order list shows the orders.';
     ELSIF o.status IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED', 'PENDING_CANCEL') THEN
         -- The second of two cancels, or one that a fill has overtaken: a fact, no fault.
+        -- Told once: the ledger refuses to hear it again at the same logical time.
         INSERT INTO event_ledger (user_id, run_id, logical_time, event_type, subject, payload)
-        SELECT of_user, of_run, n.logical_time, 'CANCEL_IGNORED', n.subject,
+        SELECT of_user, of_run, t.at, 'CANCEL_IGNORED', t.subject,
                jsonb_build_object('status', o.status, 'why', why)
-        FROM (SELECT coalesce(at, run_last_time(of_user, of_run)) AS logical_time,
-                     of_order || '@' || o.version AS subject) n
-        WHERE NOT EXISTS (
-            SELECT FROM event_ledger l
-            WHERE l.user_id = of_user AND l.run_id = of_run AND l.logical_time = n.logical_time
-              AND l.event_type = 'CANCEL_IGNORED' AND l.subject = n.subject);
+        FROM (SELECT coalesce(at, run_last_time(of_user, of_run)), of_order || '@' || o.version)
+             AS t (at, subject)
+        WHERE NOT EXISTS (SELECT FROM event_ledger l
+                          WHERE l.user_id = of_user AND l.run_id = of_run
+                            AND l.logical_time = t.at AND l.event_type = 'CANCEL_IGNORED'
+                            AND l.subject = t.subject);
         RETURN 'CANCEL_IGNORED';
     END IF;
     IF o.broker <> 'paper' THEN
@@ -652,7 +655,8 @@ BEGIN
         IF EXISTS (SELECT FROM broker_command
                    WHERE user_id = of_user AND run_id = of_run AND order_id = of_order
                      AND kind = 'SUBMIT' AND account = o.account AND claimed_by IS NOT NULL
-                     AND outcome IS DISTINCT FROM 'NEVER_ARRIVED') OR o.recovered THEN
+                     AND coalesce(outcome NOT IN ('NEVER_ARRIVED', 'REFUSED'), true))
+           OR o.recovered THEN
             later := 'PENDING_CANCEL';
         END IF;
     END IF;

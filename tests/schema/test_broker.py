@@ -11,7 +11,18 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 import pytest
-from market_cases import BOOK, CHARGE, COMMAND, PLACE, book, filled, heard, take_back
+from market_cases import (
+    BOOK,
+    CHARGE,
+    COMMAND,
+    PLACE,
+    book,
+    ended,
+    filled,
+    heard,
+    snapshot,
+    take_back,
+)
 from schema_cases import (
     DENIED,
     ROLES,
@@ -165,7 +176,7 @@ _COMMANDS = [
     _attack(
         "other terms for what went",
         _outcome("o_sent", 'payload = payload || \'{"quantity": "1000"}\''),
-        AGREES,
+        "broker_command_terms_fixed",
         DENIED,
     ),
     _attack(
@@ -187,7 +198,7 @@ _COMMANDS = [
     _attack(
         "what was sent withdrawn",
         _outcome("o_sent", "outcome = 'WITHDRAWN'"),
-        "broker_command_withdrawn_unclaimed",
+        "broker_command_said_once",
     ),
     _attack(
         "what waits said to be sent",
@@ -650,7 +661,7 @@ def test_what_the_gate_refuses_is_not_sent(market: Connection) -> None:
 def test_an_order_may_choose_among_its_runs_accounts(market: Connection) -> None:
     _as_engine(
         market,
-        f"{PLACE}, account, purpose) VALUES (:'dan', :'deals', :'new_order', 'AAPL', 'BUY', 1, "
+        f"{PLACE}, account, purpose) VALUES (:'dan', :'deals', :'new_order', 'AAPL', 'SELL', 1, "
         "'LIMIT', 20, :'t1', 'A2', 'FLATTEN')",
     )
     assert _commands(market, "new_order") == [("SUBMIT", "A2", "1", None)]
@@ -856,13 +867,7 @@ def test_what_never_arrived_goes_to_the_next_account(market: Connection) -> None
 def test_a_snapshot_without_an_order_shows_that_it_never_arrived(market: Connection) -> None:
     _as_engine(market, _outcome("o_sent", "outcome = 'NEVER_ARRIVED'"))
     # One that tells of it shows the contrary.
-    market.execute(
-        said(
-            _outcome("o_canceled", "outcome = 'UNKNOWN'")
-            + ";"
-            + heard(40, "SNAPSHOT", "NULL", open_orders="d0000000-0000-0000-0000-00000000000a")
-        )
-    )
+    market.execute(said(snapshot(40, "o_canceled")))
     for role in ROLES:
         assert_refused(
             market,
@@ -883,6 +888,7 @@ def test_the_engine_asks_brokers_on_its_own(market: Connection) -> None:
 # --- A run that is stopping ----------------------------------------------------------------------
 
 _STOP = "UPDATE strategy_run SET status = 'STOPPING' WHERE run_id = :'deals'"
+_ASKED_BACK = ("o_sent", "o_routed", "o_partly", "o_canceling", "o_modifying", "o_orphan")
 _IS_RUNNING = {
     "engine_state": "engine_state_run_is_running",
     "engine_status": "engine_status_run_is_running",
@@ -948,7 +954,8 @@ def test_a_run_that_is_stopping_still_books_what_its_broker_says(market: Connect
     _as_engine(market, _charge("F.01", "1.5"))
     _as_engine(market, _recovered("o_orphan"))
     _as_engine(market, _call("order_cancel", "dan", "deals", "o_orphan"))
-    for order in ("o_sent", "o_routed", "o_partly", "o_canceling", "o_modifying", "o_orphan"):
+    for number, order in enumerate(_ASKED_BACK, 50):
+        market.execute(said(ended(number, order)))
         _as_engine(market, _order(order, "status = 'CANCELED'"))
     _as_engine(market, "UPDATE strategy_run SET status = 'STOPPED' WHERE run_id = :'deals'")
     for sql, rule in (

@@ -366,7 +366,7 @@ def test_every_search_path_is_pinned(conn: Connection) -> None:
 
 
 def test_few_functions_have_the_owners_rights(conn: Connection) -> None:
-    """What triggers call, the function by which the engine writes ticks, and a connector's."""
+    """What triggers call, by what the engine writes ticks and halts trading, and a connector's."""
     assert _rows(
         conn,
         """SELECT proname, prorettype::regtype::text FROM pg_proc
@@ -381,13 +381,21 @@ def test_few_functions_have_the_owners_rights(conn: Connection) -> None:
         ("event_ledger_prove", "trigger"),
         ("execution_apply", "trigger"),
         ("execution_commission_apply", "trigger"),
+        ("executions_unheard", "bigint"),
+        ("halt_enforce", "integer"),
+        ("halt_lift", "trading_halt"),
+        ("halt_place", "trading_halt"),
         ("lease_release", "void"),
         ("lease_renew", "timestamp with time zone"),
         ("lease_take", "timestamp with time zone"),
         ("orders_send", "trigger"),
         ("orders_send_move", "trigger"),
+        ("orders_send_rerouted", "trigger"),
         ("orders_send_terms", "trigger"),
+        ("run_equity_peak", "numeric"),
         ("split_applied_apply", "trigger"),
+        ("system_halt_lift", "system_halt"),
+        ("system_halt_place", "system_halt"),
         ("ticks_write", "void"),
     ]
 
