@@ -668,7 +668,8 @@ BEGIN
         NEW, run.account_type, limited,
         CASE WHEN run.account_type = 'CASH' AND NEW.side = 'BUY'
              THEN run.cash - run_reserved_cash(NEW.user_id, NEW.run_id) END,
-        CASE WHEN limited OR run.account_type = 'CASH' AND NEW.side = 'SELL'
+        CASE WHEN limited OR NEW.purpose IS NOT NULL
+                  OR run.account_type = 'CASH' AND NEW.side = 'SELL'
              THEN coalesce(held, 0) + orders_open_quantity(NEW) END);
     IF refusal.code IS NOT NULL THEN
         NEW.status := 'REJECTED';
