@@ -7,4 +7,15 @@ calls, on a server of its own that is durable and is removed at the end.
 __all__ = ["MEASUREMENTS"]
 
 # In the order in which they are made.
-MEASUREMENTS = ("live", "profile", "dense", "sparse", "sip", "growth", "space", "start", "memory")
+MEASUREMENTS = (
+    "live",
+    "profile",
+    "dense",
+    "sparse",
+    "sip",
+    "broker",
+    "growth",
+    "space",
+    "start",
+    "memory",
+)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from bench import MEASUREMENTS, growth, live, memory, profile, replays, sips, space, start
+from bench import MEASUREMENTS, broker, growth, live, memory, profile, replays, sips, space, start
 from bench.ground import Ground, ground
 from bench.harness import Row
 from bench.peers.environment import installed_peers
@@ -52,6 +52,7 @@ _MEASURES: Mapping[str, Measure] = MappingProxyType(
         "dense": lambda on, sizes, peers: replays.measure(replays.DENSE, on, sizes, peers),
         "sparse": lambda on, sizes, peers: replays.measure(replays.SPARSE, on, sizes, peers),
         "sip": lambda on, sizes, _: sips.measure(on, sizes),
+        "broker": lambda on, sizes, _: broker.measure(on, sizes),
         "growth": lambda on, sizes, _: growth.measure(on, sizes),
         "start": lambda on, sizes, _: start.measure(sizes),
         "memory": lambda on, sizes, _: memory.measure(on, sizes),

@@ -18,6 +18,9 @@ class Sizes:
     dense_bars: int
     sparse_bars: int
     sip_runs: int
+    broker_fills: int
+    broker_open_orders: tuple[int, ...]
+    broker_seconds: int
     growth_events: int
     growth_run_ticks: int
     growth_rounds: int
@@ -35,6 +38,9 @@ FULL = Sizes(
     dense_bars=20_000,
     sparse_bars=100_000,
     sip_runs=10_000,
+    broker_fills=20_000,
+    broker_open_orders=(10_000, 100_000),
+    broker_seconds=10,
     growth_events=10_000_000,
     growth_run_ticks=1_000_000,
     growth_rounds=7,
@@ -51,6 +57,9 @@ QUICK = Sizes(
     dense_bars=10_000,
     sparse_bars=20_000,
     sip_runs=2_000,
+    broker_fills=4_000,
+    broker_open_orders=(2_000,),
+    broker_seconds=3,
     growth_events=200_000,
     growth_run_ticks=50_000,
     growth_rounds=5,

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import random
 import signal
-import sys
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from cli.database import acting, owner_dsn
 from cli.options import Dsn, Json
-from cli.output import note, print_json, say
+from cli.output import log_to_stderr, note, print_json, say
 
 if TYPE_CHECKING:
     from engine.brokers.connector import Connector, Ended
@@ -46,7 +44,8 @@ def connect(
 
     SIGTERM ends it too: what is being sent is finished, and it logs off. Exit
     code 3 means that another process has taken over, 4 that the broker speaks
-    for another account. The log is on stderr, one JSON object a line.
+    for another account. The log is on stderr, one JSON object a line,
+    and in connect-ACCOUNT.log in OMS_LOG, or in the folder log of OMS_HOME.
 
     Example:
       oms connect --account DU123 --user alice
@@ -61,21 +60,21 @@ def connect(
 
 
 def _serve(dsn: str, user: str, account: str) -> Ended:
+    from engine import config
     from engine.brokers.connector import connect as serve
     from engine.brokers.sessions import prepare
     from engine.clock import utc_now
-    from engine.log import LOGGER, JsonLines
+    from engine.log import open_log
     from engine.reads import find_user
 
     with acting(dsn) as conn:
         user_id = find_user(conn, user).user_id
         prepare(conn, user_id, account, utc_now().date())
-    log = logging.StreamHandler(sys.stderr)
-    log.setFormatter(JsonLines())
-    logging.getLogger(LOGGER).addHandler(log)
+    log_to_stderr()
     note(f"Serving account {account}; Ctrl-C ends it.")
     jitter = random.Random().random
-    return asyncio.run(serve(dsn, user_id, account, jitter=jitter, started=_end_by_signals))
+    with open_log(config.log_folder() / f"connect-{account}.log"):
+        return asyncio.run(serve(dsn, user_id, account, jitter=jitter, started=_end_by_signals))
 
 
 def _end_by_signals(connector: Connector) -> None:

@@ -34,6 +34,7 @@ __all__ = [
     "day",
     "is_terminal",
     "lines",
+    "log_to_stderr",
     "moment",
     "money",
     "note",
@@ -209,6 +210,17 @@ def note(text: str) -> None:
     if is_terminal(sys.stderr):
         sys.stderr.write(f"{text}\n")
         sys.stderr.flush()
+
+
+def log_to_stderr() -> None:
+    """Write what is told from here on to stderr, one JSON object a line."""
+    import logging
+
+    from engine.log import LOGGER, JsonLines
+
+    log = logging.StreamHandler(sys.stderr)
+    log.setFormatter(JsonLines())
+    logging.getLogger(LOGGER).addHandler(log)
 
 
 def print_error(message: str) -> None:

@@ -36,7 +36,7 @@ _LOTS = (
 
 
 def pnl(run_id: RunId, dsn: Dsn = None, as_json: Json = False) -> None:
-    """Show realised and unrealised profit by position, by session and by lot.
+    """Show profit by position, by session and by lot.
 
     By the run's method, average cost or first in first out, in its currency;
     commissions at the exchange rate of their time. Days go by the broker's

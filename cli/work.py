@@ -10,7 +10,7 @@ import typer
 
 from cli.database import acting, owner_dsn
 from cli.options import Dsn, Json
-from cli.output import count, note, print_json, say
+from cli.output import count, log_to_stderr, note, print_json, say
 
 __all__ = ["work"]
 
@@ -31,14 +31,18 @@ def work(
     it: executions, moves of orders, commissions, alerts. It also watches what
     time brings about: silent brokers, stale orders, runs that have settled.
     Several may share the work: --part 1/2 and --part 2/2. Any of them may be
-    killed at any time; the next one goes on where it was.
+    killed at any time; the next one goes on where it was. The log is on stderr,
+    one JSON object a line, and in work.log in OMS_LOG, or in the folder log of
+    OMS_HOME.
 
     Examples:
       oms work
       oms work --part 2/2
     """
     from cli.arguments import parse_part
+    from engine import config
     from engine.inbox import Part
+    from engine.log import open_log
     from engine.worker import serve, work_through
 
     taken = Part(*parse_part(part))
@@ -53,8 +57,10 @@ def work(
     stopped = threading.Event()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopped.set())
+    log_to_stderr()
     note("Listening to brokers; Ctrl-C ends it.")
-    serve(where, stopped, part=taken, report=lambda words: _report(words, as_json=as_json))
+    with open_log(config.log_folder() / "work.log"):
+        serve(where, stopped, part=taken, report=lambda words: _report(words, as_json=as_json))
 
 
 def _report(words: int, *, as_json: bool) -> None:

@@ -73,9 +73,11 @@ class Part(NamedTuple):
 
 @dataclass(slots=True)
 class Applied:
-    """What a batch did: how many words it took, and the codes of what they turned out to be."""
+    """What a batch did: how many words it took, how many of them were fills that it booked, and
+    the codes of what they turned out to be."""
 
     events: int = 0
+    fills: int = 0
     codes: list[str] = field(default_factory=list)
     runs: set[UUID] = field(default_factory=set)
     # Filled orders that flatten, with their runs.
@@ -206,7 +208,8 @@ class _Batch:
         """Log what was committed."""
         for code, facts, alarm in self.told:
             level = logging.WARNING if alarm else logging.INFO
-            tell(code, level=level, account=self.account, **facts)
+            # A broker's payload may name anything, "account" and "level" too.
+            tell(code, **{**facts, "level": level, "account": self.account})
 
     def _take_in(self, row: _Row) -> None:
         """Hear a word, and what has waited for it."""
@@ -231,7 +234,7 @@ class _Batch:
             self.writer.finding(number, verdict, str(violation)[:1000])
             self.writer.write_out()
         tell("EVENT_REFUSED", level=logging.ERROR, account=self.account, reason=str(violation))
-        return Applied(1, ["EVENT_REFUSED"])
+        return Applied(1, codes=["EVENT_REFUSED"])
 
     def _take(self, limit: int, *, held: bool = False) -> list[_Row]:
         """The next words, their runs locked first, and their orders read."""
@@ -285,7 +288,7 @@ class _Batch:
                     WHERE b.user_id = e.user_id AND b.account = e.account
                       AND b.execution_id = e.execution_id AND b.kind = 'EXECUTION'
                       AND e.kind IN ('COMMISSION', 'BUST')
-                    ORDER BY b.number LIMIT 1) x ON true
+                    LIMIT 1) x ON true
                 LEFT JOIN LATERAL order_of_broker(
                     e.user_id, e.account, coalesce(e.order_ref, x.order_ref),
                     coalesce(nullif(e.perm_id, 0), x.perm_id),
@@ -455,5 +458,7 @@ class _Batch:
 
     def _note(self, row: _Row, verdict: Verdict) -> None:
         self.writer.finding(row.heard.number, verdict, None)
+        if row.heard.kind == "EXECUTION" and verdict.finding in _BOOKED:
+            self.applied.fills += 1
         if verdict.code is not None:
             self.applied.codes.append(verdict.code)

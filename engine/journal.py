@@ -270,18 +270,19 @@ def _answer(server: PGconn, encoding: str) -> psycopg.Error | None:
     """The answer to one statement of a pipeline, up to the end of its transaction."""
     failure = None
     try:
-        while True:
+        while server.status == ConnStatus.OK:
             # Not left to get_result, which would keep all threads waiting.
             while server.is_busy():
                 _await_word(server)
             result = server.get_result()
-            if result is None:
+            if result is None:  # the end of what one statement answers
                 continue
             if result.status == ExecStatus.PIPELINE_SYNC:
                 return failure
             failure = failure or _failure(result, encoding)
     except psycopg.OperationalError as lost:
         return failure or lost
+    return failure or psycopg.OperationalError("the connection is lost")
 
 
 def _await_word(server: PGconn) -> None:

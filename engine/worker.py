@@ -17,9 +17,10 @@ from engine.clock import Clock, utc_now
 from engine.db.connect import Connection, connected
 from engine.errors import DatabaseUnavailable, EngineError, Retryable, translated
 from engine.flatten import advance, mark_post_market
-from engine.inbox import Applied, Part, apply_batch, waiting
+from engine.inbox import Applied, Part, apply_batch, retry_held, waiting
 from engine.log import tell
 from engine.outbox import EVENTS, wake
+from engine.reconcile import on_start
 from engine.reconcile import watch as watch_accounts
 from engine.routing import reroute
 from engine.safety import cancel_breaches, check_breakers, enforce_halts
@@ -55,10 +56,15 @@ def work_through(conn: Connection, part: Part = Part()) -> Taken:  # noqa: B008
 
 def _apply(conn: Connection, user_id: UUID, account: str, part: Part) -> Applied:
     while True:
+        began = time.perf_counter()
         try:
-            return apply_batch(conn, user_id, account, part=part)
+            applied = apply_batch(conn, user_id, account, part=part)
         except Retryable:
             continue
+        if applied.fills:
+            rate = applied.fills / (time.perf_counter() - began)
+            tell("FILL_RATE", account=account, fills=applied.fills, per_second=round(rate))
+        return applied
 
 
 def _follow_up(conn: Connection, user_id: UUID, done: Applied) -> None:
@@ -102,8 +108,18 @@ def keep_halted(conn: Connection, user_id: UUID, now: datetime) -> None:
     enforce_halts(conn, user_id)
 
 
+def book_held(conn: Connection, user_id: UUID, now: datetime) -> None:
+    """Book what was held for an execution or an exchange rate that has come since."""
+    for (account,) in conn.execute(
+        "SELECT account FROM broker_account WHERE user_id = %s ORDER BY account", [user_id]
+    ).fetchall():
+        if words := retry_held(conn, user_id, account):
+            tell("HELD_BOOKED", account=account, words=words, at=now)
+
+
 # In this order: what was answered is compared before anything is decided on it.
 WATCHES: tuple[Watch, ...] = (
+    book_held,
     watch_accounts,
     check_breakers,
     keep_halted,
@@ -145,6 +161,9 @@ def _serve(
     report: Callable[[int], None],
 ) -> None:
     watched = 0.0
+    for user_id in users_at_brokers(conn):
+        # Whatever was asked before this process began.
+        on_start(conn, user_id, clock())
     while not stopped.is_set():
         taken = work_through(conn, part)
         if taken.words:

@@ -635,10 +635,16 @@ BEGIN
                   TABLE = 'orders', COLUMN = 'order_id', HINT = 'oms order list shows the orders.';
     ELSIF o.status IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED', 'PENDING_CANCEL') THEN
         -- The second of two cancels, or one that a fill has overtaken: a fact, no fault.
+        -- Told once: the ledger refuses to hear it again at the same logical time.
         INSERT INTO event_ledger (user_id, run_id, logical_time, event_type, subject, payload)
-        VALUES (of_user, of_run, coalesce(at, run_last_time(of_user, of_run)), 'CANCEL_IGNORED',
-                of_order || '@' || o.version, jsonb_build_object('status', o.status, 'why', why))
-        ON CONFLICT DO NOTHING;
+        SELECT of_user, of_run, t.at, 'CANCEL_IGNORED', t.subject,
+               jsonb_build_object('status', o.status, 'why', why)
+        FROM (SELECT coalesce(at, run_last_time(of_user, of_run)), of_order || '@' || o.version)
+             AS t (at, subject)
+        WHERE NOT EXISTS (SELECT FROM event_ledger l
+                          WHERE l.user_id = of_user AND l.run_id = of_run
+                            AND l.logical_time = t.at AND l.event_type = 'CANCEL_IGNORED'
+                            AND l.subject = t.subject);
         RETURN 'CANCEL_IGNORED';
     END IF;
     IF o.broker <> 'paper' THEN

@@ -651,6 +651,7 @@ LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 DECLARE
     run     record;
     held    numeric;
+    limited boolean;
     refusal record;
 BEGIN
     SELECT r.cash, r.account_type INTO run FROM strategy_run r
@@ -661,9 +662,14 @@ BEGIN
     END IF;
     SELECT p.quantity INTO held FROM position p
     WHERE p.user_id = NEW.user_id AND p.run_id = NEW.run_id AND p.symbol = NEW.symbol;
-    refusal := orders_gate(NEW, run.account_type, user_is_limited(NEW.user_id),
-                           run.cash - run_reserved_cash(NEW.user_id, NEW.run_id),
-                           coalesce(held, 0) + orders_open_quantity(NEW));
+    limited := user_is_limited(NEW.user_id);
+    -- Each of the sums reads all open orders: only what the gate will ask for.
+    refusal := orders_gate(
+        NEW, run.account_type, limited,
+        CASE WHEN run.account_type = 'CASH' AND NEW.side = 'BUY'
+             THEN run.cash - run_reserved_cash(NEW.user_id, NEW.run_id) END,
+        CASE WHEN limited OR run.account_type = 'CASH' AND NEW.side = 'SELL'
+             THEN coalesce(held, 0) + orders_open_quantity(NEW) END);
     IF refusal.code IS NOT NULL THEN
         NEW.status := 'REJECTED';
         NEW.reject_source := refusal.source;

@@ -836,15 +836,12 @@ COMMENT ON FUNCTION orders_to_reroute IS
 -- The next account is sent what the first never had.
 CREATE FUNCTION orders_send_rerouted() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
-DECLARE
-    hours record;
 BEGIN
-    hours := account_hours(NEW.user_id, NEW.account, clock_timestamp());
     INSERT INTO broker_command (user_id, account, priority, kind, run_id, order_id, order_version,
                                 payload, not_before)
     VALUES (NEW.user_id, NEW.account, CASE WHEN NEW.purpose = 'FLATTEN' THEN 0 ELSE 2 END,
             'SUBMIT', NEW.run_id, NEW.order_id, NEW.version, orders_command_payload(NEW),
-            CASE WHEN NOT hours.is_open THEN hours.opens_at END);
+            orders_not_before(NEW));
     RETURN NULL;
 END $$;
 

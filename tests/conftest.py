@@ -10,6 +10,7 @@ pytest-postgresql keeps a template database on it. A test takes what it needs:
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -52,6 +53,8 @@ def pytest_configure(config: pytest.Config) -> None:
         return
     base = Path(tempfile.mkdtemp(prefix="oms-tests-"))
     base.chmod(0o755)
+    # Programs that tests start log there, not in the user's own folder.
+    os.environ["OMS_LOG"] = str(base / "log")
     wanted = str(config.option.server)
     folder = (base / "server").resolve()
     programs = (

@@ -99,7 +99,20 @@ class Book:
     ) -> str:
         """Buy a quantity, or sell a negative one; returns the execution's id."""
         self.at += after
-        order_id = self.order(quantity, symbol)
+        return self.fill(
+            self.order(quantity, symbol), quantity, price, symbol, event_at, commission
+        )
+
+    def fill(
+        self,
+        order_id: UUID,
+        quantity: str,
+        price: str,
+        symbol: str = "AAPL",
+        event_at: datetime | None = None,
+        commission: str = "0",
+    ) -> str:
+        """A first execution of an order, of all of it or of a part."""
         execution_id = f"{order_id}.01"
         if self.broker != "paper":
             self.heard(
@@ -225,7 +238,7 @@ def a_life(conn: Connection) -> Run:
     place = """INSERT INTO orders (user_id, run_id, symbol, side, quantity, order_type, limit_price,
                                    stop_price, trail_amount, time_in_force, logical_time)
                VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s, %s, %s)"""
-    run_tick(conn, *key, close_on(MON), [a_bar(MON), a_bar(MON, symbol="IBM")])
+    run_tick(conn, run.user_id, run.run_id, close_on(MON), [a_bar(MON), a_bar(MON, symbol="IBM")])
     conn.execute(
         """INSERT INTO corporate_action (symbol, ex_date, numerator, denominator)
            VALUES ('AAPL', %s, 2, 1)""",
@@ -244,7 +257,7 @@ def a_life(conn: Connection) -> Run:
         conn.execute(place, [*key, *order, at])
     for day, prices in ((TUE, "100 110 98 105"), (WED, "105 130 104 128"), (THU, "64 66 60 61")):
         ibm = a_bar(day, "104 106 90 96", symbol="IBM")
-        run_tick(conn, *key, close_on(day), [a_bar(day, prices), ibm])
+        run_tick(conn, run.user_id, run.run_id, close_on(day), [a_bar(day, prices), ibm])
     # A mark outside of a tick, and something in the strategy's memory.
     conn.execute(
         """UPDATE position SET mark_price = 62.5, marked_at = %s
@@ -259,5 +272,11 @@ def a_life(conn: Connection) -> Run:
         """UPDATE engine_state SET state = '{"seen": 1.50}' WHERE user_id = %s AND run_id = %s""",
         key,
     )
-    run_tick(conn, *key, close_on(FRI), [a_bar(FRI, "61 63 58 59"), a_bar(FRI, symbol="IBM")])
+    run_tick(
+        conn,
+        run.user_id,
+        run.run_id,
+        close_on(FRI),
+        [a_bar(FRI, "61 63 58 59"), a_bar(FRI, symbol="IBM")],
+    )
     return find_run(conn, run.run_id)

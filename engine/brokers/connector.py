@@ -21,6 +21,7 @@ from uuid import UUID, uuid4
 
 from engine.brokers.conversation import (
     CONNECTION_LOST,
+    LOOKS_A_HEARTBEAT,
     Conversation,
     Pace,
     TakenOver,
@@ -130,9 +131,11 @@ class Connector:
     # --- The lease --------------------------------------------------------------------------
 
     async def _keep_lease(self) -> None:
+        # With it goes when the broker was last heard: later, and a short heartbeat seems lost.
+        pause = min(self._pace.lease, self._account.heartbeat_seconds) / LOOKS_A_HEARTBEAT
         while True:
             with suppress(TimeoutError):
-                async with asyncio.timeout(self._pace.lease / 3):
+                async with asyncio.timeout(pause):
                     await self._renew_now.wait()
             self._renew_now.clear()
             try:

@@ -26,6 +26,8 @@ AHEAD_MAX = 8
 THROTTLED_ROWS_MAX = 1_000
 # To look for what waits takes at most this share of the time.
 LOOK_SHARE_MAX = 0.1
+# Who must not take a broker for silent looks and tells so many times in a heartbeat.
+LOOKS_A_HEARTBEAT = 3
 # Silence, in heartbeats of the account, after which the connection counts as dead.
 SILENCE_HEARTBEATS_MAX = 2
 
@@ -193,12 +195,13 @@ class Conversation:
     async def _ping(self) -> None:
         """Ask for the time, which tells of clocks and of life."""
         silence_max = timedelta(seconds=SILENCE_HEARTBEATS_MAX * self._account.heartbeat_seconds)
+        pause = min(self._pace.ping, self._account.heartbeat_seconds / LOOKS_A_HEARTBEAT)
         while True:
-            await asyncio.sleep(self._pace.ping)
+            await asyncio.sleep(pause)
             if self._throttle.free(self._seconds()).messages:
                 self._throttle.note(self._seconds(), is_order=False)
                 with suppress(TimeoutError):
-                    async with asyncio.timeout(self._pace.ping):
+                    async with asyncio.timeout(pause):
                         self._journal.heard(await self._broker.ping())
             heard_at = self._journal.heard_at
             if heard_at is not None and self._clock() - heard_at > silence_max:

@@ -373,6 +373,17 @@ def _command_line(pid: int) -> bytes:
     return result.stdout
 
 
+def _has_ended(pid: int) -> bool:
+    """Whether a process is dead or a zombie; one that is just starting a program is neither."""
+    if _command_line(pid):
+        return False
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return True
+    return state[:1] in (["Z"], ["X"])
+
+
 def _quoted(value: str) -> str:
     return "'" + value.replace("\\", "\\\\").replace("'", "''") + "'"
 
@@ -663,7 +674,7 @@ class Server:
         finally:
             # Not unlocked, only closed: the lock now lives as long as the server does.
             os.close(descriptor)
-        if not _wait_for(lambda: self._is_ready() or not _command_line(pid), START_SECONDS_MAX):
+        if not _wait_for(lambda: self._is_ready() or _has_ended(pid), START_SECONDS_MAX):
             raise self._failure(
                 f"Postgres is still not ready after {START_SECONDS_MAX:.0f} seconds", start
             )

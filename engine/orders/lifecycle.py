@@ -293,7 +293,8 @@ def hear(order: OrderState, event: Heard) -> Verdict:
     verdict = rule(order, event) if rule else Verdict(Finding.IGNORED)
     order.remember(event.kind, event.payload, event.event_at)
     verdict.effects = [*identified, *verdict.effects]
-    if event.event_at - event.received_at > SKEW_MAX:
+    # What is held is heard again, and told of then.
+    if event.event_at - event.received_at > SKEW_MAX and verdict.finding is not Finding.HELD:
         seconds = (event.received_at - event.event_at).total_seconds()
         skew = Tell("TIME_SKEW", {"seconds": seconds}, skew_words(seconds))
         verdict.effects = [*verdict.effects, skew]
@@ -311,12 +312,12 @@ def _identify(order: OrderState, event: Heard) -> list[Effect]:
     pair = (event.broker_order_id or 0, event.perm_id or 0)
     if pair == (0, 0) or pair in order.ids:
         return []
-    first = not order.ids
+    perms = {perm for _, perm in order.ids} - {0}
     order.ids.add(pair)
     effects: list[Effect] = [Identify(*pair, event.event_at)]
     if pair[0] >= LAST_BROKER_ORDER_ID:
         effects.append(Tell("ORDER_ID_WRAP", {"perm_id": pair[1]}))
-    elif not first and pair[1] and all(perm not in (0, pair[1]) for _, perm in order.ids - {pair}):
+    elif pair[1] and perms and pair[1] not in perms:
         effects.append(Tell("PERM_ID_CHANGED", {"perm_id": pair[1]}))
     return effects
 
@@ -465,18 +466,15 @@ def _hear_modified(order: OrderState, event: Heard) -> Verdict:
 
 def _take_terms(order: OrderState, event: Heard, terms: Terms) -> Verdict:
     """Terms that were asked for hold from now on, and may show that an order is over, or isn't."""
-    was, before = order.status, order.terms
+    was = order.status
     order.terms, order.terms_at = terms, event.event_at
     if was in ("PENDING_MODIFY", "FILLED"):
         order.status = order.working
     stands = order.stands
     order.status = was
     if stands == was:
-        if order.is_open:
-            return Verdict(Finding.NEW, None, [Change(terms=terms)])
-        # A closed order is history, and its terms make no difference any more.
-        order.terms = before
-        return Verdict(Finding.STALE)
+        # Of a closed order, too: a fill that is still on its way is measured by them.
+        return Verdict(Finding.NEW, None, [Change(terms=terms)])
     # What was filled by its old terms works on by the new ones before anything can end it.
     works = Change("PARTIALLY_FILLED", terms=terms)
     change = replace(_move(order, stands)[-1], terms=terms)

@@ -86,6 +86,15 @@ class ExchangeProcess:
             process.stdout.close()
         return code
 
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """It hears and says nothing for the length of a with statement; connections stay open."""
+        os.kill(self.pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            os.kill(self.pid, signal.SIGCONT)
+
     def control(self) -> Control:
         """The operator's connection; close it, or use it in a with statement."""
         return Control(self.port)

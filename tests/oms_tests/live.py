@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import json
 import os
 import signal
 import subprocess
@@ -9,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,11 +21,14 @@ from broker_cases import ACCOUNT, Wire, a_broker_run
 from exchange import END_SECONDS_MAX, ROOT, ExchangeProcess
 from psycopg.types.json import Jsonb
 
+from cli.main import main
 from engine.db.connect import Connection
 from engine.db.install import head
 from engine.strategies.base import PlaceOrder
 
 _PROGRAM = "import sys; from cli.main import main; sys.exit(main(sys.argv[1:]))"
+# What the exchange opens an account with.
+EXCHANGE_CASH = 1_000_000
 # How long something may take until a test gives up on it.
 PATIENCE_SECONDS = 30.0
 
@@ -63,6 +68,20 @@ class Program:
         """SIGTERM: as a person would; its exit code."""
         return self._end(signal.SIGTERM)
 
+    def interrupt(self) -> int:
+        """SIGINT: as Ctrl-C does; its exit code."""
+        return self._end(signal.SIGINT)
+
+    def log(self) -> list[dict[str, Any]]:
+        """The lines of its log."""
+        lines = self.said().splitlines(keepends=True)
+        whole = [line for line in lines if line.startswith("{") and line.endswith("}\n")]
+        return [line for line in map(json.loads, whole) if "event" in line]
+
+    def codes(self) -> list[str]:
+        """The codes of its log, as told."""
+        return [line["event"] for line in self.log()]
+
     def wait(self) -> int:
         """Wait until it ends by itself; its exit code."""
         return self._process.wait(PATIENCE_SECONDS)
@@ -92,16 +111,65 @@ class House:
 
     def connect(self) -> Program:
         """Start the account's connector and wait until it is logged on."""
-        self.programs["connect"] = Program(
-            ["connect", "--user", "ann", "--account", self.wire.account], self.dsn
-        )
+        connector = self.start("connect", "connect", "--user", "ann", "--account", ACCOUNT)
         until(self.is_connected, "connection")
-        return self.programs["connect"]
+        return connector
+
+    def start(self, name: str, *words: str) -> Program:
+        """Start an `oms` command."""
+        if name in self.programs:
+            self.programs[name].forget()
+        self.programs[name] = Program(words, self.dsn)
+        return self.programs[name]
+
+    def staff(self) -> None:
+        """Start worker and connector, and wait until all that the broker knows is compared."""
+        before = self.reconciled()
+        self.work()
+        self.connect()
+        until(lambda: self.reconciled() > before, "first comparison")
+
+    def set_account(self, **columns: Any) -> None:
+        """Change how the account may be traded; its connector reads that when it starts."""
+        changes = ", ".join(f"{name} = %s" for name in columns)
+        self.wire.conn.execute(
+            f"UPDATE broker_account SET {changes} WHERE user_id = %s AND account = %s",
+            [*columns.values(), self.wire.run.user_id, self.wire.account],
+        )
+
+    def end_lease(self) -> None:
+        """Let the lease of a killed connector be over, without waiting for it."""
+        self.wire.conn.execute(
+            "UPDATE broker_lease SET expires_at = clock_timestamp(), connected = false"
+            " WHERE user_id = %s",
+            [self.wire.run.user_id],
+        )
+
+    def oms(self, *words: str) -> tuple[int, str]:
+        """Run an `oms` command to its end, in this process; its exit code and what it printed."""
+        printed = io.StringIO()
+        with redirect_stdout(printed), redirect_stderr(printed):
+            code = main([*words, "--dsn", self.dsn])
+        return code, printed.getvalue()
+
+    def sent_refs(self) -> list[str]:
+        """The references of the orders that the exchange has, in the order of their arrival."""
+        return [each["order_ref"] for each in self.exchange.books()["orders"]]
+
+    def heard(self, kind: str) -> list[Any]:
+        """What the broker said of this kind, in order."""
+        found = self.rows(
+            "SELECT kind, payload FROM broker_event WHERE user_id = %s ORDER BY number"
+        )
+        return [payload for each, payload in found if each == kind]
+
+    def rows(self, query: str) -> list[tuple[Any, ...]]:
+        """What a query finds; its one parameter is the user."""
+        return self.wire.conn.execute(query.encode(), [self.wire.run.user_id]).fetchall()
 
     def work(self, name: str = "work") -> Program:
         """Start a worker."""
-        self.programs[name] = Program(["work"], self.dsn)
-        return self.programs[name]
+        return self.start(name, "work")
 
     def is_connected(self) -> bool:
         row = self.wire.conn.execute(
@@ -210,8 +278,8 @@ def a_house(
     broker.start()
     run = a_broker_run(conn, accounts=(account,))
     conn.execute(
-        "UPDATE broker_account SET settings = %s WHERE user_id = %s",
-        [Jsonb({"port": broker.port, "client_id": 7}), run.user_id],
+        "UPDATE broker_account SET settings = %s, opening_cash = %s WHERE user_id = %s",
+        [Jsonb({"port": broker.port, "client_id": 7}), EXCHANGE_CASH, run.user_id],
     )
     house = House(dsn, Wire(conn, run, account), broker)
     try:

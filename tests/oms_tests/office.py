@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -76,9 +76,9 @@ class Office:
 
     def reconcile(self, *words: str, account: str = ACCOUNT) -> dict[str, Any]:
         """What ``oms reconcile`` says."""
+        named = ("reconcile", "--account", account, "--user", USER)
         told = subprocess.run(
-            [sys.executable, "-c", _PROGRAM, "reconcile", "--account", account, "--user", USER]
-            + [*words, "--json"],
+            [sys.executable, "-c", _PROGRAM, *named, *words, "--json"],
             env=os.environ | {"PYTHONPATH": str(ROOT), "DB_DSN": self.dsn},
             capture_output=True,
             text=True,
@@ -91,10 +91,12 @@ class Office:
     def is_up(self, account: str = ACCOUNT) -> None:
         """Wait until the account's connector is connected."""
         wait_until(
-            lambda: self.conn.execute(
-                "SELECT connected FROM broker_lease WHERE account = %s", [account]
-            ).fetchone()
-            == (True,),
+            lambda: (
+                self.conn.execute(
+                    "SELECT connected FROM broker_lease WHERE account = %s", [account]
+                ).fetchone()
+                == (True,)
+            ),
             f"{account} to be connected",
         )
 
@@ -114,10 +116,12 @@ class Office:
 
 @contextmanager
 def an_office(
-    owner: Connection, dsn: str, folder: Path, plans: dict[str, str | Path | None]
+    owner: Connection, dsn: str, folder: Path, plans: Mapping[str, str | Path | None]
 ) -> Iterator[Office]:
     """An office with one exchange for each account, each with its fault plan."""
-    exchanges = {account: ExchangeProcess(folder / account, plan) for account, plan in plans.items()}
+    exchanges = {
+        account: ExchangeProcess(folder / account, plan) for account, plan in plans.items()
+    }
     # What the commands ask for; the tables are there, from sql/ itself.
     owner.execute("CREATE TABLE alembic_version (version_num text PRIMARY KEY)")
     owner.execute("INSERT INTO alembic_version VALUES (%s)", [head()])

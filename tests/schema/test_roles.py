@@ -81,6 +81,10 @@ ENGINE: dict[str, dict[str, str]] = {
     },
     "execution_commission": {"INSERT": "amount currency event_at execution_id run_id user_id"},
     "run_route": {"INSERT": "*"},
+    "flatten_request": {
+        "INSERT": "account asked_at asked_by flatten_id reason run_id scope user_id",
+        "UPDATE": "checked_at finished_at status summary",
+    },
     "order_broker_id": {"INSERT": "*"},
     "broker_account": {
         "INSERT": "*",
@@ -154,6 +158,16 @@ ENGINE_FUNCTIONS = [
     "system_halt_place",
     "ticks_write",
 ]
+
+# What the engine calls to halt and to lift, and what its orders make the gate call.
+SAFETY_FUNCTIONS = (
+    "halt_enforce",
+    "halt_lift",
+    "halt_place",
+    "run_equity_peak",
+    "system_halt_lift",
+    "system_halt_place",
+)
 
 _TABLE_RIGHTS = """
     SELECT c.relname, x.privilege_type, '*'
@@ -277,7 +291,11 @@ def test_auditor_and_connector_can_write_nowhere(world: Connection, role: str, t
         f"DELETE FROM public.{table}",
         f"TRUNCATE public.{table}",
     ):
-        if table.startswith("audit_") or table in COMPUTED or (table.startswith("paper_") and "TRUNC" in statement):
+        if (
+            table.startswith("audit_")
+            or table in COMPUTED
+            or (table.startswith("paper_") and "TRUNC" in statement)
+        ):
             continue  # no view of that kind can be written by anybody
         if (role, table) == ("oms_connector", "broker_event") and "INSERT" in statement:
             continue  # the inbox is its to write

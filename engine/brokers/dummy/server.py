@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import gc
 import signal
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from datetime import datetime
 from pathlib import Path
 from typing import cast
@@ -22,7 +23,7 @@ from engine.brokers.dummy.wire import LINE_BYTES_MAX, decode, encode
 from engine.clock import utc_now
 from engine.errors import BadInput, ConfigurationError
 
-__all__ = ["HOST", "run"]
+__all__ = ["HOST", "run", "serving"]
 
 HOST = "127.0.0.1"
 PORT_FILE = "port"
@@ -57,6 +58,16 @@ async def _serve(
     stopped = asyncio.Event()
     for signum in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(signum, stopped.set)
+    async with serving(exchange, port) as got:
+        (folder / PORT_FILE).write_text(f"{got}\n", encoding="ascii")
+        listening(got)
+        await stopped.wait()
+
+
+@asynccontextmanager
+async def serving(exchange: Exchange, port: int = 0) -> AsyncIterator[int]:
+    """Serve an exchange for the length of a block, on the port that it yields."""
+    loop = asyncio.get_running_loop()
     floor = _Floor(exchange, loop)
     try:
         server = await loop.create_server(lambda: _Connection(floor), HOST, port)
@@ -65,12 +76,11 @@ async def _serve(
             f"Port {port} of {HOST} can't be had ({error.strerror}); name another, or 0 for any."
         ) from error
     async with server:
-        got = server.sockets[0].getsockname()[1]
-        (folder / PORT_FILE).write_text(f"{got}\n", encoding="ascii")
         floor.settle()
-        listening(got)
-        await stopped.wait()
-        floor.close()
+        try:
+            yield server.sockets[0].getsockname()[1]
+        finally:
+            floor.close()
 
 
 class _Floor:

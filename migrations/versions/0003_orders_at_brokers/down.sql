@@ -6,11 +6,15 @@ DROP VIEW order_latency;
 
 DROP VIEW order_response;
 
+DROP VIEW audit_broker;
+
 DROP VIEW audit_event;
 
 DROP VIEW audit_mark;
 
 DROP VIEW audit_cash;
+
+DROP VIEW audit_orphan;
 
 DROP VIEW order_refusal;
 
@@ -33,6 +37,10 @@ DROP TRIGGER orders_m_record_terms ON orders;
 DROP TRIGGER orders_b_pass_gate ON orders;
 
 DROP TRIGGER orders_m_send_rerouted ON orders;
+
+DROP TRIGGER orders_m_prove_end ON orders;
+
+DROP TRIGGER orders_m_check_ids ON orders;
 
 ALTER TABLE strategy_run
     DROP CONSTRAINT strategy_run_pnl_method_known,
@@ -849,6 +857,24 @@ DROP FUNCTION account_status;
 
 DROP FUNCTION latency_since;
 
+DROP FUNCTION broker_event_is_booked;
+
+DROP FUNCTION orders_check_ids;
+
+DROP FUNCTION order_broker_id_prove;
+
+DROP FUNCTION order_broker_id_is_said;
+
+DROP FUNCTION orders_prove_end;
+
+DROP FUNCTION order_at_broker_since;
+
+DROP FUNCTION order_end_is_said;
+
+DROP FUNCTION broker_event_ends_order;
+
+DROP FUNCTION snapshots_whole;
+
 DROP FUNCTION orders_send_rerouted;
 
 DROP FUNCTION orders_to_reroute;
@@ -1053,6 +1079,10 @@ DROP FUNCTION execution_commission_payload;
 
 DROP FUNCTION execution_commission_prepare_insert;
 
+DROP FUNCTION execution_commission_is_said;
+
+DROP FUNCTION execution_is_untold;
+
 DROP FUNCTION execution_is_newer;
 
 DROP FUNCTION execution_check_broker;
@@ -1060,6 +1090,8 @@ DROP FUNCTION execution_check_broker;
 DROP FUNCTION execution_said_by_broker;
 
 DROP FUNCTION orders_account;
+
+DROP FUNCTION run_route_check_write;
 
 DROP FUNCTION fx_rate_at;
 
@@ -1236,6 +1268,28 @@ COMMENT ON FUNCTION orders_gate IS
 CREATE TRIGGER orders_b_pass_gate BEFORE INSERT ON orders
     FOR EACH ROW WHEN (NEW.status <> ALL ('{REJECTED,FILLED}'))
     EXECUTE FUNCTION orders_pass_gate();
+
+-- The audit: views that must return no rows. Each finding names the user, the run, what it is
+-- about and what is wrong. They read history only, take no locks and change nothing.
+
+CREATE VIEW audit_orphan AS
+    SELECT c.user_id, c.run_id, c.subject, 'belongs to no run' AS finding
+    FROM (
+        SELECT user_id, run_id, 'engine_state' AS subject FROM engine_state
+        UNION ALL SELECT user_id, run_id, 'engine_status' FROM engine_status
+        UNION ALL SELECT user_id, run_id, 'orders ' || order_id FROM orders
+        UNION ALL SELECT user_id, run_id, 'execution ' || execution_id FROM execution
+        UNION ALL SELECT user_id, run_id, 'position ' || symbol FROM position
+        UNION ALL SELECT user_id, run_id, 'mtm_ledger ' || logical_time FROM mtm_ledger
+        UNION ALL SELECT user_id, run_id, 'event_ledger ' || seq FROM event_ledger
+        UNION ALL SELECT user_id, run_id, 'sip_plan ' || plan FROM sip_plan
+        UNION ALL SELECT user_id, run_id, 'split_applied ' || symbol FROM split_applied
+        UNION ALL SELECT user_id, run_id, 'risk_limit ' || limit_id FROM risk_limit
+                  WHERE run_id IS NOT NULL) c
+    LEFT JOIN strategy_run r ON r.user_id = c.user_id AND r.run_id = c.run_id
+    WHERE r.run_id IS NULL;
+
+COMMENT ON VIEW audit_orphan IS 'Rows that belong to no run.';
 
 CREATE VIEW audit_cash AS
     SELECT r.user_id, r.run_id, 'cash' AS subject,

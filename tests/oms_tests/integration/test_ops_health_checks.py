@@ -189,7 +189,7 @@ def test_every_response_is_timed_and_summarised(wire: Wire) -> None:
     # Of the last day only; the view is of all time.
     assert status(conn, user_id, start + timedelta(days=1, microseconds=1)).latencies == []
     summary = conn.execute("SELECT step, p99 FROM latency_summary WHERE user_id = %s", [user_id])
-    assert dict(summary.fetchall())["FILL"] == D("1.9802")
+    assert ("FILL", D("1.9802")) in summary.fetchall()
 
 
 def test_an_order_without_an_answer_has_no_latency_yet(wire: Wire) -> None:

@@ -32,8 +32,9 @@ def test_orphan_fill_on_startup_creates_recovered_orderstate(office: Office) -> 
     office.work()
     office.connect()
     wait_until(
-        lambda: office.conn.execute("SELECT FROM orders WHERE status = 'FILLED'").fetchone()
-        is not None,
+        lambda: (
+            office.conn.execute("SELECT FROM orders WHERE status = 'FILLED'").fetchone() is not None
+        ),
         "the fill of an order that nobody knew",
     )
     ((order_id, recovered, filled),) = office.conn.execute(

@@ -121,6 +121,9 @@ def test_a_run_at_a_broker_is_rebuilt_too(owner_conn: Connection, empty: Connect
     book.commission(bought, "1.00", "EUR", book.at)
     book.bust(book.trade("5", "200"), "5", "200")
     book.trade("-4", "101")
+    book.fill(book.order("10", "AAPL"), "4", "99")
+    left = book.order("3", "AAPL")
+    owner_conn.execute("SELECT order_cancel(%s, %s, %s)", [*book.key, left])
     run = find_run(owner_conn, book.run_id)
     before = contents(owner_conn, run)
     assert before["execution_commission"]

@@ -219,8 +219,9 @@ def test_lots_are_told_of_a_fifo_run(conn: Connection) -> None:
     book.trade("2", "110")
     found = pnl(conn, find_run(conn, book.run_id))
     assert [(lot.symbol, lot.quantity, lot.cost) for lot in found.lots] == [
-        ("AAPL", 1, 100), ("AAPL", 2, 220),
-    ]  # fmt: skip
+        ("AAPL", D(1), D(100)),
+        ("AAPL", D(2), D(220)),
+    ]
     assert found.days == []
 
 

@@ -1,0 +1,388 @@
+"""An order management system under fire, in one process, and what must hold of it afterwards.
+
+The real connector talks over a real socket to the real exchange, both in a thread of their own;
+the worker's rounds are called by the test, between a person's orders.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass, field
+from decimal import Decimal
+from pathlib import Path
+from random import Random
+from typing import Any, TypeVar
+from uuid import UUID, uuid4
+
+from broker_cases import Wire, a_broker_run
+from exchange_truth import disagreements
+from psycopg.types.json import Jsonb
+from waits import wait_until
+
+from engine.audit import audit
+from engine.brokers.connector import Connector, Pace
+from engine.brokers.dummy.adapter import DummyBroker
+from engine.brokers.dummy.control import Control
+from engine.brokers.dummy.exchange import Exchange
+from engine.brokers.dummy.faults import Plan
+from engine.brokers.dummy.server import serving
+from engine.brokers.dummy.store import Store as ExchangeStore
+from engine.brokers.protocol import BrokerOrder, BrokerUnavailable
+from engine.brokers.store import Store
+from engine.clock import utc_now
+from engine.db.connect import Connection
+from engine.errors import BadInput, RuleViolation
+from engine.orders.by_hand import cancel_order, modify_order, place_order
+from engine.orders.model import OrderType, Side, TimeInForce
+from engine.reconcile import Reconciliation, reconcile, request_snapshot, watch
+from engine.strategies.base import PlaceOrder
+from engine.worker import work_through
+
+OPENING_CASH = Decimal(1_000_000)
+QUICK = Pace(
+    lease=15,
+    poll=0.02,
+    ping=2.0,
+    connect_max=5.0,
+    retry_first=0.002,
+    retry_max=0.02,
+    leave_max=5.0,
+)
+# Reconciliations until nothing happens at the exchange any more while one is made.
+SETTLE_ROUNDS_MAX = 12
+
+Got = TypeVar("Got")
+
+
+class Loop:
+    """An event loop in a thread, for exchanges and connectors."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def run(self, call: Coroutine[Any, Any, Got], seconds: float = 30.0) -> Got:
+        """Run a coroutine there, and wait for what it returns."""
+        return asyncio.run_coroutine_threadsafe(call, self._loop).result(seconds)
+
+    def soon(self, act: Callable[[], object]) -> None:
+        self._loop.call_soon_threadsafe(act)
+
+    def close(self) -> None:
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(30)
+        self._loop.close()
+
+
+@contextmanager
+def a_loop() -> Iterator[Loop]:
+    """A loop for the length of a block."""
+    loop = Loop()
+    try:
+        yield loop
+    finally:
+        loop.close()
+
+
+class Witness(DummyBroker):
+    """An adapter that counts how often each order was sent."""
+
+    def __init__(self, port: int, sent: Counter[str], account: str) -> None:
+        super().__init__(port, client_id=7, account=account)
+        self._sent = sent
+
+    async def submit(self, order: BrokerOrder) -> None:
+        self._sent[order.order_ref] += 1
+        await super().submit(order)
+
+
+@dataclass
+class Stand:
+    """A user's run at an exchange that follows a plan, and the connector between them."""
+
+    dsn: str
+    conn: Connection
+    wire: Wire
+    loop: Loop
+    plan: Plan
+    control: Control
+    port: int
+    sent: Counter[str] = field(default_factory=Counter)
+    placed: list[UUID] = field(default_factory=list)
+    _connector: Connector | None = None
+
+    @property
+    def user_id(self) -> UUID:
+        return self.wire.run.user_id
+
+    @property
+    def key(self) -> tuple[UUID, UUID]:
+        return self.wire.run.user_id, self.wire.run.run_id
+
+    # --- Connector and worker ---------------------------------------------------------------
+
+    @contextmanager
+    def connected(self) -> Iterator[None]:
+        """A connector for the length of a block."""
+        running = self.loop.run(self._start())
+        try:
+            yield
+        finally:
+            assert self._connector is not None
+            self.loop.soon(self._connector.stop)
+            self.loop.run(_wait(running))
+
+    async def _start(self) -> asyncio.Task[None]:
+        store = Store(self.dsn, self.user_id, self.wire.account, uuid4())
+        account = await store.account()
+
+        def broker() -> Witness:
+            return Witness(self.port, self.sent, self.wire.account)
+
+        self._connector = Connector(store, account, broker, jitter=lambda: 0.0, pace=QUICK)
+
+        async def serve(connector: Connector) -> None:
+            try:
+                await connector.run("chaos")
+            finally:
+                await store.close()
+
+        return asyncio.create_task(serve(self._connector))
+
+    def work(self) -> None:
+        """A round of the worker."""
+        work_through(self.conn)
+
+    def look(self) -> None:
+        """What the worker does when there was news of the connection."""
+        self.work()
+        watch(self.conn, self.user_id, utc_now())
+
+    # --- The dust settles -------------------------------------------------------------------
+
+    def settle(self) -> None:
+        """Reconcile until nothing more happens at the exchange while it is done.
+
+        A word may have been lost on any connection, so that each round begins with a new one.
+        """
+        self.control.freeze()
+        for _ in range(SETTLE_ROUNDS_MAX):
+            self.wait_quiet()
+            before = self.exchange_state()
+            self.reconnect()
+            done = self.reconcile()
+            self.wait_quiet()
+            if before == self.exchange_state() and done.undecided == 0:
+                return
+        raise AssertionError(f"no end after {SETTLE_ROUNDS_MAX} rounds: {done}")
+
+    def exchange_state(self) -> tuple[Any, ...]:
+        return self.control.strikes(), self.control.books(self.wire.account)
+
+    def wait_quiet(self) -> None:
+        """Wait until no command waits or is on its way."""
+        wait_until(lambda: self._one(_WAITING) == 0, "every command to be done")
+        # The exchange answers a ping behind what it has got before, and acts by its own timers.
+        threading.Event().wait(2 * float(self.plan.exchange.latency_seconds))
+
+    def reconnect(self) -> None:
+        """Break the connection, and wait for the next one."""
+        last = self._one(_CONNECTED)
+        self.control.drop()
+        wait_until(lambda: self._one(_CONNECTED) > last, "the connector to be back")
+
+    def reconcile(self) -> Reconciliation:
+        """Have the broker asked, as often as it takes to get an answer, and compare."""
+        found: list[Reconciliation] = []
+        asked: list[UUID] = []
+
+        def look() -> bool:
+            if not asked or self._one(_IN_VAIN, asked[-1]):
+                asked.append(request_snapshot(self.conn, self.user_id, self.wire.account, "TEST"))
+            self.work()
+            done = reconcile(
+                self.conn, self.user_id, self.wire.account, utc_now(), snapshot_id=asked[-1]
+            )
+            found.extend([done] if done else [])
+            return done is not None
+
+        wait_until(look, "a reconciliation")
+        return found[-1]
+
+    def story(self) -> str:
+        """All that was asked, said and done, for who looks into a failure."""
+        parts = [f"plan: {self.plan.model_dump_json(exclude_defaults=True)}"]
+        for query in _STORY:
+            rows = self.conn.execute(query.encode(), [self.user_id]).fetchall()
+            parts += [" ".join(str(value) for value in row) for row in rows]
+        with suppress(BrokerUnavailable):
+            books = self.control.books(self.wire.account)
+            parts += [f"{name}: {row}" for name, rows in books.items() for row in rows]
+            parts.append(f"{books['cash']} {books['positions']} {self.control.strikes()}")
+        return "\n".join(parts)
+
+    def _one(self, query: str, *more: Any) -> Any:
+        row = self.conn.execute(query.encode(), [self.user_id, self.wire.account, *more]).fetchone()
+        assert row is not None
+        return row[0]
+
+    # --- What must hold ---------------------------------------------------------------------
+
+    def must_agree(self) -> None:
+        """Our books are the exchange's, the audit is clean, and nothing was sent twice."""
+        books = self.control.books(self.wire.account)
+        found = disagreements(self.conn, self.wire.run, books)
+        assert found == [], "\n".join(found)
+        twice = {ref: count for ref, count in self.sent.items() if count > 1}
+        assert twice == {}, "sent more than once"
+        findings = audit(self.conn, self.wire.run)
+        assert findings == []
+
+
+_WAITING = """SELECT count(*) FROM broker_command
+    WHERE user_id = %s AND account = %s AND done_at IS NULL"""
+_CONNECTED = """SELECT coalesce(max(number), 0) FROM broker_event
+    WHERE user_id = %s AND account = %s AND kind = 'CONNECTED'"""
+_IN_VAIN = """SELECT coalesce(bool_or(outcome IS DISTINCT FROM 'SENT' AND done_at IS NOT NULL),
+    false) FROM broker_command WHERE user_id = %s AND account = %s AND command_id = %s"""
+
+
+_STORY = (
+    """SELECT kind, order_id, created_at::time, claimed_at::time, done_at::time, outcome, payload
+       FROM broker_command WHERE user_id = %s ORDER BY created_at""",
+    """SELECT number, kind, order_ref, event_at::time, received_at::time, applied_at::time, finding,
+              code, payload
+       FROM broker_event WHERE user_id = %s ORDER BY number""",
+    "SELECT seq, event_type, subject, payload FROM event_ledger WHERE user_id = %s ORDER BY seq",
+    """SELECT order_id, status, status_reason, side, symbol, quantity, filled_quantity, limit_price
+       FROM orders WHERE user_id = %s ORDER BY recorded_at""",
+    "SELECT class, subject, action, reason FROM reconciliation_difference WHERE user_id = %s",
+)
+
+
+async def _wait(task: asyncio.Task[None]) -> None:
+    await task
+
+
+@asynccontextmanager
+async def _exchange(folder: Path, plan: Plan) -> AsyncIterator[int]:
+    """An exchange on its port; its books belong to the thread of the loop."""
+    store = ExchangeStore(folder)
+    try:
+        exchange = Exchange(plan, store, seed=plan.seed, clock=utc_now)
+        exchange.release()
+        async with serving(exchange) as port:
+            yield port
+    finally:
+        store.close()
+
+
+@contextmanager
+def a_stand(
+    dsn: str,
+    owner: Connection,
+    engine: Connection,
+    loop: Loop,
+    folder: Path,
+    plan: Plan,
+    name: str,
+) -> Iterator[Stand]:
+    """An exchange by its plan, and a new user with an account and a run there.
+
+    ``owner`` makes them; everything after that is done with the rights of ``engine``.
+    """
+    with ExitStack() as ending:
+        exchange = _exchange(folder, plan)
+        port = loop.run(exchange.__aenter__())
+        ending.callback(lambda: loop.run(exchange.__aexit__(None, None, None)))
+        control = ending.enter_context(Control(port))
+        run = a_broker_run(owner, user=name, initial_cash=OPENING_CASH)
+        owner.execute(
+            """UPDATE broker_account SET settings = %s, opening_cash = %s,
+                      opens_at = '00:00', closes_at = '23:59:59.999999', orders_per_second = 1000, messages_per_second = 1000
+               WHERE user_id = %s""",
+            [Jsonb({"port": port}), OPENING_CASH, run.user_id],
+        )
+        yield Stand(dsn, engine, Wire(engine, run), loop, plan, control, port)
+
+
+# --- A busy session -------------------------------------------------------------------------
+
+
+class Session:
+    """What people, the market and the network do, by lot: the same seed does the same."""
+
+    STEPS = (15, 40)
+
+    def __init__(self, stand: Stand, seed: int) -> None:
+        self.stand = stand
+        self.lot = Random(f"session/{seed}")
+        self.prices = {name: Decimal(price) for name, price in (("AAPL", "100"), ("MSFT", "400"))}
+
+    def run(self) -> None:
+        acts = [self._place, self._cancel, self._modify, self._price, self._liquidity]
+        acts += [self.stand.work, self.stand.look, self._breathe, self._drop]
+        weights = [10, 3, 3, 4, 1, 6, 2, 2, 0.3]
+        for act in self.lot.choices(acts, weights, k=self.lot.randint(*self.STEPS)):
+            act()
+
+    def _place(self) -> None:
+        symbol = self.lot.choice(list(self.prices))
+        kind = self.lot.choice([OrderType.MARKET, OrderType.LIMIT, OrderType.LIMIT, OrderType.STOP])
+        price = self._near(symbol)
+        wanted = PlaceOrder(
+            symbol,
+            self.lot.choice([Side.BUY, Side.BUY, Side.SELL]),
+            Decimal(self.lot.randint(1, 20)),
+            kind,
+            TimeInForce(self.lot.choice(["DAY", "DAY", "GTC", "IOC"]))
+            if kind is not OrderType.STOP
+            else TimeInForce.DAY,
+            price if kind is OrderType.LIMIT else None,
+            price if kind is OrderType.STOP else None,
+        )
+        self.stand.placed.append(place_order(self.stand.conn, *self.stand.key, wanted))
+
+    def _near(self, symbol: str) -> Decimal:
+        return (self.prices[symbol] * Decimal(self.lot.randint(970, 1030)) / 1000).quantize(
+            Decimal("0.01")
+        )
+
+    def _cancel(self) -> None:
+        if self.stand.placed:
+            cancel_order(self.stand.conn, *self.stand.key, self.lot.choice(self.stand.placed))
+
+    def _modify(self) -> None:
+        if not self.stand.placed:
+            return
+        order_id = self.lot.choice(self.stand.placed)
+        order = self.stand.wire.order(order_id)
+        terms: dict[str, Decimal] = {}
+        if self.lot.random() < 0.5 or order["limit_price"] is None:
+            terms["quantity"] = Decimal(self.lot.randint(1, 25))
+        else:
+            terms["limit_price"] = self._near(order["symbol"])
+        try:
+            modify_order(self.stand.conn, *self.stand.key, order_id, **terms)
+        except (RuleViolation, BadInput):
+            pass  # it is over, or more is filled than it is to have
+
+    def _price(self) -> None:
+        symbol = self.lot.choice(list(self.prices))
+        self.prices[symbol] = self._near(symbol)
+        self.stand.control.set_price(symbol, self.prices[symbol])
+
+    def _liquidity(self) -> None:
+        symbol = self.lot.choice(list(self.prices))
+        self.stand.control.set_liquidity(symbol, self.lot.choice([None, "2", "9"]))
+
+    def _breathe(self) -> None:
+        threading.Event().wait(self.lot.uniform(0, 0.02))
+
+    def _drop(self) -> None:
+        self.stand.control.drop()
