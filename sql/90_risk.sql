@@ -620,7 +620,7 @@ BEGIN
         reason := refusal.reason;
     END IF;
     -- Nothing else opens the way that a safety order has past halts and limits.
-    IF code IS NULL AND o.purpose = 'FLATTEN' AND NOT orders_only_shrinks(o, exposure) THEN
+    IF code IS NULL AND o.purpose = 'FLATTEN' AND orders_only_shrinks(o, exposure) IS NOT TRUE THEN
         code := 'FLATTEN_MUST_SHRINK';
         reason := format('holds %s, would %s %s', trim_scale(exposure), lower(o.side),
                          trim_scale(o.quantity));

@@ -887,7 +887,8 @@ RETURN CASE WHEN kind = 'ORDER_STATUS'
             THEN payload ->> 'code' IN ('ALREADY_CANCELED', 'INACTIVE')
             ELSE kind = 'REJECTED' END;
 
-COMMENT ON FUNCTION broker_event_ends_order IS 'Whether a broker''s word says that an order is over.';
+COMMENT ON FUNCTION broker_event_ends_order IS
+    'Whether a broker''s word says that an order is over.';
 
 -- What was filled in whole and is taken back is not worked again: the reversal itself is proven.
 CREATE FUNCTION order_end_is_said(o orders) RETURNS boolean
@@ -1068,32 +1069,54 @@ COMMENT ON FUNCTION order_broker_id_prove IS
 CREATE TRIGGER order_broker_id_m_prove AFTER INSERT ON order_broker_id
     REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION order_broker_id_prove();
 
--- Written before or after the row that proves them, in one transaction.
+-- The row may be written before the ids are in order_broker_id, in one transaction.
+CREATE FUNCTION order_id_is_said(o orders, of_number bigint, of_perm bigint) RETURNS boolean
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    RETURN EXISTS (SELECT FROM order_broker_id m
+                   WHERE m.user_id = o.user_id AND m.run_id = o.run_id
+                     AND m.order_id = o.order_id
+                     AND (m.broker_order_id = of_number OR m.perm_id = of_perm))
+        OR EXISTS (SELECT FROM broker_event b
+                   WHERE b.user_id = o.user_id AND b.order_ref = o.order_id::text
+                     AND b.account IN (SELECT a.account FROM broker_account a
+                                       WHERE a.user_id = o.user_id)
+                     AND (b.broker_order_id = of_number OR b.perm_id = of_perm))
+        OR EXISTS (SELECT FROM execution e
+                   JOIN broker_event b ON b.user_id = o.user_id AND b.account = o.account
+                                      AND b.execution_id = e.execution_id
+                   WHERE e.user_id = o.user_id AND e.run_id = o.run_id
+                     AND e.order_id = o.order_id
+                     AND (b.broker_order_id = of_number OR b.perm_id = of_perm))
+        OR EXISTS (SELECT FROM broker_event b
+                   WHERE b.user_id = o.user_id AND b.account = o.account
+                     AND b.applied_at IS NULL
+                     AND (b.broker_order_id = of_number OR b.perm_id = of_perm)
+                     AND broker_event_is_of_order(b, o));
+END $$;
+
+COMMENT ON FUNCTION order_id_is_said IS
+    'Whether a broker knows an order by one of these ids, the other being NULL.';
+
 CREATE FUNCTION orders_check_ids() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 BEGIN
     IF NEW.broker_order_id IS DISTINCT FROM OLD.broker_order_id
-       AND NOT EXISTS (SELECT FROM order_broker_id m
-                       WHERE m.user_id = NEW.user_id AND m.run_id = NEW.run_id
-                         AND m.order_id = NEW.order_id
-                         AND m.broker_order_id = NEW.broker_order_id)
+       AND NOT order_id_is_said(NEW, NEW.broker_order_id, NULL)
        OR NEW.perm_id IS DISTINCT FROM OLD.perm_id
-          AND NOT EXISTS (SELECT FROM order_broker_id m
-                          WHERE m.user_id = NEW.user_id AND m.run_id = NEW.run_id
-                            AND m.order_id = NEW.order_id AND m.perm_id = NEW.perm_id) THEN
-        RAISE EXCEPTION 'order % is not known by these ids', NEW.order_id
+          AND NOT order_id_is_said(NEW, NULL, NEW.perm_id) THEN
+        RAISE EXCEPTION 'no broker knows order % by these ids', NEW.order_id
             USING ERRCODE = '23T08', CONSTRAINT = 'orders_ids_said_by_broker', TABLE = 'orders',
                   COLUMN = 'perm_id',
-                  HINT = 'Insert what the broker said into order_broker_id.';
+                  HINT = 'Ids come from the connector''s broker_event rows.';
     END IF;
     RETURN NULL;
 END $$;
 
 COMMENT ON FUNCTION orders_check_ids IS
-    'Trigger, at commit: an order''s ids are among those of order_broker_id.';
+    'Trigger: an order''s ids at its broker are those that the broker said.';
 
-CREATE CONSTRAINT TRIGGER orders_m_check_ids AFTER UPDATE ON orders
-    DEFERRABLE INITIALLY DEFERRED
+CREATE TRIGGER orders_m_check_ids AFTER UPDATE ON orders
     FOR EACH ROW WHEN ((NEW.broker_order_id, NEW.perm_id)
                        IS DISTINCT FROM (OLD.broker_order_id, OLD.perm_id))
     EXECUTE FUNCTION orders_check_ids();
