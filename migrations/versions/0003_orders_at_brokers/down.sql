@@ -905,6 +905,8 @@ DROP FUNCTION broker_event_is_booked;
 
 DROP FUNCTION orders_check_ids;
 
+DROP FUNCTION order_id_is_said;
+
 DROP FUNCTION order_broker_id_prove;
 
 DROP FUNCTION order_broker_id_is_said;
@@ -944,6 +946,8 @@ DROP FUNCTION orders_derived;
 DROP FUNCTION reconcile_strangers;
 
 DROP FUNCTION account_run;
+
+DROP FUNCTION reconcile_commands;
 
 DROP FUNCTION reconcile_working;
 
