@@ -150,10 +150,7 @@ class Stand(Settling):
             return Witness(self.port, self.sent, self.wire.account)
 
         self._connector = Connector(store, account, broker, jitter=lambda: 0.0, pace=QUICK)
-<<<<<<< HEAD
-=======
         self._running = asyncio.create_task(_serve(self._connector, store))
->>>>>>> chaos
 
     async def _stop(self) -> None:
         assert self._connector is not None
@@ -185,116 +182,11 @@ class Stand(Settling):
         watch(self.conn, self.user_id, utc_now())
 
 
-<<<<<<< HEAD
-    def settle(self) -> None:
-        """Reconcile until nothing more happens at the exchange while it is done.
-
-        A word may have been lost on any connection, so that each round begins with a new one.
-        """
-        self.control.freeze()
-        for _ in range(SETTLE_ROUNDS_MAX):
-            self.wait_quiet()
-            before = self.exchange_state()
-            self.reconnect()
-            done = self.reconcile()
-            self.wait_quiet()
-            if before == self.exchange_state() and done.undecided == 0:
-                return
-        raise AssertionError(f"no end after {SETTLE_ROUNDS_MAX} rounds: {done}")
-
-    def exchange_state(self) -> tuple[Any, ...]:
-        return self.control.strikes(), self.control.books(self.wire.account)
-
-    def wait_quiet(self) -> None:
-        """Wait until no command waits or is on its way."""
-        wait_until(lambda: self._one(_WAITING) == 0, "every command to be done")
-        # The exchange answers a ping behind what it has got before, and acts by its own timers.
-        threading.Event().wait(2 * float(self.plan.exchange.latency_seconds))
-
-    def reconnect(self) -> None:
-        """Break the connection, and wait for the next one."""
-        last = self._one(_CONNECTED)
-        self.control.drop()
-        wait_until(lambda: self._one(_CONNECTED) > last, "the connector to be back")
-
-    def reconcile(self) -> Reconciliation:
-        """Have the broker asked, as often as it takes to get an answer, and compare."""
-        found: list[Reconciliation] = []
-        asked: list[UUID] = []
-
-        def look() -> bool:
-            if not asked or self._one(_IN_VAIN, asked[-1]):
-                asked.append(request_snapshot(self.conn, self.user_id, self.wire.account, "TEST"))
-            self.work()
-            done = reconcile(
-                self.conn, self.user_id, self.wire.account, utc_now(), snapshot_id=asked[-1]
-            )
-            found.extend([done] if done else [])
-            return done is not None
-
-        wait_until(look, "a reconciliation")
-        return found[-1]
-
-    def story(self) -> str:
-        """All that was asked, said and done, for who looks into a failure."""
-        parts = [f"plan: {self.plan.model_dump_json(exclude_defaults=True)}"]
-        for query in _STORY:
-            rows = self.conn.execute(query.encode(), [self.user_id]).fetchall()
-            parts += [" ".join(str(value) for value in row) for row in rows]
-        with suppress(BrokerUnavailable):
-            books = self.control.books(self.wire.account)
-            parts += [f"{name}: {row}" for name, rows in books.items() for row in rows]
-            parts.append(f"{books['cash']} {books['positions']} {self.control.strikes()}")
-        return "\n".join(parts)
-
-    def _one(self, query: str, *more: Any) -> Any:
-        row = self.conn.execute(query.encode(), [self.user_id, self.wire.account, *more]).fetchone()
-        assert row is not None
-        return row[0]
-
-    # --- What must hold ---------------------------------------------------------------------
-
-    def must_agree(self) -> None:
-        """Our books are the exchange's, the audit is clean, and nothing was sent twice."""
-        books = self.control.books(self.wire.account)
-        found = disagreements(self.conn, self.wire.run, books)
-        assert found == [], "\n".join(found)
-        twice = {ref: count for ref, count in self.sent.items() if count > 1}
-        assert twice == {}, "sent more than once"
-        findings = audit(self.conn, self.wire.run)
-        assert findings == []
-
-
-_WAITING = """SELECT count(*) FROM broker_command
-    WHERE user_id = %s AND account = %s AND done_at IS NULL"""
-_CONNECTED = """SELECT coalesce(max(number), 0) FROM broker_event
-    WHERE user_id = %s AND account = %s AND kind = 'CONNECTED'"""
-_IN_VAIN = """SELECT coalesce(bool_or(outcome IS DISTINCT FROM 'SENT' AND done_at IS NOT NULL),
-    false) FROM broker_command WHERE user_id = %s AND account = %s AND command_id = %s"""
-
-
-_STORY = (
-    """SELECT kind, order_id, created_at::time, claimed_at::time, done_at::time, outcome, payload
-       FROM broker_command WHERE user_id = %s ORDER BY created_at""",
-    """SELECT number, kind, order_ref, event_at::time, received_at::time, applied_at::time, finding,
-              code, payload
-       FROM broker_event WHERE user_id = %s ORDER BY number""",
-    "SELECT seq, event_type, subject, payload FROM event_ledger WHERE user_id = %s ORDER BY seq",
-    """SELECT order_id, status, status_reason, side, symbol, quantity, filled_quantity, limit_price
-       FROM orders WHERE user_id = %s ORDER BY recorded_at""",
-    "SELECT class, subject, action, reason FROM reconciliation_difference WHERE user_id = %s",
-)
-
-
-async def _wait(task: asyncio.Task[None]) -> None:
-    await task
-=======
 async def _serve(connector: Connector, store: Store) -> None:
     try:
         await connector.run("chaos")
     finally:
         await store.close()
->>>>>>> chaos
 
 
 @asynccontextmanager
