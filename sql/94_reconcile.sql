@@ -227,6 +227,7 @@ CREATE FUNCTION command_is_settled(c broker_command, asked_at timestamptz, by_ho
 RETURNS boolean LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
 BEGIN
     RETURN CASE
+        WHEN c.claimed_by IS NULL THEN false
         WHEN c.outcome IS NULL THEN c.claimed_by <> by_holder AND c.claimed_at < asked_at
         WHEN c.outcome <> 'SENT' THEN c.done_at < asked_at
         ELSE c.done_at < asked_at - interval '30 seconds'
@@ -487,6 +488,41 @@ $$;
 
 COMMENT ON FUNCTION reconcile_working IS
     'Orders that a broker works and that we see differently; UNDECIDED among them.';
+
+-- Commands in doubt of orders that we and the broker see alike, so that nothing else tells what
+-- became of them: whatever is asked of those orders next waits for it.
+CREATE FUNCTION reconcile_commands(of_user uuid, of_account text, of_snapshot uuid)
+RETURNS TABLE (command_id uuid, outcome text)
+LANGUAGE sql STABLE ROWS 10 SET search_path = public, pg_temp AS $$
+    SELECT c.command_id,
+           CASE WHEN c.kind = 'SUBMIT' OR order_asked_for(c, t) THEN 'ARRIVED'
+                WHEN t.order_ref IS NOT NULL THEN 'NEVER_ARRIVED'
+                -- It is over, and nobody will know.
+                ELSE 'UNKNOWN' END
+    FROM snapshot_facts(of_user, of_account, of_snapshot) s
+    JOIN broker_command c ON c.user_id = of_user AND c.account = of_account
+                         AND c.claimed_by IS NOT NULL
+                         AND coalesce(c.outcome, 'UNKNOWN') = 'UNKNOWN'
+    JOIN orders o ON o.user_id = of_user AND o.run_id = c.run_id AND o.order_id = c.order_id
+    LEFT JOIN snapshot_orders(of_user, of_account, of_snapshot) t
+           ON t.order_ref = o.order_id::text
+    LEFT JOIN snapshot_overtaken(of_user, of_account, of_snapshot) n
+           ON n.order_ref = o.order_id::text
+    WHERE command_is_settled(c, s.asked_at, s.holder, s.first_number)
+      AND CASE
+          WHEN c.kind = 'SUBMIT' THEN t.order_ref IS NOT NULL OR EXISTS (
+              SELECT FROM broker_event e
+              WHERE e.user_id = of_user AND e.account = of_account
+                AND e.order_ref = o.order_id::text AND e.kind IN ('ORDER_STATUS', 'EXECUTION',
+                                                                  'REJECTED', 'MODIFIED'))
+          -- What is still asked for is judged with the order itself.
+          ELSE o.status <> 'PENDING_' || c.kind AND n.order_ref IS NULL
+               AND (t.order_ref IS NOT NULL
+                    OR o.status IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')) END
+$$;
+
+COMMENT ON FUNCTION reconcile_commands IS
+    'What became of commands in doubt of orders that do not differ, as a snapshot shows.';
 
 -- The run that takes up what turns out to be at an account, as with fills (engine/inbox.py).
 CREATE FUNCTION account_run(of_user uuid, of_account text) RETURNS uuid
@@ -887,7 +923,8 @@ RETURN CASE WHEN kind = 'ORDER_STATUS'
             THEN payload ->> 'code' IN ('ALREADY_CANCELED', 'INACTIVE')
             ELSE kind = 'REJECTED' END;
 
-COMMENT ON FUNCTION broker_event_ends_order IS 'Whether a broker''s word says that an order is over.';
+COMMENT ON FUNCTION broker_event_ends_order IS
+    'Whether a broker''s word says that an order is over.';
 
 -- What was filled in whole and is taken back is not worked again: the reversal itself is proven.
 CREATE FUNCTION order_end_is_said(o orders) RETURNS boolean
@@ -1068,32 +1105,54 @@ COMMENT ON FUNCTION order_broker_id_prove IS
 CREATE TRIGGER order_broker_id_m_prove AFTER INSERT ON order_broker_id
     REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION order_broker_id_prove();
 
--- Written before or after the row that proves them, in one transaction.
+-- The row may be written before the ids are in order_broker_id, in one transaction.
+CREATE FUNCTION order_id_is_said(o orders, of_number bigint, of_perm bigint) RETURNS boolean
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    RETURN EXISTS (SELECT FROM order_broker_id m
+                   WHERE m.user_id = o.user_id AND m.run_id = o.run_id
+                     AND m.order_id = o.order_id
+                     AND (m.broker_order_id = of_number OR m.perm_id = of_perm))
+        OR EXISTS (SELECT FROM broker_event b
+                   WHERE b.user_id = o.user_id AND b.order_ref = o.order_id::text
+                     AND b.account IN (SELECT a.account FROM broker_account a
+                                       WHERE a.user_id = o.user_id)
+                     AND (b.broker_order_id = of_number OR b.perm_id = of_perm))
+        OR EXISTS (SELECT FROM execution e
+                   JOIN broker_event b ON b.user_id = o.user_id AND b.account = o.account
+                                      AND b.execution_id = e.execution_id
+                   WHERE e.user_id = o.user_id AND e.run_id = o.run_id
+                     AND e.order_id = o.order_id
+                     AND (b.broker_order_id = of_number OR b.perm_id = of_perm))
+        OR EXISTS (SELECT FROM broker_event b
+                   WHERE b.user_id = o.user_id AND b.account = o.account
+                     AND b.applied_at IS NULL
+                     AND (b.broker_order_id = of_number OR b.perm_id = of_perm)
+                     AND broker_event_is_of_order(b, o));
+END $$;
+
+COMMENT ON FUNCTION order_id_is_said IS
+    'Whether a broker knows an order by one of these ids, the other being NULL.';
+
 CREATE FUNCTION orders_check_ids() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 BEGIN
     IF NEW.broker_order_id IS DISTINCT FROM OLD.broker_order_id
-       AND NOT EXISTS (SELECT FROM order_broker_id m
-                       WHERE m.user_id = NEW.user_id AND m.run_id = NEW.run_id
-                         AND m.order_id = NEW.order_id
-                         AND m.broker_order_id = NEW.broker_order_id)
+       AND NOT order_id_is_said(NEW, NEW.broker_order_id, NULL)
        OR NEW.perm_id IS DISTINCT FROM OLD.perm_id
-          AND NOT EXISTS (SELECT FROM order_broker_id m
-                          WHERE m.user_id = NEW.user_id AND m.run_id = NEW.run_id
-                            AND m.order_id = NEW.order_id AND m.perm_id = NEW.perm_id) THEN
-        RAISE EXCEPTION 'order % is not known by these ids', NEW.order_id
+          AND NOT order_id_is_said(NEW, NULL, NEW.perm_id) THEN
+        RAISE EXCEPTION 'no broker knows order % by these ids', NEW.order_id
             USING ERRCODE = '23T08', CONSTRAINT = 'orders_ids_said_by_broker', TABLE = 'orders',
                   COLUMN = 'perm_id',
-                  HINT = 'Insert what the broker said into order_broker_id.';
+                  HINT = 'Ids come from the connector''s broker_event rows.';
     END IF;
     RETURN NULL;
 END $$;
 
 COMMENT ON FUNCTION orders_check_ids IS
-    'Trigger, at commit: an order''s ids are among those of order_broker_id.';
+    'Trigger: an order''s ids at its broker are those that the broker said.';
 
-CREATE CONSTRAINT TRIGGER orders_m_check_ids AFTER UPDATE ON orders
-    DEFERRABLE INITIALLY DEFERRED
+CREATE TRIGGER orders_m_check_ids AFTER UPDATE ON orders
     FOR EACH ROW WHEN ((NEW.broker_order_id, NEW.perm_id)
                        IS DISTINCT FROM (OLD.broker_order_id, OLD.perm_id))
     EXECUTE FUNCTION orders_check_ids();

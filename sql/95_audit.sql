@@ -221,8 +221,9 @@ LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
         'breaker_kind', 'circuit_breaker', 'equity_peak', 'flatten_request', 'limit_kind',
         'order_refusal', 'system_halt', 'trading_halt',
         'paper_order', 'paper_trade', 'paper_position', 'paper_equity_curve',
-        'audit_broker', 'audit_cash', 'audit_chain', 'audit_duplicate', 'audit_event', 'audit_guard',
-        'audit_mark', 'audit_order', 'audit_orphan', 'audit_position', 'audit_running']
+        'audit_broker', 'audit_cash', 'audit_chain', 'audit_duplicate', 'audit_event',
+        'audit_guard', 'audit_mark', 'audit_order', 'audit_orphan', 'audit_position',
+        'audit_running']
         -- Not there in a database that was built from sql/.
         || CASE WHEN to_regclass('public.alembic_version') IS NULL THEN '{}'
                 ELSE '{alembic_version}'::text[] END
@@ -395,20 +396,30 @@ END $$;
 COMMENT ON FUNCTION broker_event_is_booked IS
     'Whether an execution, bust or commission that a broker told is in a run''s books.';
 
--- What stands in the books of orders at brokers and in the inbox beside them. Where the inbox is
--- history, its words are still there to bear it out.
+-- Inbox and outbox are kept, so that they still bear out what is in the books. A run that was made
+-- anew from an export has neither: they are its account's.
 CREATE VIEW audit_broker AS
+    WITH traded AS (
+        SELECT c.user_id, c.run_id FROM broker_command c WHERE c.run_id IS NOT NULL
+        UNION
+        SELECT o.user_id, o.run_id FROM orders o
+        JOIN broker_event b ON b.user_id = o.user_id AND b.account = o.account
+                           AND b.order_ref = o.order_id::text
+        WHERE o.recovered
+    )
     SELECT e.user_id, e.run_id, 'execution ' || e.execution_id AS subject,
            CASE WHEN e.reverses IS NULL THEN format('no broker said %s of %s at %s', e.side,
                                                     e.quantity, e.price)
                 ELSE format('no broker took back %s', e.reverses) END AS finding
     FROM orders o
     JOIN execution e ON e.user_id = o.user_id AND e.run_id = o.run_id AND e.order_id = o.order_id
+    JOIN traded t ON t.user_id = o.user_id AND t.run_id = o.run_id
     WHERE o.broker <> 'paper' AND NOT coalesce(execution_said_by_broker(e), false)
     UNION ALL
     SELECT c.user_id, c.run_id, 'commission of ' || c.execution_id,
            format('no broker said %s %s', c.amount, c.currency)
     FROM execution_commission c
+    JOIN traded t ON t.user_id = c.user_id AND t.run_id = c.run_id
     WHERE NOT coalesce(execution_commission_is_said(c), false)
     UNION ALL
     SELECT c.user_id, c.run_id, 'broker_command ' || c.command_id,
@@ -428,6 +439,7 @@ CREATE VIEW audit_broker AS
     SELECT o.user_id, o.run_id, 'order ' || o.order_id,
            format('is %s at %s and no command sent it there', o.status, o.account)
     FROM orders o
+    JOIN traded t ON t.user_id = o.user_id AND t.run_id = o.run_id
     WHERE o.broker <> 'paper' AND NOT o.recovered
       AND (o.status <> 'REJECTED' OR o.reject_source = 'BROKER')
       AND NOT EXISTS (SELECT FROM broker_command c
@@ -437,6 +449,7 @@ CREATE VIEW audit_broker AS
     SELECT o.user_id, o.run_id, 'order ' || o.order_id,
            format('is %s and no command asks for it', o.status)
     FROM orders o
+    JOIN traded t ON t.user_id = o.user_id AND t.run_id = o.run_id
     WHERE o.broker <> 'paper' AND o.status IN ('PENDING_CANCEL', 'PENDING_MODIFY')
       AND NOT EXISTS (SELECT FROM broker_command c
                       WHERE c.user_id = o.user_id AND c.run_id = o.run_id

@@ -262,7 +262,7 @@ _ORDERS = [
     ),
     _attack("of no account", _order("o_lost", "account = NULL"), TERMS),
     _attack("another broker", _order("o_waits", "broker = 'paper'"), TERMS, DENIED),
-    _attack("a filled order's terms", _order("o_filled", "quantity = 20"), "orders_closed_fixed"),
+    _attack("a filled order's terms", _order("o_filled", "quantity = 20"), TERMS),
     _attack(
         "a filled order's reason", _order("o_filled", "status_reason = 'x'"), "orders_closed_fixed"
     ),

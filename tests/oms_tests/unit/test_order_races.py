@@ -424,8 +424,7 @@ def test_words_of_the_connection(
 
 
 def test_a_reference_of_somebody_else_is_foreign(wire: Wire) -> None:
-    number = wire.status(UUID(int=1), "ROUTED")
-    wire.conn.execute("UPDATE broker_event SET order_ref = 'by hand' WHERE number = %s", [number])
+    number = wire.status("by hand", "ROUTED")
     wire.apply()
     assert wire.finding(number) == ("FOREIGN", "FOREIGN_ORDER")
 
@@ -447,8 +446,11 @@ def test_an_end_that_was_our_guess_is_proven_wrong_by_a_newer_word(
     wire: Wire, at: timedelta, now: str
 ) -> None:
     order_id = wire.working()
+    heard_at = wire.now
+    whole = {"snapshot_id": str(uuid4()), "part": 1, "parts": 1, "open_orders": []}
+    wire.say("SNAPSHOT", lag=timedelta(days=9999), **whole)
     wire.conn.execute("UPDATE orders SET status = 'CANCELED', status_reason = 'RECONCILE_MISMATCH'")
-    number = wire.status(order_id, "ROUTED", at=wire.now + at)
+    number = wire.status(order_id, "ROUTED", at=heard_at + at)
     wire.apply()
     told = "STATUS_CONTRADICTION" if now == "ROUTED" else None
     assert wire.finding(number)[1] == told
