@@ -1022,9 +1022,7 @@ AT_BROKERS = (
     ),
     _at_broker(
         "the broker's word on a fill",
-        _update(
-            "broker_event", "payload = payload || '{\"price\": \"1\"}'", "execution_id = 'F.01'"
-        ),
+        _update("broker_event", 'payload = payload || \'{"price": "1"}\'', "execution_id = 'F.01'"),
         "execution F.01",
         "no broker said BUY of 10 at 20",
     ),

@@ -60,7 +60,7 @@ def _trade(quantity: int, broker: str, number: int = 1) -> str:
 _END = (
     "INSERT INTO broker_event (user_id, account, number, holder, kind, order_ref, payload, "
     "event_at) VALUES (:'eve', 'A1', 90, :'nobody', 'ORDER_STATUS', :'new_order', "
-    '\'{"status": "CANCELED"}\', :\'t0\')'
+    "'{\"status\": \"CANCELED\"}', :'t0')"
 )
 _ENDS = ("CANCELED", "EXPIRED", "REJECTED")
 # A connector has taken what was sent.
