@@ -706,7 +706,8 @@ def _claim(conn: Connection, order: str) -> None:
 def test_to_insert_an_order_is_to_send_it(market: Connection) -> None:
     _as_engine(
         market,
-        f"{PLACE}) VALUES (:'dan', :'deals', :'new_order', 'AAPL', 'BUY', 3, 'LIMIT', 20.50, :'t1')",
+        f"{PLACE}) VALUES (:'dan', :'deals', :'new_order', 'AAPL', 'BUY', 3, 'LIMIT', 20.50, "
+        ":'t1')",
     )
     assert _state(market, "new_order", "status, account, version") == ("NEW", "A1", 1)
     assert rows(
