@@ -13,8 +13,8 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import pytest
-from psycopg import sql
 from market_cases import BOOK
+from psycopg import sql
 from schema_cases import BROKER_TABLES, NAMES, RUN_TABLES, findings, rows, said
 
 from engine.db.connect import Connection
