@@ -18,7 +18,17 @@ from psycopg.types.json import Jsonb
 from engine.db.connect import Connection
 from engine.log import tell
 
-__all__ = ["UNDECIDED", "Difference", "Subject", "adopt", "alert", "code_of", "note", "settle"]
+__all__ = [
+    "UNDECIDED",
+    "Difference",
+    "Subject",
+    "adopt",
+    "alert",
+    "code_of",
+    "note",
+    "settle",
+    "settle_doubts",
+]
 
 UNDECIDED = "UNDECIDED"
 ALERTS_MAX = 100  # of one class in one reconciliation; the rest is in reconciliation_difference
@@ -124,6 +134,18 @@ def _settle_commands(conn: Connection, whose: Subject, found: Sequence[Differenc
            WHERE c.user_id = %s AND c.account = %s AND c.order_id = ANY(%s) AND c.kind = 'SUBMIT'
              AND c.claimed_by IS NOT NULL AND coalesce(c.outcome, 'UNKNOWN') = 'UNKNOWN'""",
         [*whose, [d.order_id for d in found if d.brokers and d.kind != "ORPHAN"]],
+    )
+
+
+def settle_doubts(conn: Connection, whose: Subject, snapshot_id: UUID) -> None:
+    """Say what became of commands in doubt of orders that don't differ."""
+    conn.execute(
+        """UPDATE broker_command c
+           SET outcome = d.outcome, done_at = coalesce(c.done_at, clock_timestamp())
+           FROM reconcile_commands(%s, %s, %s) d
+           WHERE c.user_id = %s AND c.account = %s AND c.command_id = d.command_id
+             AND c.outcome IS DISTINCT FROM d.outcome""",
+        [*whose, snapshot_id, *whose],
     )
 
 

@@ -20,7 +20,7 @@ from psycopg.rows import namedtuple_row
 from psycopg.types.json import Jsonb
 
 from engine.db.connect import Connection
-from engine.differences import UNDECIDED, Difference, Subject, adopt, note, settle
+from engine.differences import UNDECIDED, Difference, Subject, adopt, note, settle, settle_doubts
 from engine.errors import BadInput, EngineError, translated
 from engine.log import tell
 from engine.outbox import wake
@@ -141,6 +141,7 @@ def reconcile(
         if not dry_run:
             adopt(conn, whose, [d for d in found if d.action == "ADOPTED"])
             settle(conn, whose, [d for d in found if d.action != "HELD"], facts.taken_at)
+            settle_doubts(conn, whose, facts.snapshot_id)
         found += compared.books()
         if not dry_run:
             compared.finish(found, runs)

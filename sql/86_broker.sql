@@ -251,9 +251,11 @@ BEGIN
         SELECT o.run_id, o.order_id INTO run_id, order_id FROM orders o
         WHERE o.user_id = of_user AND o.order_id = ref::uuid AND o.broker <> 'paper';
     END IF;
+    -- The indexes are of ids that are there: a planner sees it in the query, not in the parameter.
     IF order_id IS NULL AND of_perm <> 0 THEN
         SELECT m.run_id, m.order_id INTO run_id, order_id FROM order_broker_id m
         WHERE m.user_id = of_user AND m.account = of_account AND m.perm_id = of_perm
+          AND m.perm_id <> 0
         ORDER BY m.since DESC, m.order_id LIMIT 1;
     END IF;
     IF order_id IS NULL AND of_number <> 0 THEN
@@ -261,6 +263,7 @@ BEGIN
         FROM order_broker_id m
         JOIN broker_account a ON a.user_id = m.user_id AND a.account = m.account
         WHERE m.user_id = of_user AND m.account = of_account AND m.broker_order_id = of_number
+          AND m.broker_order_id <> 0
           AND (m.since AT TIME ZONE a.time_zone)::date = (at AT TIME ZONE a.time_zone)::date
           AND coalesce(m.perm_id = of_perm OR m.perm_id = 0, true)
         ORDER BY m.since DESC, m.order_id LIMIT 1;
@@ -268,11 +271,11 @@ BEGIN
     reused := of_number <> 0 AND EXISTS (
         SELECT FROM order_broker_id m
         WHERE m.user_id = of_user AND m.account = of_account AND m.broker_order_id = of_number
-          AND m.order_id <> order_of_broker.order_id)
+          AND m.broker_order_id <> 0 AND m.order_id <> order_of_broker.order_id)
         AND NOT EXISTS (
         SELECT FROM order_broker_id m
         WHERE m.user_id = of_user AND m.account = of_account AND m.broker_order_id = of_number
-          AND m.order_id = order_of_broker.order_id);
+          AND m.broker_order_id <> 0 AND m.order_id = order_of_broker.order_id);
 END $$;
 
 COMMENT ON FUNCTION order_of_broker IS

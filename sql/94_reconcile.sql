@@ -227,6 +227,7 @@ CREATE FUNCTION command_is_settled(c broker_command, asked_at timestamptz, by_ho
 RETURNS boolean LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
 BEGIN
     RETURN CASE
+        WHEN c.claimed_by IS NULL THEN false
         WHEN c.outcome IS NULL THEN c.claimed_by <> by_holder AND c.claimed_at < asked_at
         WHEN c.outcome <> 'SENT' THEN c.done_at < asked_at
         ELSE c.done_at < asked_at - interval '30 seconds'
@@ -487,6 +488,41 @@ $$;
 
 COMMENT ON FUNCTION reconcile_working IS
     'Orders that a broker works and that we see differently; UNDECIDED among them.';
+
+-- Commands in doubt of orders that we and the broker see alike, so that nothing else tells what
+-- became of them: whatever is asked of those orders next waits for it.
+CREATE FUNCTION reconcile_commands(of_user uuid, of_account text, of_snapshot uuid)
+RETURNS TABLE (command_id uuid, outcome text)
+LANGUAGE sql STABLE ROWS 10 SET search_path = public, pg_temp AS $$
+    SELECT c.command_id,
+           CASE WHEN c.kind = 'SUBMIT' OR order_asked_for(c, t) THEN 'ARRIVED'
+                WHEN t.order_ref IS NOT NULL THEN 'NEVER_ARRIVED'
+                -- It is over, and nobody will know.
+                ELSE 'UNKNOWN' END
+    FROM snapshot_facts(of_user, of_account, of_snapshot) s
+    JOIN broker_command c ON c.user_id = of_user AND c.account = of_account
+                         AND c.claimed_by IS NOT NULL
+                         AND coalesce(c.outcome, 'UNKNOWN') = 'UNKNOWN'
+    JOIN orders o ON o.user_id = of_user AND o.run_id = c.run_id AND o.order_id = c.order_id
+    LEFT JOIN snapshot_orders(of_user, of_account, of_snapshot) t
+           ON t.order_ref = o.order_id::text
+    LEFT JOIN snapshot_overtaken(of_user, of_account, of_snapshot) n
+           ON n.order_ref = o.order_id::text
+    WHERE command_is_settled(c, s.asked_at, s.holder, s.first_number)
+      AND CASE
+          WHEN c.kind = 'SUBMIT' THEN t.order_ref IS NOT NULL OR EXISTS (
+              SELECT FROM broker_event e
+              WHERE e.user_id = of_user AND e.account = of_account
+                AND e.order_ref = o.order_id::text AND e.kind IN ('ORDER_STATUS', 'EXECUTION',
+                                                                  'REJECTED', 'MODIFIED'))
+          -- What is still asked for is judged with the order itself.
+          ELSE o.status <> 'PENDING_' || c.kind AND n.order_ref IS NULL
+               AND (t.order_ref IS NOT NULL
+                    OR o.status IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')) END
+$$;
+
+COMMENT ON FUNCTION reconcile_commands IS
+    'What became of commands in doubt of orders that do not differ, as a snapshot shows.';
 
 -- The run that takes up what turns out to be at an account, as with fills (engine/inbox.py).
 CREATE FUNCTION account_run(of_user uuid, of_account text) RETURNS uuid

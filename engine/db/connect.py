@@ -48,8 +48,12 @@ async def open_async_connection(dsn: str, *, role: str | None = None) -> AsyncCo
     with _told_in_one_sentence():
         conn = await psycopg.AsyncConnection.connect(dsn, autocommit=True, **_SETTINGS)
     if role is not None:
-        with _unless_not_ours():
-            await conn.execute(f"SET ROLE {role}".encode())
+        try:
+            with _unless_not_ours():
+                await conn.execute(f"SET ROLE {role}".encode())
+        except BaseException:  # a cancellation, too: nobody else would close it
+            await conn.close()
+            raise
     return conn
 
 

@@ -60,7 +60,7 @@ class Wire:
     def say(
         self,
         kind: str,
-        order_id: UUID | None = None,
+        order_id: UUID | str | None = None,
         *,
         at: datetime | None = None,
         lag: timedelta = SECOND,
@@ -97,7 +97,7 @@ class Wire:
         assert row is not None
         return int(row[0])
 
-    def status(self, order_id: UUID, status: str, **more: Any) -> int:
+    def status(self, order_id: UUID | str, status: str, **more: Any) -> int:
         return self.say("ORDER_STATUS", order_id, status=status, **more)
 
     def fill(

@@ -19,11 +19,9 @@ from typing import Any, TypeVar
 from uuid import UUID, uuid4
 
 from broker_cases import Wire, a_broker_run
-from exchange_truth import disagreements
 from psycopg.types.json import Jsonb
-from waits import wait_until
+from settling import Settling
 
-from engine.audit import audit
 from engine.brokers.connector import Connector, Pace
 from engine.brokers.dummy.adapter import DummyBroker
 from engine.brokers.dummy.control import Control
@@ -31,14 +29,14 @@ from engine.brokers.dummy.exchange import Exchange
 from engine.brokers.dummy.faults import Plan
 from engine.brokers.dummy.server import serving
 from engine.brokers.dummy.store import Store as ExchangeStore
-from engine.brokers.protocol import BrokerOrder, BrokerUnavailable
+from engine.brokers.protocol import BrokerOrder
 from engine.brokers.store import Store
 from engine.clock import utc_now
 from engine.db.connect import Connection
 from engine.errors import BadInput, RuleViolation
 from engine.orders.by_hand import cancel_order, modify_order, place_order
 from engine.orders.model import OrderType, Side, TimeInForce
-from engine.reconcile import Reconciliation, reconcile, request_snapshot, watch
+from engine.reconcile import watch
 from engine.strategies.base import PlaceOrder
 from engine.worker import work_through
 
@@ -52,8 +50,6 @@ QUICK = Pace(
     retry_max=0.02,
     leave_max=5.0,
 )
-# Reconciliations until nothing happens at the exchange any more while one is made.
-SETTLE_ROUNDS_MAX = 12
 
 Got = TypeVar("Got")
 
@@ -102,10 +98,11 @@ class Witness(DummyBroker):
 
 
 @dataclass
-class Stand:
+class Stand(Settling):
     """A user's run at an exchange that follows a plan, and the connector between them."""
 
     dsn: str
+    owner: Connection
     conn: Connection
     wire: Wire
     loop: Loop
@@ -115,10 +112,11 @@ class Stand:
     sent: Counter[str] = field(default_factory=Counter)
     placed: list[UUID] = field(default_factory=list)
     _connector: Connector | None = None
+    _running: asyncio.Task[None] | None = None
 
     @property
-    def user_id(self) -> UUID:
-        return self.wire.run.user_id
+    def latency(self) -> float:
+        return float(self.plan.exchange.latency_seconds)
 
     @property
     def key(self) -> tuple[UUID, UUID]:
@@ -129,15 +127,22 @@ class Stand:
     @contextmanager
     def connected(self) -> Iterator[None]:
         """A connector for the length of a block."""
-        running = self.loop.run(self._start())
+        self.loop.run(self._start())
         try:
             yield
         finally:
-            assert self._connector is not None
-            self.loop.soon(self._connector.stop)
-            self.loop.run(_wait(running))
+            self.loop.run(self._stop())
 
-    async def _start(self) -> asyncio.Task[None]:
+    def crash(self) -> None:
+        """End the connector in the middle of whatever it does, and start another one."""
+        self.loop.run(self._crash())
+        # What the seconds do that its lease still runs.
+        self.owner.execute(
+            "UPDATE broker_lease SET expires_at = now() WHERE user_id = %s", [self.user_id]
+        )
+        self.loop.run(self._start())
+
+    async def _start(self) -> None:
         store = Store(self.dsn, self.user_id, self.wire.account, uuid4())
         account = await store.account()
 
@@ -145,14 +150,27 @@ class Stand:
             return Witness(self.port, self.sent, self.wire.account)
 
         self._connector = Connector(store, account, broker, jitter=lambda: 0.0, pace=QUICK)
+        self._running = asyncio.create_task(_serve(self._connector, store))
 
-        async def serve(connector: Connector) -> None:
-            try:
-                await connector.run("chaos")
-            finally:
-                await store.close()
+    async def _stop(self) -> None:
+        assert self._connector is not None
+        assert self._running is not None
+        self._connector.stop()
+        await self._running
 
-        return asyncio.create_task(serve(self._connector))
+    async def _crash(self) -> None:
+        assert self._running is not None
+        self._running.cancel()
+        await asyncio.wait({self._running})
+
+    def story(self) -> str:
+        return f"plan: {self.plan.model_dump_json(exclude_defaults=True)}\n{super().story()}"
+
+    def must_agree(self) -> None:
+        """As for everybody; and nothing was sent twice, not even to be dropped on its way."""
+        super().must_agree()
+        twice = {ref: count for ref, count in self.sent.items() if count > 1}
+        assert twice == {}, "sent more than once"
 
     def work(self) -> None:
         """A round of the worker."""
@@ -163,110 +181,12 @@ class Stand:
         self.work()
         watch(self.conn, self.user_id, utc_now())
 
-    # --- The dust settles -------------------------------------------------------------------
 
-    def settle(self) -> None:
-        """Reconcile until nothing more happens at the exchange while it is done.
-
-        A word may have been lost on any connection, so that each round begins with a new one.
-        """
-        self.control.freeze()
-        for _ in range(SETTLE_ROUNDS_MAX):
-            self.wait_quiet()
-            before = self.exchange_state()
-            self.reconnect()
-            done = self.reconcile()
-            self.wait_quiet()
-            if before == self.exchange_state() and done.undecided == 0:
-                return
-        raise AssertionError(f"no end after {SETTLE_ROUNDS_MAX} rounds: {done}")
-
-    def exchange_state(self) -> tuple[Any, ...]:
-        return self.control.strikes(), self.control.books(self.wire.account)
-
-    def wait_quiet(self) -> None:
-        """Wait until no command waits or is on its way."""
-        wait_until(lambda: self._one(_WAITING) == 0, "every command to be done")
-        # The exchange answers a ping behind what it has got before, and acts by its own timers.
-        threading.Event().wait(2 * float(self.plan.exchange.latency_seconds))
-
-    def reconnect(self) -> None:
-        """Break the connection, and wait for the next one."""
-        last = self._one(_CONNECTED)
-        self.control.drop()
-        wait_until(lambda: self._one(_CONNECTED) > last, "the connector to be back")
-
-    def reconcile(self) -> Reconciliation:
-        """Have the broker asked, as often as it takes to get an answer, and compare."""
-        found: list[Reconciliation] = []
-        asked: list[UUID] = []
-
-        def look() -> bool:
-            if not asked or self._one(_IN_VAIN, asked[-1]):
-                asked.append(request_snapshot(self.conn, self.user_id, self.wire.account, "TEST"))
-            self.work()
-            done = reconcile(
-                self.conn, self.user_id, self.wire.account, utc_now(), snapshot_id=asked[-1]
-            )
-            found.extend([done] if done else [])
-            return done is not None
-
-        wait_until(look, "a reconciliation")
-        return found[-1]
-
-    def story(self) -> str:
-        """All that was asked, said and done, for who looks into a failure."""
-        parts = [f"plan: {self.plan.model_dump_json(exclude_defaults=True)}"]
-        for query in _STORY:
-            rows = self.conn.execute(query.encode(), [self.user_id]).fetchall()
-            parts += [" ".join(str(value) for value in row) for row in rows]
-        with suppress(BrokerUnavailable):
-            books = self.control.books(self.wire.account)
-            parts += [f"{name}: {row}" for name, rows in books.items() for row in rows]
-            parts.append(f"{books['cash']} {books['positions']} {self.control.strikes()}")
-        return "\n".join(parts)
-
-    def _one(self, query: str, *more: Any) -> Any:
-        row = self.conn.execute(query.encode(), [self.user_id, self.wire.account, *more]).fetchone()
-        assert row is not None
-        return row[0]
-
-    # --- What must hold ---------------------------------------------------------------------
-
-    def must_agree(self) -> None:
-        """Our books are the exchange's, the audit is clean, and nothing was sent twice."""
-        books = self.control.books(self.wire.account)
-        found = disagreements(self.conn, self.wire.run, books)
-        assert found == [], "\n".join(found)
-        twice = {ref: count for ref, count in self.sent.items() if count > 1}
-        assert twice == {}, "sent more than once"
-        findings = audit(self.conn, self.wire.run)
-        assert findings == []
-
-
-_WAITING = """SELECT count(*) FROM broker_command
-    WHERE user_id = %s AND account = %s AND done_at IS NULL"""
-_CONNECTED = """SELECT coalesce(max(number), 0) FROM broker_event
-    WHERE user_id = %s AND account = %s AND kind = 'CONNECTED'"""
-_IN_VAIN = """SELECT coalesce(bool_or(outcome IS DISTINCT FROM 'SENT' AND done_at IS NOT NULL),
-    false) FROM broker_command WHERE user_id = %s AND account = %s AND command_id = %s"""
-
-
-_STORY = (
-    """SELECT kind, order_id, created_at::time, claimed_at::time, done_at::time, outcome, payload
-       FROM broker_command WHERE user_id = %s ORDER BY created_at""",
-    """SELECT number, kind, order_ref, event_at::time, received_at::time, applied_at::time, finding,
-              code, payload
-       FROM broker_event WHERE user_id = %s ORDER BY number""",
-    "SELECT seq, event_type, subject, payload FROM event_ledger WHERE user_id = %s ORDER BY seq",
-    """SELECT order_id, status, status_reason, side, symbol, quantity, filled_quantity, limit_price
-       FROM orders WHERE user_id = %s ORDER BY recorded_at""",
-    "SELECT class, subject, action, reason FROM reconciliation_difference WHERE user_id = %s",
-)
-
-
-async def _wait(task: asyncio.Task[None]) -> None:
-    await task
+async def _serve(connector: Connector, store: Store) -> None:
+    try:
+        await connector.run("chaos")
+    finally:
+        await store.close()
 
 
 @asynccontextmanager
@@ -304,20 +224,24 @@ def a_stand(
         run = a_broker_run(owner, user=name, initial_cash=OPENING_CASH)
         owner.execute(
             """UPDATE broker_account SET settings = %s, opening_cash = %s,
-                      opens_at = '00:00', closes_at = '23:59:59.999999', orders_per_second = 1000, messages_per_second = 1000
+                      opens_at = '00:00', closes_at = '23:59:59.999999',
+                      orders_per_second = 1000, messages_per_second = 1000
                WHERE user_id = %s""",
             [Jsonb({"port": port}), OPENING_CASH, run.user_id],
         )
-        yield Stand(dsn, engine, Wire(engine, run), loop, plan, control, port)
+        yield Stand(dsn, owner, engine, Wire(engine, run), loop, plan, control, port)
 
 
 # --- A busy session -------------------------------------------------------------------------
 
 
+_KINDS = (*[OrderType.MARKET] * 2, *[OrderType.LIMIT] * 3, OrderType.STOP)
+
+
 class Session:
     """What people, the market and the network do, by lot: the same seed does the same."""
 
-    STEPS = (15, 40)
+    STEPS = (25, 60)
 
     def __init__(self, stand: Stand, seed: int) -> None:
         self.stand = stand
@@ -326,14 +250,14 @@ class Session:
 
     def run(self) -> None:
         acts = [self._place, self._cancel, self._modify, self._price, self._liquidity]
-        acts += [self.stand.work, self.stand.look, self._breathe, self._drop]
-        weights = [10, 3, 3, 4, 1, 6, 2, 2, 0.3]
+        acts += [self.stand.work, self.stand.look, self._breathe, self._drop, self.stand.crash]
+        weights = [12, 3, 3, 6, 1, 6, 2, 3, 0.3, 0.3]
         for act in self.lot.choices(acts, weights, k=self.lot.randint(*self.STEPS)):
             act()
 
     def _place(self) -> None:
         symbol = self.lot.choice(list(self.prices))
-        kind = self.lot.choice([OrderType.MARKET, OrderType.LIMIT, OrderType.LIMIT, OrderType.STOP])
+        kind = self.lot.choice(_KINDS)
         price = self._near(symbol)
         wanted = PlaceOrder(
             symbol,
@@ -367,10 +291,9 @@ class Session:
             terms["quantity"] = Decimal(self.lot.randint(1, 25))
         else:
             terms["limit_price"] = self._near(order["symbol"])
-        try:
+        # It may be over, or more filled than it is to have.
+        with suppress(RuleViolation, BadInput):
             modify_order(self.stand.conn, *self.stand.key, order_id, **terms)
-        except (RuleViolation, BadInput):
-            pass  # it is over, or more is filled than it is to have
 
     def _price(self) -> None:
         symbol = self.lot.choice(list(self.prices))

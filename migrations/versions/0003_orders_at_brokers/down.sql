@@ -24,6 +24,16 @@ DROP VIEW position_pnl;
 
 DROP VIEW execution_cost;
 
+DROP TRIGGER run_route_a_check_write ON run_route;
+
+DROP TRIGGER execution_commission_a_prepare_insert ON execution_commission;
+
+DROP TRIGGER execution_commission_m_apply ON execution_commission;
+
+DROP TRIGGER execution_commission_z_refuse_change ON execution_commission;
+
+DROP TRIGGER execution_commission_z_refuse_truncate ON execution_commission;
+
 DROP TRIGGER orders_c_meet_hours ON orders;
 
 DROP TRIGGER orders_m_send ON orders;
@@ -32,13 +42,45 @@ DROP TRIGGER orders_m_send_move ON orders;
 
 DROP TRIGGER orders_m_send_terms ON orders;
 
+DROP TRIGGER broker_command_b_prove ON broker_command;
+
+DROP TRIGGER broker_command_b_prove_change ON broker_command;
+
+DROP TRIGGER broker_command_m_move_order ON broker_command;
+
 DROP TRIGGER orders_m_record_terms ON orders;
 
+DROP TRIGGER broker_command_a_check_update ON broker_command;
+
+DROP TRIGGER broker_command_z_refuse_delete ON broker_command;
+
+DROP TRIGGER broker_command_z_refuse_truncate ON broker_command;
+
+DROP TRIGGER broker_event_a_check_update ON broker_event;
+
+DROP TRIGGER broker_event_z_refuse_delete ON broker_event;
+
+DROP TRIGGER broker_event_z_refuse_truncate ON broker_event;
+
+DROP TRIGGER trading_halt_a_guard_write ON trading_halt;
+
+DROP TRIGGER trading_halt_z_refuse_truncate ON trading_halt;
+
 DROP TRIGGER orders_b_pass_gate ON orders;
+
+DROP TRIGGER reconciliation_z_refuse_change ON reconciliation;
+
+DROP TRIGGER reconciliation_z_refuse_truncate ON reconciliation;
+
+DROP TRIGGER reconciliation_difference_z_refuse_change ON reconciliation_difference;
+
+DROP TRIGGER reconciliation_difference_z_refuse_truncate ON reconciliation_difference;
 
 DROP TRIGGER orders_m_send_rerouted ON orders;
 
 DROP TRIGGER orders_m_prove_end ON orders;
+
+DROP TRIGGER order_broker_id_m_prove ON order_broker_id;
 
 DROP TRIGGER orders_m_check_ids ON orders;
 
@@ -841,6 +883,8 @@ LANGUAGE sql IMMUTABLE SET search_path = public, pg_temp AS $$
         ('oms_auditor', 'USAGE ON SCHEMA public')
 $$;
 
+DROP AGGREGATE numeric_product(factor numeric);
+
 DROP FUNCTION run_rebuild_books;
 
 DROP FUNCTION run_rebuild;
@@ -860,6 +904,8 @@ DROP FUNCTION latency_since;
 DROP FUNCTION broker_event_is_booked;
 
 DROP FUNCTION orders_check_ids;
+
+DROP FUNCTION order_id_is_said;
 
 DROP FUNCTION order_broker_id_prove;
 
@@ -900,6 +946,8 @@ DROP FUNCTION orders_derived;
 DROP FUNCTION reconcile_strangers;
 
 DROP FUNCTION account_run;
+
+DROP FUNCTION reconcile_commands;
 
 DROP FUNCTION reconcile_working;
 
@@ -1132,6 +1180,10 @@ DROP TABLE run_route;
 DROP TABLE fx_rate;
 
 DROP TABLE broker_account;
+
+DROP TYPE snapshot_order;
+
+DROP TYPE order_difference;
 
 ALTER TABLE strategy_run
     DROP COLUMN pnl_method;

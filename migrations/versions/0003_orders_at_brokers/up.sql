@@ -1,7 +1,7 @@
 -- Orders live at brokers: accounts, outbox and inbox, moves that a broker causes, commissions,
 -- halts, limits, reconciliation. Guards are replaced in one transaction, so that nothing gets past
 -- them meanwhile.
--- squawk-ignore-file ban-drop-constraint, ban-drop-function, ban-drop-default, constraint-missing-not-valid, adding-foreign-key-constraint, require-concurrent-index-creation, require-concurrent-index-deletion, prefer-bigint-over-int, prefer-bigint-over-smallint, adding-required-field, prefer-robust-stmts, ban-drop-column, ban-drop-table, disallowed-unique-constraint
+-- squawk-ignore-file ban-drop-constraint, ban-drop-function, ban-drop-view, ban-drop-default, constraint-missing-not-valid, adding-foreign-key-constraint, require-concurrent-index-creation, require-concurrent-index-deletion, prefer-bigint-over-int, prefer-bigint-over-smallint, adding-required-field, prefer-robust-stmts, ban-drop-column, ban-drop-table, disallowed-unique-constraint
 
 SET LOCAL lock_timeout = '30s';
 SET LOCAL statement_timeout = '1h';
@@ -3750,7 +3750,7 @@ BEGIN
         reason := refusal.reason;
     END IF;
     -- Nothing else opens the way that a safety order has past halts and limits.
-    IF code IS NULL AND o.purpose = 'FLATTEN' AND NOT orders_only_shrinks(o, exposure) THEN
+    IF code IS NULL AND o.purpose = 'FLATTEN' AND orders_only_shrinks(o, exposure) IS NOT TRUE THEN
         code := 'FLATTEN_MUST_SHRINK';
         reason := format('holds %s, would %s %s', trim_scale(exposure), lower(o.side),
                          trim_scale(o.quantity));
@@ -3798,7 +3798,8 @@ BEGIN
         NEW, run.account_type, limited,
         CASE WHEN run.account_type = 'CASH' AND NEW.side = 'BUY'
              THEN run.cash - run_reserved_cash(NEW.user_id, NEW.run_id) END,
-        CASE WHEN limited OR run.account_type = 'CASH' AND NEW.side = 'SELL'
+        CASE WHEN limited OR NEW.purpose IS NOT NULL
+                  OR run.account_type = 'CASH' AND NEW.side = 'SELL'
              THEN coalesce(held, 0) + orders_open_quantity(NEW) END);
     IF refusal.code IS NOT NULL THEN
         NEW.status := 'REJECTED';
@@ -4105,6 +4106,7 @@ CREATE FUNCTION command_is_settled(c broker_command, asked_at timestamptz, by_ho
 RETURNS boolean LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
 BEGIN
     RETURN CASE
+        WHEN c.claimed_by IS NULL THEN false
         WHEN c.outcome IS NULL THEN c.claimed_by <> by_holder AND c.claimed_at < asked_at
         WHEN c.outcome <> 'SENT' THEN c.done_at < asked_at
         ELSE c.done_at < asked_at - interval '30 seconds'
@@ -4365,6 +4367,41 @@ $$;
 
 COMMENT ON FUNCTION reconcile_working IS
     'Orders that a broker works and that we see differently; UNDECIDED among them.';
+
+-- Commands in doubt of orders that we and the broker see alike, so that nothing else tells what
+-- became of them: whatever is asked of those orders next waits for it.
+CREATE FUNCTION reconcile_commands(of_user uuid, of_account text, of_snapshot uuid)
+RETURNS TABLE (command_id uuid, outcome text)
+LANGUAGE sql STABLE ROWS 10 SET search_path = public, pg_temp AS $$
+    SELECT c.command_id,
+           CASE WHEN c.kind = 'SUBMIT' OR order_asked_for(c, t) THEN 'ARRIVED'
+                WHEN t.order_ref IS NOT NULL THEN 'NEVER_ARRIVED'
+                -- It is over, and nobody will know.
+                ELSE 'UNKNOWN' END
+    FROM snapshot_facts(of_user, of_account, of_snapshot) s
+    JOIN broker_command c ON c.user_id = of_user AND c.account = of_account
+                         AND c.claimed_by IS NOT NULL
+                         AND coalesce(c.outcome, 'UNKNOWN') = 'UNKNOWN'
+    JOIN orders o ON o.user_id = of_user AND o.run_id = c.run_id AND o.order_id = c.order_id
+    LEFT JOIN snapshot_orders(of_user, of_account, of_snapshot) t
+           ON t.order_ref = o.order_id::text
+    LEFT JOIN snapshot_overtaken(of_user, of_account, of_snapshot) n
+           ON n.order_ref = o.order_id::text
+    WHERE command_is_settled(c, s.asked_at, s.holder, s.first_number)
+      AND CASE
+          WHEN c.kind = 'SUBMIT' THEN t.order_ref IS NOT NULL OR EXISTS (
+              SELECT FROM broker_event e
+              WHERE e.user_id = of_user AND e.account = of_account
+                AND e.order_ref = o.order_id::text AND e.kind IN ('ORDER_STATUS', 'EXECUTION',
+                                                                  'REJECTED', 'MODIFIED'))
+          -- What is still asked for is judged with the order itself.
+          ELSE o.status <> 'PENDING_' || c.kind AND n.order_ref IS NULL
+               AND (t.order_ref IS NOT NULL
+                    OR o.status IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')) END
+$$;
+
+COMMENT ON FUNCTION reconcile_commands IS
+    'What became of commands in doubt of orders that do not differ, as a snapshot shows.';
 
 -- The run that takes up what turns out to be at an account, as with fills (engine/inbox.py).
 CREATE FUNCTION account_run(of_user uuid, of_account text) RETURNS uuid
@@ -4765,7 +4802,8 @@ RETURN CASE WHEN kind = 'ORDER_STATUS'
             THEN payload ->> 'code' IN ('ALREADY_CANCELED', 'INACTIVE')
             ELSE kind = 'REJECTED' END;
 
-COMMENT ON FUNCTION broker_event_ends_order IS 'Whether a broker''s word says that an order is over.';
+COMMENT ON FUNCTION broker_event_ends_order IS
+    'Whether a broker''s word says that an order is over.';
 
 -- What was filled in whole and is taken back is not worked again: the reversal itself is proven.
 CREATE FUNCTION order_end_is_said(o orders) RETURNS boolean
@@ -4946,32 +4984,54 @@ COMMENT ON FUNCTION order_broker_id_prove IS
 CREATE TRIGGER order_broker_id_m_prove AFTER INSERT ON order_broker_id
     REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION order_broker_id_prove();
 
--- Written before or after the row that proves them, in one transaction.
+-- The row may be written before the ids are in order_broker_id, in one transaction.
+CREATE FUNCTION order_id_is_said(o orders, of_number bigint, of_perm bigint) RETURNS boolean
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    RETURN EXISTS (SELECT FROM order_broker_id m
+                   WHERE m.user_id = o.user_id AND m.run_id = o.run_id
+                     AND m.order_id = o.order_id
+                     AND (m.broker_order_id = of_number OR m.perm_id = of_perm))
+        OR EXISTS (SELECT FROM broker_event b
+                   WHERE b.user_id = o.user_id AND b.order_ref = o.order_id::text
+                     AND b.account IN (SELECT a.account FROM broker_account a
+                                       WHERE a.user_id = o.user_id)
+                     AND (b.broker_order_id = of_number OR b.perm_id = of_perm))
+        OR EXISTS (SELECT FROM execution e
+                   JOIN broker_event b ON b.user_id = o.user_id AND b.account = o.account
+                                      AND b.execution_id = e.execution_id
+                   WHERE e.user_id = o.user_id AND e.run_id = o.run_id
+                     AND e.order_id = o.order_id
+                     AND (b.broker_order_id = of_number OR b.perm_id = of_perm))
+        OR EXISTS (SELECT FROM broker_event b
+                   WHERE b.user_id = o.user_id AND b.account = o.account
+                     AND b.applied_at IS NULL
+                     AND (b.broker_order_id = of_number OR b.perm_id = of_perm)
+                     AND broker_event_is_of_order(b, o));
+END $$;
+
+COMMENT ON FUNCTION order_id_is_said IS
+    'Whether a broker knows an order by one of these ids, the other being NULL.';
+
 CREATE FUNCTION orders_check_ids() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 BEGIN
     IF NEW.broker_order_id IS DISTINCT FROM OLD.broker_order_id
-       AND NOT EXISTS (SELECT FROM order_broker_id m
-                       WHERE m.user_id = NEW.user_id AND m.run_id = NEW.run_id
-                         AND m.order_id = NEW.order_id
-                         AND m.broker_order_id = NEW.broker_order_id)
+       AND NOT order_id_is_said(NEW, NEW.broker_order_id, NULL)
        OR NEW.perm_id IS DISTINCT FROM OLD.perm_id
-          AND NOT EXISTS (SELECT FROM order_broker_id m
-                          WHERE m.user_id = NEW.user_id AND m.run_id = NEW.run_id
-                            AND m.order_id = NEW.order_id AND m.perm_id = NEW.perm_id) THEN
-        RAISE EXCEPTION 'order % is not known by these ids', NEW.order_id
+          AND NOT order_id_is_said(NEW, NULL, NEW.perm_id) THEN
+        RAISE EXCEPTION 'no broker knows order % by these ids', NEW.order_id
             USING ERRCODE = '23T08', CONSTRAINT = 'orders_ids_said_by_broker', TABLE = 'orders',
                   COLUMN = 'perm_id',
-                  HINT = 'Insert what the broker said into order_broker_id.';
+                  HINT = 'Ids come from the connector''s broker_event rows.';
     END IF;
     RETURN NULL;
 END $$;
 
 COMMENT ON FUNCTION orders_check_ids IS
-    'Trigger, at commit: an order''s ids are among those of order_broker_id.';
+    'Trigger: an order''s ids at its broker are those that the broker said.';
 
-CREATE CONSTRAINT TRIGGER orders_m_check_ids AFTER UPDATE ON orders
-    DEFERRABLE INITIALLY DEFERRED
+CREATE TRIGGER orders_m_check_ids AFTER UPDATE ON orders
     FOR EACH ROW WHEN ((NEW.broker_order_id, NEW.perm_id)
                        IS DISTINCT FROM (OLD.broker_order_id, OLD.perm_id))
     EXECUTE FUNCTION orders_check_ids();
@@ -5077,8 +5137,9 @@ LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
         'breaker_kind', 'circuit_breaker', 'equity_peak', 'flatten_request', 'limit_kind',
         'order_refusal', 'system_halt', 'trading_halt',
         'paper_order', 'paper_trade', 'paper_position', 'paper_equity_curve',
-        'audit_broker', 'audit_cash', 'audit_chain', 'audit_duplicate', 'audit_event', 'audit_guard',
-        'audit_mark', 'audit_order', 'audit_orphan', 'audit_position', 'audit_running']
+        'audit_broker', 'audit_cash', 'audit_chain', 'audit_duplicate', 'audit_event',
+        'audit_guard', 'audit_mark', 'audit_order', 'audit_orphan', 'audit_position',
+        'audit_running']
         -- Not there in a database that was built from sql/.
         || CASE WHEN to_regclass('public.alembic_version') IS NULL THEN '{}'
                 ELSE '{alembic_version}'::text[] END
@@ -5227,20 +5288,30 @@ END $$;
 COMMENT ON FUNCTION broker_event_is_booked IS
     'Whether an execution, bust or commission that a broker told is in a run''s books.';
 
--- What stands in the books of orders at brokers and in the inbox beside them. Where the inbox is
--- history, its words are still there to bear it out.
+-- Inbox and outbox are kept, so that they still bear out what is in the books. A run that was made
+-- anew from an export has neither: they are its account's.
 CREATE VIEW audit_broker AS
+    WITH traded AS (
+        SELECT c.user_id, c.run_id FROM broker_command c WHERE c.run_id IS NOT NULL
+        UNION
+        SELECT o.user_id, o.run_id FROM orders o
+        JOIN broker_event b ON b.user_id = o.user_id AND b.account = o.account
+                           AND b.order_ref = o.order_id::text
+        WHERE o.recovered
+    )
     SELECT e.user_id, e.run_id, 'execution ' || e.execution_id AS subject,
            CASE WHEN e.reverses IS NULL THEN format('no broker said %s of %s at %s', e.side,
                                                     e.quantity, e.price)
                 ELSE format('no broker took back %s', e.reverses) END AS finding
     FROM orders o
     JOIN execution e ON e.user_id = o.user_id AND e.run_id = o.run_id AND e.order_id = o.order_id
+    JOIN traded t ON t.user_id = o.user_id AND t.run_id = o.run_id
     WHERE o.broker <> 'paper' AND NOT coalesce(execution_said_by_broker(e), false)
     UNION ALL
     SELECT c.user_id, c.run_id, 'commission of ' || c.execution_id,
            format('no broker said %s %s', c.amount, c.currency)
     FROM execution_commission c
+    JOIN traded t ON t.user_id = c.user_id AND t.run_id = c.run_id
     WHERE NOT coalesce(execution_commission_is_said(c), false)
     UNION ALL
     SELECT c.user_id, c.run_id, 'broker_command ' || c.command_id,
@@ -5260,6 +5331,7 @@ CREATE VIEW audit_broker AS
     SELECT o.user_id, o.run_id, 'order ' || o.order_id,
            format('is %s at %s and no command sent it there', o.status, o.account)
     FROM orders o
+    JOIN traded t ON t.user_id = o.user_id AND t.run_id = o.run_id
     WHERE o.broker <> 'paper' AND NOT o.recovered
       AND (o.status <> 'REJECTED' OR o.reject_source = 'BROKER')
       AND NOT EXISTS (SELECT FROM broker_command c
@@ -5269,6 +5341,7 @@ CREATE VIEW audit_broker AS
     SELECT o.user_id, o.run_id, 'order ' || o.order_id,
            format('is %s and no command asks for it', o.status)
     FROM orders o
+    JOIN traded t ON t.user_id = o.user_id AND t.run_id = o.run_id
     WHERE o.broker <> 'paper' AND o.status IN ('PENDING_CANCEL', 'PENDING_MODIFY')
       AND NOT EXISTS (SELECT FROM broker_command c
                       WHERE c.user_id = o.user_id AND c.run_id = o.run_id

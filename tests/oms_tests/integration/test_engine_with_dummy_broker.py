@@ -97,14 +97,14 @@ def test_heartbeat_failure_blocks_new_submissions_and_alerts(
     dsn: str, owner_conn: Connection, tmp_path: Path
 ) -> None:
     with a_house(dsn, owner_conn, tmp_path, faults="HEART-01") as house:
-        house.set_account(heartbeat_seconds=3)
+        house.set_account(heartbeat_seconds=4)
         house.staff()
         before = house.place(limit_price="90")
         until(lambda: house.exchange.books()["orders"], "order at the exchange")
         # Whoever connects anew isn't answered either.
         with house.exchange.paused():
             house.wait_alert("HEARTBEAT_LOST")
-            assert Decimal(house.wait_event("HEARTBEAT_LOST")["value"]) > 3
+            assert Decimal(house.wait_event("HEARTBEAT_LOST")["value"]) > 4
             assert _halts(house) == [("HEARTBEAT-DU1", "ACCOUNT", True)]
             refused = house.place(limit_price="91")
             order = house.wire.order(refused)

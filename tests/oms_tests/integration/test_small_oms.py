@@ -165,6 +165,7 @@ def test_status_shows_session_queue_throttle_and_how_long_the_broker_took(
             assert Decimal(0) <= Decimal(each["p50"]) <= Decimal(each["p95"])
             assert Decimal(each["p95"]) <= Decimal(each["p99"]) < 30
         assert "DU1" in house.oms("status")[1]
+        assert house.oms("health")[0] == 0
         # What waits while nobody serves the account is the queue.
         assert house.programs["connect"].stop() == 0
         house.place(limit_price="51")

@@ -268,7 +268,7 @@ def test_tick_under_reducing_may_sell(paper: Live) -> None:
 
 def test_limits_of_the_books_hold_in_a_tick_that_is_written_at_once(paper: Live) -> None:
     paper.limit("GROSS_EXPOSURE_MAX", 500)
-    intents = [buy("3"), buy("2"), buy("1"), buy(3, "IBM"), buy(2, "IBM"), buy(2, "IBM")]
+    intents = [buy("3"), buy("2"), buy("1"), buy("3", "IBM"), buy("2", "IBM"), buy("2", "IBM")]
     run_tick(
         paper.engine,
         paper.user,

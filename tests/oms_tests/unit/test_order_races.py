@@ -424,8 +424,7 @@ def test_words_of_the_connection(
 
 
 def test_a_reference_of_somebody_else_is_foreign(wire: Wire) -> None:
-    number = wire.status(UUID(int=1), "ROUTED")
-    wire.conn.execute("UPDATE broker_event SET order_ref = 'by hand' WHERE number = %s", [number])
+    number = wire.status("by hand", "ROUTED")
     wire.apply()
     assert wire.finding(number) == ("FOREIGN", "FOREIGN_ORDER")
 

@@ -173,8 +173,8 @@ def test_two_workers_with_the_same_part_apply_each_word_once(
 def test_a_poisoned_word_that_another_worker_sets_aside_costs_no_other_word(
     shared: Wire, workers: list[Connection], dsn: str
 ) -> None:
-    (order_id,) = ordered(shared, 1)
-    shared.conn.execute("DELETE FROM broker_event")
+    order_id = shared.place(quantity="3")
+    shared.sent(order_id)
     poison = shared.fill(order_id, "1.123456789", "100", "poison")  # nine decimals
     good = shared.fill(order_id, "3", "101", "good")
     about = (shared.run.user_id, shared.account)
