@@ -258,7 +258,7 @@ class Desk:
         payload: Mapping[str, Any] | None,
         not_before: datetime | None,
     ) -> UUID:
-        changes = {"priority": priority, "not_before": not_before}
+        changes: dict[str, Any] = {"priority": priority, "not_before": not_before}
         if payload is not None:
             changes["payload"] = Jsonb(payload)
         is_odd = payload is not None or priority != 2 or not_before is not None
