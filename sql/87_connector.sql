@@ -64,7 +64,8 @@ BEGIN
     UPDATE broker_lease
     SET expires_at = clock_timestamp() + make_interval(secs => seconds), connected = is_connected,
         -- A connector's clock that is ahead would hide the silence that follows.
-        last_heard_at = greatest(last_heard_at, least(heard_at, clock_timestamp())),
+        last_heard_at = greatest(last_heard_at, CASE WHEN heard_at > clock_timestamp()
+                                                     THEN clock_timestamp() ELSE heard_at END),
         clock_skew = coalesce(skew, clock_skew)
     WHERE user_id = of_user AND account = of_account AND holder = by_holder
     RETURNING expires_at INTO until;

@@ -433,7 +433,8 @@ CREATE VIEW audit_broker AS
           IS DISTINCT FROM
           (o.order_id::text, o.symbol, o.side, o.order_type, o.time_in_force)
        OR c.kind = 'SUBMIT' AND c.claimed_by IS NULL AND c.done_at IS NULL
-          AND (o.status NOT IN ('NEW', 'PENDING') OR c.account <> o.account
+          AND (o.status IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
+               OR c.account <> o.account
                OR c.payload <> orders_command_payload(o))
     UNION ALL
     SELECT o.user_id, o.run_id, 'order ' || o.order_id,

@@ -97,10 +97,6 @@ ENGINE: dict[str, dict[str, str]] = {
     },
     "broker_event": {"UPDATE": "applied_at code finding note"},
     "alert": {"INSERT": "*", "UPDATE": "acknowledged_at acknowledged_by"},
-    "flatten_request": {
-        "INSERT": "account asked_at asked_by flatten_id reason run_id scope user_id",
-        "UPDATE": "checked_at finished_at status summary",
-    },
     "reconciliation": {"INSERT": "*"},
     "reconciliation_difference": {"INSERT": "*"},
     "position": {"UPDATE": "mark_price marked_at"},
@@ -158,16 +154,6 @@ ENGINE_FUNCTIONS = [
     "system_halt_place",
     "ticks_write",
 ]
-
-# What the engine calls to halt and to lift, and what its orders make the gate call.
-SAFETY_FUNCTIONS = (
-    "halt_enforce",
-    "halt_lift",
-    "halt_place",
-    "run_equity_peak",
-    "system_halt_lift",
-    "system_halt_place",
-)
 
 _TABLE_RIGHTS = """
     SELECT c.relname, x.privilege_type, '*'

@@ -381,6 +381,7 @@ def test_the_audit_sees_what_these_tests_rely_on(conn: Connection) -> None:
 def test_connector_cannot_mutate_orderstate_directly(conn: Connection, attack: str) -> None:
     desk = Desk(conn)
     (order,) = desk.orders(1)
+    desk.command("SUBMIT", order)
     conn.execute(f"SET LOCAL ROLE {CONNECTOR_ROLE}".encode())
     with pytest.raises(psycopg.errors.InsufficientPrivilege), conn.transaction():
         conn.execute(attack.encode(), {"user": desk.user_id, "run": desk.run_id, "order": order})
