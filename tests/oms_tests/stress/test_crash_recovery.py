@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import sys
 import threading
 
 import pytest
 from broker_cases import ACCOUNT, Wire, a_broker_run
+from siege import a_server, a_siege, install, open_folder
 from snapshot_cases import Books
 from traded_books import Book, a_life
 from waits import wait_until_blocked
 
 from engine.db.connect import Connection, open_connection
+from engine.db.embedded import Server
 from engine.inbox import apply_batch
 from engine.rebuild import fold
 from engine.reconcile import reconcile
@@ -144,3 +148,37 @@ def test_reconcile_vs_fill_race_resolves_consistently(dsn: str, owner_conn: Conn
     ):
         came_to = _race(wire, dsn, reconcile_first=reconcile_first, snapshot_first=snapshot_first)
         assert came_to == ("FILLED", 10, 10 * number, 100_000 - 1000 * number)
+
+
+# How often everything is killed once, in random order; the nightly job sets more.
+ROUNDS = int(os.environ.get("OMS_CRASH_ROUNDS", "1"))
+FIRST = int(os.environ.get("OMS_CRASH_SEED", "1"))
+STEPS_A_ROUND = 40
+
+
+@pytest.mark.slow
+@pytest.mark.scenario("PERSIST-01")
+@pytest.mark.parametrize("seed", range(FIRST, FIRST + ROUNDS))
+def test_crash_and_restore_has_no_phantom_positions(server: Server, seed: int) -> None:
+    """Worker, connector, exchange and Postgres, each killed at a random point of a busy session."""
+    with open_folder() as folder, a_server(folder, server.bin_dir) as own:
+        with a_siege(install(own), folder, seed) as siege:
+
+            def kill_postgres() -> None:
+                own.kill()
+                own.start()
+
+            try:
+                siege.busy(
+                    STEPS_A_ROUND,
+                    lambda: siege.kill_program("work"),
+                    lambda: siege.kill_program("connect"),
+                    siege.kill_exchange,
+                    kill_postgres,
+                )
+                siege.wait_until_up()
+                siege.settle()
+                siege.must_agree()
+            except BaseException:
+                sys.stderr.write(f"{siege.story()}\nto repeat it: OMS_CRASH_SEED={seed}\n")
+                raise
