@@ -105,10 +105,10 @@ class Settling:
 
     # --- What must hold ---------------------------------------------------------------------
 
-    def must_agree(self) -> None:
+    def must_agree(self, *, was_restored: bool = False) -> None:
         """Our books are the exchange's, which has each order once, and the audit is clean."""
         books = self.control.books(self.wire.account)
-        found = disagreements(self.conn, self.wire.run, books)
+        found = disagreements(self.conn, self.wire.run, books, was_restored=was_restored)
         assert found == [], "\n".join(found)
         findings = audit(self.conn, self.wire.run)
         assert findings == []

@@ -320,9 +320,9 @@ class Siege(Settling):
 
     # --- What must hold ---------------------------------------------------------------------
 
-    def must_agree(self) -> None:
+    def must_agree(self, *, was_restored: bool = False) -> None:
         """As for everybody; and whatever was acknowledged is there, once."""
-        super().must_agree()
+        super().must_agree(was_restored=was_restored)
         rows = self.conn.execute(
             "SELECT client_order_id, order_id FROM orders WHERE user_id = %s", [self.user_id]
         ).fetchall()

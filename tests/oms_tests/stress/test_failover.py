@@ -47,6 +47,7 @@ def test_what_was_acknowledged_outlives_the_primary_and_everybody_goes_on(
 
                 try:
                     siege.busy(STEPS, fail_over)
+                    siege.wait_until_up()
                     siege.settle()
                     siege.must_agree()
                     assert seen <= siege.executions()
