@@ -297,14 +297,16 @@ class Session:
             return
         order_id = self.lot.choice(self.stand.placed)
         order = self.stand.wire.order(order_id)
-        terms: dict[str, Decimal] = {}
+        quantity = limit = None
         if self.lot.random() < 0.5 or order["limit_price"] is None:
-            terms["quantity"] = Decimal(self.lot.randint(1, 25))
+            quantity = Decimal(self.lot.randint(1, 25))
         else:
-            terms["limit_price"] = self._near(order["symbol"])
+            limit = self._near(order["symbol"])
         # It may be over, or more filled than it is to have.
         with suppress(RuleViolation, BadInput):
-            modify_order(self.stand.conn, *self.stand.key, order_id, **terms)
+            modify_order(
+                self.stand.conn, *self.stand.key, order_id, quantity=quantity, limit_price=limit
+            )
 
     def _price(self) -> None:
         symbol = self.lot.choice(list(self.prices))

@@ -84,7 +84,9 @@ class Settling:
             done = reconcile(self.conn, *whose, utc_now(), snapshot_id=asked[-1])
             return done or stored(self.conn, *whose, asked[-1])
 
-        return until(look, "reconciliation")
+        found = until(look, "reconciliation")
+        assert found is not None
+        return found
 
     def story(self) -> str:
         """All that was asked, said and done, for who looks into a failure."""
