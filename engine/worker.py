@@ -144,7 +144,7 @@ def serve(
     """
     while not stopped.is_set():
         try:
-            with connected(dsn) as conn:
+            with translated(), connected(dsn) as conn:
                 conn.execute(f"LISTEN {EVENTS}")
                 _serve(conn, stopped, part, clock, watches, report)
         except (DatabaseUnavailable, EngineError) as error:

@@ -150,6 +150,24 @@ COMMENT ON FUNCTION commands_claim IS
     'Gives the holder of an account its next commands: by priority, cancels first, then by age; '
     'each once; at most so many, and so many new orders among them.';
 
+-- After a restore from a backup: what the backup still holds for unsent may have been sent since.
+-- Taken by nobody who lives, it is not sent, and the next snapshot says whether it has arrived.
+CREATE FUNCTION commands_doubt(of_user uuid, of_account text) RETURNS bigint
+LANGUAGE sql SET search_path = public, pg_temp AS $$
+    WITH doubted AS (
+        UPDATE broker_command
+        SET claimed_by = gen_random_uuid(), claimed_at = clock_timestamp()
+        WHERE user_id = of_user AND account = of_account AND claimed_by IS NULL
+          AND done_at IS NULL AND kind IN ('SUBMIT', 'MODIFY', 'CANCEL')
+        RETURNING command_id
+    )
+    SELECT count(*) FROM doubted
+$$;
+
+COMMENT ON FUNCTION commands_doubt IS
+    'Holds back whatever an account''s outbox has not sent, until a snapshot tells whether it has '
+    'arrived; for a database that was restored. Returns how many commands that are.';
+
 -- What waits though its turn has come: the throttle's queue.
 CREATE FUNCTION commands_throttled(of_user uuid, of_account text, at_most integer)
 RETURNS TABLE (command_id uuid, kind text, order_id uuid, place bigint)

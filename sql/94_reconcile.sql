@@ -189,6 +189,22 @@ $$;
 COMMENT ON FUNCTION snapshot_closed IS
     'The orders that have ended lately, as a snapshot says, if its broker tells them.';
 
+-- A fill of an order that we don't know arrives with the snapshot that tells its terms.
+CREATE FUNCTION snapshot_terms(of_user uuid, of_account text, of_ref text)
+RETURNS SETOF snapshot_order
+LANGUAGE sql STABLE ROWS 1 SET search_path = public, pg_temp AS $$
+    SELECT o.* FROM broker_event e
+    CROSS JOIN LATERAL jsonb_populate_recordset(
+        NULL::snapshot_order, coalesce(e.payload -> 'open_orders', '[]')
+                              || coalesce(e.payload -> 'closed_orders', '[]')) AS o
+    WHERE e.user_id = of_user AND e.account = of_account AND e.kind = 'SNAPSHOT'
+      AND e.applied_at IS NULL AND o.order_ref = of_ref
+    ORDER BY e.number DESC LIMIT 1
+$$;
+
+COMMENT ON FUNCTION snapshot_terms IS
+    'An order as the newest snapshot says it that waits to be compared; no row where none does.';
+
 -- A connector asks what it must still put into the inbox, which it may not read.
 CREATE FUNCTION executions_unheard(of_user uuid, of_account text, kinds text[], executions text[])
 RETURNS SETOF bigint

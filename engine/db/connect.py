@@ -22,10 +22,17 @@ ENGINE_ROLE = "oms_engine"
 CONNECTOR_ROLE = "oms_connector"
 CONNECT_TIMEOUT_SECONDS = 10
 LOCK_TIMEOUT_MS = 30_000
+# A machine that is gone says nothing: so long until we notice, when we wait and when we send.
+KEEPALIVE_IDLE_SECONDS, KEEPALIVE_SECONDS, KEEPALIVES_MAX = 10, 5, 4
+TCP_USER_TIMEOUT_MS = 30_000
 POOL_SIZE_MAX = 5
 _SETTINGS: dict[str, Any] = {
     "application_name": "oms",
     "connect_timeout": CONNECT_TIMEOUT_SECONDS,
+    "keepalives_idle": KEEPALIVE_IDLE_SECONDS,
+    "keepalives_interval": KEEPALIVE_SECONDS,
+    "keepalives_count": KEEPALIVES_MAX,
+    "tcp_user_timeout": TCP_USER_TIMEOUT_MS,
     "options": f"-c timezone=UTC -c lock_timeout={LOCK_TIMEOUT_MS}",
 }
 

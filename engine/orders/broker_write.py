@@ -166,7 +166,8 @@ def is_whole(heard: Heard) -> bool:
 def recover_order(
     conn: Connection, user_id: UUID, run_id: UUID, account: str, order_id: UUID, heard: Heard
 ) -> OrderState:
-    """Make up the order that a fill belongs to: as large as the fill, which is all that is known.
+    """Make up the order that a fill belongs to: on the terms that a snapshot tells which came with
+    it, else as large as the fill, which is all that is known.
 
     Its id is the reference that the broker returned, so that a second telling finds it.
     """
@@ -174,9 +175,24 @@ def recover_order(
     quantity = heard.amount("quantity") or Decimal(0)
     conn.execute(
         """INSERT INTO orders (user_id, run_id, order_id, account, symbol, side, quantity,
-                               recovered)
-           VALUES (%s, %s, %s, %s, %s, %s, %s, true)""",
-        [user_id, run_id, order_id, account, symbol, str(side), quantity],
+                               order_type, time_in_force, limit_price, stop_price, trail_amount,
+                               trail_percent, expire_at, recovered)
+           SELECT %(user)s, %(run)s, %(order)s, %(account)s, %(symbol)s, %(side)s,
+                  greatest(t.quantity, %(quantity)s), coalesce(t.order_type, 'MARKET'),
+                  coalesce(t.time_in_force, 'DAY'), t.limit_price, t.stop_price, t.trail_amount,
+                  t.trail_percent, t.expire_at, true
+           FROM (SELECT) AS one
+           LEFT JOIN snapshot_terms(%(user)s, %(account)s, %(order)s::text) t
+                  ON t.symbol = %(symbol)s AND t.side = %(side)s""",
+        {
+            "user": user_id,
+            "run": run_id,
+            "order": order_id,
+            "account": account,
+            "symbol": symbol,
+            "side": str(side),
+            "quantity": quantity,
+        },
     )
     return order_states(conn, user_id, [order_id])[order_id]
 

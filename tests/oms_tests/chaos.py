@@ -163,12 +163,23 @@ class Stand(Settling):
         self._running.cancel()
         await asyncio.wait({self._running})
 
+    def use(self, conn: Connection) -> None:
+        """Go on with another connection."""
+        self.conn.close()
+        self.conn = self.wire.conn = conn
+
+    def place_one(self) -> UUID:
+        """An order that the exchange may take at once."""
+        wanted = PlaceOrder("AAPL", Side.BUY, Decimal(len(self.placed) + 1))
+        self.placed.append(place_order(self.conn, *self.key, wanted))
+        return self.placed[-1]
+
     def story(self) -> str:
         return f"plan: {self.plan.model_dump_json(exclude_defaults=True)}\n{super().story()}"
 
-    def must_agree(self) -> None:
+    def must_agree(self, *, was_restored: bool = False) -> None:
         """As for everybody; and nothing was sent twice, not even to be dropped on its way."""
-        super().must_agree()
+        super().must_agree(was_restored=was_restored)
         twice = {ref: count for ref, count in self.sent.items() if count > 1}
         assert twice == {}, "sent more than once"
 
@@ -286,14 +297,16 @@ class Session:
             return
         order_id = self.lot.choice(self.stand.placed)
         order = self.stand.wire.order(order_id)
-        terms: dict[str, Decimal] = {}
+        quantity = limit = None
         if self.lot.random() < 0.5 or order["limit_price"] is None:
-            terms["quantity"] = Decimal(self.lot.randint(1, 25))
+            quantity = Decimal(self.lot.randint(1, 25))
         else:
-            terms["limit_price"] = self._near(order["symbol"])
+            limit = self._near(order["symbol"])
         # It may be over, or more filled than it is to have.
         with suppress(RuleViolation, BadInput):
-            modify_order(self.stand.conn, *self.stand.key, order_id, **terms)
+            modify_order(
+                self.stand.conn, *self.stand.key, order_id, quantity=quantity, limit_price=limit
+            )
 
     def _price(self) -> None:
         symbol = self.lot.choice(list(self.prices))

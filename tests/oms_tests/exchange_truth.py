@@ -24,13 +24,19 @@ _STATUSES = {
     "REJECTED": {"REJECTED"},
 }
 _OVER = {"FILLED", "CANCELED", "REJECTED", "EXPIRED"}
+_ENDED = _STATUSES.keys() - {"PENDING_SUBMIT", "ROUTED"}
 _TERMS = ("quantity", "limit_price", "stop_price")
 
 
-def disagreements(conn: Connection, run: Run, books: Mapping[str, Any]) -> list[str]:
-    """In what our books of a run and the exchange's of its account differ; empty is right."""
+def disagreements(
+    conn: Connection, run: Run, books: Mapping[str, Any], *, was_restored: bool = False
+) -> list[str]:
+    """In what our books of a run and the exchange's of its account differ; empty is right.
+
+    After a restore from a backup nobody tells us of orders that ended without a fill since.
+    """
     return [
-        *_of_orders(conn, run, books),
+        *_of_orders(conn, run, books, was_restored),
         *_of_executions(conn, run, books),
         *_of_holdings(conn, run, books),
     ]
@@ -41,14 +47,16 @@ def _rows(conn: Connection, query: str, run: Run) -> list[dict[str, Any]]:
         return cursor.execute(query.encode(), [run.user_id, run.run_id]).fetchall()
 
 
-def _of_orders(conn: Connection, run: Run, books: Mapping[str, Any]) -> Iterator[str]:
+def _of_orders(
+    conn: Connection, run: Run, books: Mapping[str, Any], was_restored: bool
+) -> Iterator[str]:
     refs = Counter(each["order_ref"] for each in books["orders"] if not each["by_hand"])
     yield from (f"{ref} is {count} orders there" for ref, count in refs.items() if count > 1)
     theirs = {each["order_ref"]: each for each in books["orders"]}
     ours = _rows(
         conn,
         """SELECT o.order_id::text AS ref, o.status, o.filled_quantity, o.quantity, o.limit_price,
-                  o.stop_price, o.reject_source,
+                  o.stop_price, o.recovered,
                   coalesce(c.outcome, '') AS submit
            FROM orders o LEFT JOIN broker_command c ON c.user_id = o.user_id
                 AND c.order_id = o.order_id AND c.kind = 'SUBMIT'
@@ -61,7 +69,11 @@ def _of_orders(conn: Connection, run: Run, books: Mapping[str, Any]) -> Iterator
             yield from _not_there(order)
         else:
             yield from _both(order, there)
-    yield from (f"{ref} is there, and not here" for ref in theirs)
+    yield from (
+        f"{ref} is there, and not here"
+        for ref, there in theirs.items()
+        if not (was_restored and there["status"] in _ENDED and Decimal(there["filled"]) == 0)
+    )
 
 
 def _not_there(order: Mapping[str, Any]) -> Iterator[str]:
@@ -75,7 +87,9 @@ def _both(order: Mapping[str, Any], there: Mapping[str, Any]) -> Iterator[str]:
     name = order["ref"]
     if order["filled_quantity"] != Decimal(there["filled"]):
         yield f"{name}: filled {order['filled_quantity']} here, {there['filled']} there"
-    if order["status"] not in _STATUSES[there["status"]]:
+    # Of an order that was taken up for its fills, and had ended, no more than those is known.
+    ended = order["recovered"] and order["status"] in _OVER and there["status"] in _ENDED
+    if order["status"] not in _STATUSES[there["status"]] and not ended:
         yield f"{name} is {order['status']} here, {there['status']} there"
     if order["status"] not in _OVER:
         for term in _TERMS:

@@ -86,6 +86,10 @@ class Program:
         """Wait until it ends by itself; its exit code."""
         return self._process.wait(PATIENCE_SECONDS)
 
+    @property
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
     def _end(self, number: signal.Signals) -> int:
         if self._process.poll() is None:
             self._process.send_signal(number)

@@ -84,7 +84,9 @@ class Settling:
             done = reconcile(self.conn, *whose, utc_now(), snapshot_id=asked[-1])
             return done or stored(self.conn, *whose, asked[-1])
 
-        return until(look, "reconciliation")
+        found = until(look, "reconciliation")
+        assert found is not None
+        return found
 
     def story(self) -> str:
         """All that was asked, said and done, for who looks into a failure."""
@@ -105,10 +107,10 @@ class Settling:
 
     # --- What must hold ---------------------------------------------------------------------
 
-    def must_agree(self) -> None:
+    def must_agree(self, *, was_restored: bool = False) -> None:
         """Our books are the exchange's, which has each order once, and the audit is clean."""
         books = self.control.books(self.wire.account)
-        found = disagreements(self.conn, self.wire.run, books)
+        found = disagreements(self.conn, self.wire.run, books, was_restored=was_restored)
         assert found == [], "\n".join(found)
         findings = audit(self.conn, self.wire.run)
         assert findings == []

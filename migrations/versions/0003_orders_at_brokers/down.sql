@@ -973,6 +973,8 @@ DROP FUNCTION snapshot_overtaken;
 
 DROP FUNCTION executions_unheard;
 
+DROP FUNCTION snapshot_terms;
+
 DROP FUNCTION snapshot_closed;
 
 DROP FUNCTION snapshot_orders;
@@ -1056,6 +1058,8 @@ DROP FUNCTION connector_alert;
 DROP FUNCTION commands_done;
 
 DROP FUNCTION commands_throttled;
+
+DROP FUNCTION commands_doubt;
 
 DROP FUNCTION commands_claim;
 

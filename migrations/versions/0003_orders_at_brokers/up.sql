@@ -1729,9 +1729,11 @@ BEGIN
         SELECT o.run_id, o.order_id INTO run_id, order_id FROM orders o
         WHERE o.user_id = of_user AND o.order_id = ref::uuid AND o.broker <> 'paper';
     END IF;
+    -- The indexes are of ids that are there: a planner sees it in the query, not in the parameter.
     IF order_id IS NULL AND of_perm <> 0 THEN
         SELECT m.run_id, m.order_id INTO run_id, order_id FROM order_broker_id m
         WHERE m.user_id = of_user AND m.account = of_account AND m.perm_id = of_perm
+          AND m.perm_id <> 0
         ORDER BY m.since DESC, m.order_id LIMIT 1;
     END IF;
     IF order_id IS NULL AND of_number <> 0 THEN
@@ -1739,6 +1741,7 @@ BEGIN
         FROM order_broker_id m
         JOIN broker_account a ON a.user_id = m.user_id AND a.account = m.account
         WHERE m.user_id = of_user AND m.account = of_account AND m.broker_order_id = of_number
+          AND m.broker_order_id <> 0
           AND (m.since AT TIME ZONE a.time_zone)::date = (at AT TIME ZONE a.time_zone)::date
           AND coalesce(m.perm_id = of_perm OR m.perm_id = 0, true)
         ORDER BY m.since DESC, m.order_id LIMIT 1;
@@ -1746,11 +1749,11 @@ BEGIN
     reused := of_number <> 0 AND EXISTS (
         SELECT FROM order_broker_id m
         WHERE m.user_id = of_user AND m.account = of_account AND m.broker_order_id = of_number
-          AND m.order_id <> order_of_broker.order_id)
+          AND m.broker_order_id <> 0 AND m.order_id <> order_of_broker.order_id)
         AND NOT EXISTS (
         SELECT FROM order_broker_id m
         WHERE m.user_id = of_user AND m.account = of_account AND m.broker_order_id = of_number
-          AND m.order_id = order_of_broker.order_id);
+          AND m.broker_order_id <> 0 AND m.order_id = order_of_broker.order_id);
 END $$;
 
 COMMENT ON FUNCTION order_of_broker IS
@@ -2343,7 +2346,8 @@ BEGIN
     UPDATE broker_lease
     SET expires_at = clock_timestamp() + make_interval(secs => seconds), connected = is_connected,
         -- A connector's clock that is ahead would hide the silence that follows.
-        last_heard_at = greatest(last_heard_at, least(heard_at, clock_timestamp())),
+        last_heard_at = greatest(last_heard_at, CASE WHEN heard_at > clock_timestamp()
+                                                     THEN clock_timestamp() ELSE heard_at END),
         clock_skew = coalesce(skew, clock_skew)
     WHERE user_id = of_user AND account = of_account AND holder = by_holder
     RETURNING expires_at INTO until;
@@ -2427,6 +2431,24 @@ END $$;
 COMMENT ON FUNCTION commands_claim IS
     'Gives the holder of an account its next commands: by priority, cancels first, then by age; '
     'each once; at most so many, and so many new orders among them.';
+
+-- After a restore from a backup: what the backup still holds for unsent may have been sent since.
+-- Taken by nobody who lives, it is not sent, and the next snapshot says whether it has arrived.
+CREATE FUNCTION commands_doubt(of_user uuid, of_account text) RETURNS bigint
+LANGUAGE sql SET search_path = public, pg_temp AS $$
+    WITH doubted AS (
+        UPDATE broker_command
+        SET claimed_by = gen_random_uuid(), claimed_at = clock_timestamp()
+        WHERE user_id = of_user AND account = of_account AND claimed_by IS NULL
+          AND done_at IS NULL AND kind IN ('SUBMIT', 'MODIFY', 'CANCEL')
+        RETURNING command_id
+    )
+    SELECT count(*) FROM doubted
+$$;
+
+COMMENT ON FUNCTION commands_doubt IS
+    'Holds back whatever an account''s outbox has not sent, until a snapshot tells whether it has '
+    'arrived; for a database that was restored. Returns how many commands that are.';
 
 -- What waits though its turn has come: the throttle's queue.
 CREATE FUNCTION commands_throttled(of_user uuid, of_account text, at_most integer)
@@ -4068,6 +4090,22 @@ $$;
 COMMENT ON FUNCTION snapshot_closed IS
     'The orders that have ended lately, as a snapshot says, if its broker tells them.';
 
+-- A fill of an order that we don't know arrives with the snapshot that tells its terms.
+CREATE FUNCTION snapshot_terms(of_user uuid, of_account text, of_ref text)
+RETURNS SETOF snapshot_order
+LANGUAGE sql STABLE ROWS 1 SET search_path = public, pg_temp AS $$
+    SELECT o.* FROM broker_event e
+    CROSS JOIN LATERAL jsonb_populate_recordset(
+        NULL::snapshot_order, coalesce(e.payload -> 'open_orders', '[]')
+                              || coalesce(e.payload -> 'closed_orders', '[]')) AS o
+    WHERE e.user_id = of_user AND e.account = of_account AND e.kind = 'SNAPSHOT'
+      AND e.applied_at IS NULL AND o.order_ref = of_ref
+    ORDER BY e.number DESC LIMIT 1
+$$;
+
+COMMENT ON FUNCTION snapshot_terms IS
+    'An order as the newest snapshot says it that waits to be compared; no row where none does.';
+
 -- A connector asks what it must still put into the inbox, which it may not read.
 CREATE FUNCTION executions_unheard(of_user uuid, of_account text, kinds text[], executions text[])
 RETURNS SETOF bigint
@@ -5325,7 +5363,8 @@ CREATE VIEW audit_broker AS
           IS DISTINCT FROM
           (o.order_id::text, o.symbol, o.side, o.order_type, o.time_in_force)
        OR c.kind = 'SUBMIT' AND c.claimed_by IS NULL AND c.done_at IS NULL
-          AND (o.status NOT IN ('NEW', 'PENDING') OR c.account <> o.account
+          AND (o.status IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
+               OR c.account <> o.account
                OR c.payload <> orders_command_payload(o))
     UNION ALL
     SELECT o.user_id, o.run_id, 'order ' || o.order_id,

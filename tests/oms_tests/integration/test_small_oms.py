@@ -262,6 +262,7 @@ def test_a_signal_ends_connector_and_worker_cleanly(
         assert 3 < len(refs) < len(orders)
         told = {each["execution_id"] for each in house.heard("EXECUTION")}
         assert told == {each["execution_id"] for each in house.exchange.books()["executions"]}
+        assert house.heard("DISCONNECTED") == [{"reason": "logged off"}]
         assert house.heard("LOGOUT") == [{"reason": "SHUTDOWN"}]
         assert not _holds_lease(house)
         assert house.oms("work", "--once")[0] == 0

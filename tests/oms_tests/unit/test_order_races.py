@@ -447,7 +447,7 @@ def test_an_end_that_was_our_guess_is_proven_wrong_by_a_newer_word(
 ) -> None:
     order_id = wire.working()
     heard_at = wire.now
-    whole = {"snapshot_id": str(uuid4()), "part": 1, "parts": 1, "open_orders": []}
+    whole: dict[str, Any] = {"snapshot_id": str(uuid4()), "part": 1, "parts": 1, "open_orders": []}
     wire.say("SNAPSHOT", lag=timedelta(days=9999), **whole)
     wire.conn.execute("UPDATE orders SET status = 'CANCELED', status_reason = 'RECONCILE_MISMATCH'")
     number = wire.status(order_id, "ROUTED", at=heard_at + at)

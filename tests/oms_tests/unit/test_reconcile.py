@@ -595,3 +595,56 @@ def test_an_unknown_account_is_refused(wire: Wire) -> None:
 
     with pytest.raises(BadInput, match="no account"):
         request_snapshot(wire.conn, wire.run.user_id, "NOBODY", "DEMAND")
+
+
+def test_a_submit_in_doubt_has_arrived_though_the_order_is_seen_alike(
+    wire: Wire, books: Books
+) -> None:
+    """What is asked of the order next waits for the word on its submit."""
+    order_id = wire.place(limit_price="90")
+    claim(wire, order_id, None, by=uuid4())  # by a connector that died
+    wire.status(order_id, "ROUTED", broker_order_id=1)
+    books.works(order_id)
+    assert books.reconcile().differences == []
+    assert outcome(wire, order_id) == "ARRIVED"
+
+
+def test_a_submit_in_the_hands_of_who_lives_is_left_to_him(wire: Wire, books: Books) -> None:
+    order_id = wire.place(limit_price="90")
+    claim(wire, order_id, None, by=wire.holder)
+    wire.status(order_id, "ROUTED", broker_order_id=1)
+    books.works(order_id)
+    assert books.reconcile().differences == []
+    assert outcome(wire, order_id) is None
+
+
+@pytest.mark.parametrize(("limit", "came_to"), [("91", "ARRIVED"), ("90", "NEVER_ARRIVED")])
+def test_a_modification_in_doubt_of_an_order_that_works_is_told_by_its_terms(
+    wire: Wire, books: Books, limit: str, came_to: str
+) -> None:
+    order_id = wire.working(limit_price="90")
+    assert wire.modify(order_id, limit_price="91") == "PENDING_MODIFY"
+    claim(wire, order_id, None, by=uuid4(), kind="MODIFY")
+    if limit == "91":
+        wire.say("MODIFIED", order_id, quantity="10", limit_price="91")
+    else:
+        wire.say("MODIFY_REJECTED", order_id, code="NO", message="no")
+    wire.apply()
+    books.works(order_id, broker_order_id=None)
+    assert books.reconcile().differences == []
+    assert outcome(wire, order_id, "MODIFY") == came_to
+
+
+def test_after_a_restore_what_waits_is_sent_by_nobody_and_judged_by_the_snapshot(
+    wire: Wire, books: Books
+) -> None:
+    arrived, never = wire.place(limit_price="90"), wire.place(limit_price="91")
+    doubted = wire.conn.execute(
+        "SELECT commands_doubt(%s, %s)", [wire.run.user_id, ACCOUNT]
+    ).fetchone()
+    assert doubted == (2,)
+    books.works(arrived)
+    books.reconcile()
+    assert [outcome(wire, each) for each in (arrived, never)] == ["ARRIVED", "NEVER_ARRIVED"]
+    assert [wire.order(each)["status"] for each in (arrived, never)] == ["ROUTED", "NEW"]
+    assert wire.kinds(never) == ["SUBMIT"]
