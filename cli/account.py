@@ -95,7 +95,7 @@ def add(
     from engine.accounts import AccountTerms, add_account
     from engine.market.imports import parse_decimal
 
-    opens_at, closes_at = parse_time_of_day(hours) if hours else (None, None)
+    opens_at, closes_at = (None, None) if hours is None else parse_time_of_day(hours)
     terms = AccountTerms(
         broker=broker.lower(),
         currency=currency.upper(),

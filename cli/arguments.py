@@ -72,7 +72,10 @@ def parse_time_of_day(text: str) -> tuple[time, time]:
     begin, dash, end = text.partition("-")
     try:
         if dash:
-            return time.fromisoformat(begin.strip()), time.fromisoformat(end.strip())
+            opens, closes = time.fromisoformat(begin.strip()), time.fromisoformat(end.strip())
+            # The zone has an option of its own.
+            if opens != closes and opens.tzinfo is closes.tzinfo is None:
+                return opens, closes
     except ValueError:
         pass
     raise BadInput(f"The hours {text!r} can't be read; write them as 09:00-17:00.")

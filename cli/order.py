@@ -210,8 +210,8 @@ def place(
     if as_json:
         print_json(order)
     else:
-        why = f": {order.status_reason}" if order.status_reason else ""
-        say(f"Order {order.order_id} is {order.status}{why}.")
+        why = order.status_reason or order.reject_code
+        say(f"Order {order.order_id} is {order.status}{f': {why}' if why else ''}.")
 
 
 @app.command()

@@ -15,7 +15,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import UTC, date, datetime
+from datetime import UTC, date, datetime, time
 from decimal import ROUND_HALF_EVEN, Decimal, localcontext
 from typing import TYPE_CHECKING, Any, Literal, TextIO
 from uuid import UUID
@@ -160,7 +160,7 @@ def as_json(value: Any) -> Any:
             return plain(value)
         case datetime():
             return value.astimezone(UTC).isoformat().replace("+00:00", "Z")
-        case date() | UUID() | os.PathLike():
+        case date() | time() | UUID() | os.PathLike():
             return str(value)
         case Mapping():
             return {str(key): as_json(item) for key, item in value.items()}

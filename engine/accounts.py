@@ -12,6 +12,7 @@ from uuid import UUID
 from psycopg.rows import class_row
 from psycopg.types.json import Jsonb
 
+from engine.brokers.protocol import KINDS
 from engine.db.connect import Connection
 from engine.errors import BadInput, translated
 from engine.market.calendar import require_calendar
@@ -72,6 +73,9 @@ def add_account(conn: Connection, user_id: UUID, account: str, terms: AccountTer
     """Make an account. Raises BadInput, UnknownReference, InvalidValue and AlreadyHappened."""
     if terms.broker == PAPER:
         raise BadInput("the paper book needs no account; start the run without --account")
+    if terms.broker not in KINDS:
+        known = ", ".join(sorted(KINDS))
+        raise BadInput(f"there is no kind of broker {terms.broker!r}; there are: {known}")
     require_calendar(terms.calendar)
     given = {each.name: getattr(terms, each.name) for each in fields(terms)}
     given["settings"] = Jsonb(dict(terms.settings))

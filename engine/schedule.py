@@ -141,6 +141,8 @@ def _batches(planned: Sequence[Due], done: Round) -> Iterator[list[Due]]:
         if each.run_id in batch or len(batch) == BATCH_RUNS_MAX:
             yield list(batch.values())
             batch = {}
+            if each.run_id in done.stuck:
+                continue
         batch[each.run_id] = each
     if batch:
         yield list(batch.values())

@@ -46,7 +46,7 @@ COMMENT ON COLUMN broker_account.opening_cash IS
 COMMENT ON COLUMN broker_account.calendar IS
     'The exchange calendar whose sessions it trades in, unless hours are given.';
 COMMENT ON COLUMN broker_account.opens_at IS
-    'Begin of the hours in time_zone; NULL: the calendar''s sessions.';
+    'Begin of the hours in time_zone, on every day of the week; NULL: the calendar''s sessions.';
 COMMENT ON COLUMN broker_account.closes_at IS 'End of the hours; before opens_at: the next day.';
 COMMENT ON COLUMN broker_account.out_of_session IS
     'What becomes of orders outside the hours: QUEUE until they open, or REFUSE.';

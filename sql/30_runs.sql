@@ -315,6 +315,26 @@ COMMENT ON TABLE run_route IS 'The accounts that a run''s orders go to, in order
 COMMENT ON COLUMN run_route.preference IS
     '1 is asked first; the next one takes over what certainly never reached it.';
 
+CREATE FUNCTION run_route_check_write() RETURNS trigger
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
+    IF EXISTS (SELECT FROM strategy_run r
+               JOIN broker_account a ON a.user_id = r.user_id AND a.account = NEW.account
+               WHERE r.user_id = NEW.user_id AND r.run_id = NEW.run_id
+                 AND a.broker <> r.broker) THEN
+        RAISE EXCEPTION 'account % is not at the broker of run %', NEW.account, NEW.run_id
+            USING ERRCODE = '23T08', CONSTRAINT = 'run_route_at_runs_broker', TABLE = 'run_route',
+                  COLUMN = 'account', HINT = 'Route a run to accounts at its own broker.';
+    END IF;
+    RETURN NEW;
+END $$;
+
+COMMENT ON FUNCTION run_route_check_write IS
+    'Trigger: a run''s orders go to accounts at its own broker.';
+
+CREATE TRIGGER run_route_a_check_write BEFORE INSERT OR UPDATE ON run_route
+    FOR EACH ROW EXECUTE FUNCTION run_route_check_write();
+
 -- For tables whose rows are one per run and change: no write unless the run is RUNNING, and no
 -- row wanders to another run, which would take it out of one that has ended.
 CREATE FUNCTION run_guard_write() RETURNS trigger

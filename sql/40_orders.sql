@@ -373,14 +373,15 @@ BEGIN
     PERFORM run_lock(OLD.user_id, OLD.run_id, 'orders', 'RUNNING',
                      CASE WHEN OLD.broker = 'paper' THEN 'RUNNING' ELSE 'STOPPING' END);
     NEW.version := OLD.version + CASE WHEN OLD.broker = 'paper' THEN 0 ELSE 1 END;
-    -- At a real broker even a filled order may trade on: an overfill is real exposure.
+    -- At a real broker even a filled order may trade on: an overfill is real exposure. Terms that
+    -- a command asked for may be confirmed after the end that came later (86_broker.sql).
     IF OLD.status IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED') AND NEW.status = OLD.status
        AND (OLD.broker = 'paper'
             OR (NEW.filled_quantity, NEW.filled_notional, NEW.broker_order_id, NEW.perm_id,
-                NEW.pending_reconcile)
+                NEW.pending_reconcile, NEW.quantity, NEW.limit_price, NEW.stop_price)
                IS NOT DISTINCT FROM
                (OLD.filled_quantity, OLD.filled_notional, OLD.broker_order_id, OLD.perm_id,
-                OLD.pending_reconcile)) THEN
+                OLD.pending_reconcile, OLD.quantity, OLD.limit_price, OLD.stop_price)) THEN
         RAISE EXCEPTION 'order % is %, so it can not be changed', OLD.order_id, OLD.status
             USING ERRCODE = '23T09', CONSTRAINT = 'orders_closed_fixed', TABLE = 'orders',
                   HINT = 'A closed order is history; place another.';

@@ -297,22 +297,29 @@ COMMENT ON COLUMN execution_commission.cost IS
     'In the run''s currency: amount x rate, 10 decimals.';
 COMMENT ON COLUMN execution_commission.event_at IS 'When the broker says that it happened.';
 
+CREATE FUNCTION execution_commission_is_said(c execution_commission) RETURNS boolean
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    RETURN EXISTS (
+        SELECT FROM execution e
+        JOIN orders o ON o.user_id = e.user_id AND o.run_id = e.run_id AND o.order_id = e.order_id
+        JOIN broker_event b ON b.user_id = o.user_id AND b.account = o.account
+                           AND b.execution_id = e.execution_id AND b.kind = 'COMMISSION'
+        WHERE e.user_id = c.user_id AND e.run_id = c.run_id AND e.execution_id = c.execution_id
+          AND (b.payload ->> 'amount')::numeric = c.amount
+          AND b.payload ->> 'currency' = c.currency AND b.event_at = c.event_at);
+END $$;
+
+COMMENT ON FUNCTION execution_commission_is_said IS
+    'Whether an execution''s broker has reported a commission of it.';
+
 CREATE FUNCTION execution_commission_prepare_insert() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 DECLARE
-    run       strategy_run;
-    booked_at text;
+    run strategy_run;
 BEGIN
     run := run_lock(NEW.user_id, NEW.run_id, 'execution_commission', 'RUNNING', 'STOPPING');
-    SELECT o.account INTO booked_at FROM execution e
-    JOIN orders o ON o.user_id = e.user_id AND o.run_id = e.run_id AND o.order_id = e.order_id
-    WHERE e.user_id = NEW.user_id AND e.run_id = NEW.run_id AND e.execution_id = NEW.execution_id;
-    IF NOT EXISTS (
-        SELECT FROM broker_event b
-        WHERE b.user_id = NEW.user_id AND b.account = booked_at
-          AND b.execution_id = NEW.execution_id AND b.kind = 'COMMISSION'
-          AND (b.payload ->> 'amount')::numeric = NEW.amount
-          AND b.payload ->> 'currency' = NEW.currency AND b.event_at = NEW.event_at) THEN
+    IF NOT coalesce(execution_commission_is_said(NEW), false) THEN
         RAISE EXCEPTION 'no broker has reported a commission of % % on execution %', NEW.amount,
             NEW.currency, NEW.execution_id
             USING ERRCODE = '23T08', CONSTRAINT = 'execution_commission_said_by_broker',

@@ -251,9 +251,11 @@ BEGIN
         SELECT o.run_id, o.order_id INTO run_id, order_id FROM orders o
         WHERE o.user_id = of_user AND o.order_id = ref::uuid AND o.broker <> 'paper';
     END IF;
+    -- The indexes are of ids that are there: a planner sees it in the query, not in the parameter.
     IF order_id IS NULL AND of_perm <> 0 THEN
         SELECT m.run_id, m.order_id INTO run_id, order_id FROM order_broker_id m
         WHERE m.user_id = of_user AND m.account = of_account AND m.perm_id = of_perm
+          AND m.perm_id <> 0
         ORDER BY m.since DESC, m.order_id LIMIT 1;
     END IF;
     IF order_id IS NULL AND of_number <> 0 THEN
@@ -261,6 +263,7 @@ BEGIN
         FROM order_broker_id m
         JOIN broker_account a ON a.user_id = m.user_id AND a.account = m.account
         WHERE m.user_id = of_user AND m.account = of_account AND m.broker_order_id = of_number
+          AND m.broker_order_id <> 0
           AND (m.since AT TIME ZONE a.time_zone)::date = (at AT TIME ZONE a.time_zone)::date
           AND coalesce(m.perm_id = of_perm OR m.perm_id = 0, true)
         ORDER BY m.since DESC, m.order_id LIMIT 1;
@@ -268,11 +271,11 @@ BEGIN
     reused := of_number <> 0 AND EXISTS (
         SELECT FROM order_broker_id m
         WHERE m.user_id = of_user AND m.account = of_account AND m.broker_order_id = of_number
-          AND m.order_id <> order_of_broker.order_id)
+          AND m.broker_order_id <> 0 AND m.order_id <> order_of_broker.order_id)
         AND NOT EXISTS (
         SELECT FROM order_broker_id m
         WHERE m.user_id = of_user AND m.account = of_account AND m.broker_order_id = of_number
-          AND m.order_id = order_of_broker.order_id);
+          AND m.broker_order_id <> 0 AND m.order_id = order_of_broker.order_id);
 END $$;
 
 COMMENT ON FUNCTION order_of_broker IS
@@ -288,8 +291,9 @@ END $$;
 
 COMMENT ON FUNCTION broker_event_is_of_order IS 'Whether a broker''s words are about an order.';
 
--- Whether an account trades now, and when next. Hours of its own win over its calendar; a calendar
--- of which no sessions are known closes nothing.
+-- Whether an account trades now, and when next. Hours of its own win over its calendar, and are
+-- those of every day, Saturdays and Sundays too: who closes on some days has a calendar. One of
+-- which no sessions are known closes nothing.
 CREATE FUNCTION account_hours(of_user uuid, of_account text, at timestamptz,
                               OUT is_open boolean, OUT opens_at timestamptz)
 LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
@@ -543,7 +547,7 @@ BEGIN
         ELSIF NEW.kind IN ('SUBMIT', 'MODIFY') THEN
             PERFORM run_lock(NEW.user_id, NEW.run_id, 'broker_command', 'RUNNING');
         END IF;
-    ELSIF NEW.outcome = 'NEVER_ARRIVED' AND NEW.kind = 'SUBMIT'
+    ELSIF NEW.outcome IN ('NEVER_ARRIVED', 'REFUSED') AND NEW.kind = 'SUBMIT'
           AND OLD.outcome IS DISTINCT FROM NEW.outcome
           AND NOT broker_command_never_arrived(NEW) THEN
         RAISE EXCEPTION 'nothing that the broker said shows that % never arrived', NEW.command_id
@@ -579,29 +583,30 @@ COMMENT ON FUNCTION broker_event_shows_order IS
     'Whether a word about an order shows that the broker has, or had, the order.';
 
 -- A submit that may have gone out is given up only if the connector that had taken it says that it
--- never wrote it, or if the broker, asked afterwards, tells nothing of its order.
+-- never wrote it, or if the broker, asked afterwards, tells nothing of its order
+-- (94_reconcile.sql).
 CREATE FUNCTION broker_command_never_arrived(c broker_command) RETURNS boolean
-LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
-    SELECT EXISTS (SELECT FROM broker_event e
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    RETURN EXISTS (SELECT FROM broker_event e
                    WHERE e.user_id = c.user_id AND e.account = c.account
                      AND e.order_ref = c.order_id::text AND e.kind = 'SEND_FAILED'
                      AND e.holder = c.claimed_by
                      AND e.payload ->> 'command_id' = c.command_id::text)
-       OR EXISTS (SELECT FROM broker_event e
-                   WHERE e.user_id = c.user_id AND e.account = c.account
-                     AND e.kind = 'SNAPSHOT' AND e.received_at >= c.claimed_at)
+       OR EXISTS (SELECT FROM snapshots_whole(c.user_id, c.account) s
+                  WHERE s.received_at >= c.claimed_at AND s.asked_at > c.claimed_at)
        AND NOT EXISTS (SELECT FROM broker_event e
                        WHERE e.user_id = c.user_id AND e.account = c.account
                          AND e.order_ref = c.order_id::text AND broker_event_shows_order(e))
        AND NOT EXISTS (SELECT FROM broker_event e
                        WHERE e.user_id = c.user_id AND e.account = c.account
                          AND e.kind = 'SNAPSHOT' AND e.received_at >= c.claimed_at
-                         AND strpos(e.payload::text, c.order_id::text) > 0)
-$$;
+                         AND strpos(e.payload::text, c.order_id::text) > 0);
+END $$;
 
 COMMENT ON FUNCTION broker_command_never_arrived IS
-    'Whether its connector says that it was not sent, or a SNAPSHOT since it was claimed shows that '
-    'its order is not at the broker.';
+    'Whether its connector says that it was not sent, or a SNAPSHOT since it was claimed shows '
+    'that its order is not at the broker.';
 
 CREATE TRIGGER broker_command_b_prove BEFORE INSERT ON broker_command
     FOR EACH ROW EXECUTE FUNCTION broker_command_prove();
@@ -662,7 +667,8 @@ BEGIN
         IF EXISTS (SELECT FROM broker_command
                    WHERE user_id = of_user AND run_id = of_run AND order_id = of_order
                      AND kind = 'SUBMIT' AND account = o.account AND claimed_by IS NOT NULL
-                     AND outcome IS DISTINCT FROM 'NEVER_ARRIVED') OR o.recovered THEN
+                     AND coalesce(outcome NOT IN ('NEVER_ARRIVED', 'REFUSED'), true))
+           OR o.recovered THEN
             later := 'PENDING_CANCEL';
         END IF;
     END IF;

@@ -63,7 +63,10 @@ DECLARE
 BEGIN
     UPDATE broker_lease
     SET expires_at = clock_timestamp() + make_interval(secs => seconds), connected = is_connected,
-        last_heard_at = greatest(last_heard_at, heard_at), clock_skew = coalesce(skew, clock_skew)
+        -- A connector's clock that is ahead would hide the silence that follows.
+        last_heard_at = greatest(last_heard_at, CASE WHEN heard_at > clock_timestamp()
+                                                     THEN clock_timestamp() ELSE heard_at END),
+        clock_skew = coalesce(skew, clock_skew)
     WHERE user_id = of_user AND account = of_account AND holder = by_holder
     RETURNING expires_at INTO until;
     IF until IS NULL THEN

@@ -620,7 +620,7 @@ BEGIN
         reason := refusal.reason;
     END IF;
     -- Nothing else opens the way that a safety order has past halts and limits.
-    IF code IS NULL AND o.purpose = 'FLATTEN' AND NOT orders_only_shrinks(o, exposure) THEN
+    IF code IS NULL AND o.purpose = 'FLATTEN' AND orders_only_shrinks(o, exposure) IS NOT TRUE THEN
         code := 'FLATTEN_MUST_SHRINK';
         reason := format('holds %s, would %s %s', trim_scale(exposure), lower(o.side),
                          trim_scale(o.quantity));
@@ -668,7 +668,8 @@ BEGIN
         NEW, run.account_type, limited,
         CASE WHEN run.account_type = 'CASH' AND NEW.side = 'BUY'
              THEN run.cash - run_reserved_cash(NEW.user_id, NEW.run_id) END,
-        CASE WHEN limited OR run.account_type = 'CASH' AND NEW.side = 'SELL'
+        CASE WHEN limited OR NEW.purpose IS NOT NULL
+                  OR run.account_type = 'CASH' AND NEW.side = 'SELL'
              THEN coalesce(held, 0) + orders_open_quantity(NEW) END);
     IF refusal.code IS NOT NULL THEN
         NEW.status := 'REJECTED';

@@ -902,3 +902,272 @@ COMMENT ON FUNCTION orders_send_rerouted IS
 CREATE TRIGGER orders_m_send_rerouted AFTER UPDATE ON orders
     FOR EACH ROW WHEN (NEW.broker <> 'paper' AND NEW.account IS DISTINCT FROM OLD.account)
     EXECUTE FUNCTION orders_send_rerouted();
+
+-- --- What the inbox bears out ---------------------------------------------------------------
+
+-- What a broker has is over when the broker says so, whoever writes it: by a word about the order,
+-- or by a snapshot that does not tell of it. Statements are proven as a whole, for ten orders or
+-- ten thousand.
+
+-- The last one that was compared, and any since.
+CREATE FUNCTION snapshots_whole(of_user uuid, of_account text)
+RETURNS TABLE (snapshot_id uuid, received_at timestamptz, asked_at timestamptz)
+LANGUAGE sql STABLE ROWS 2 SET search_path = public, pg_temp AS $$
+    SELECT s.snapshot_id, s.received_at, c.claimed_at
+    FROM (SELECT (e.payload ->> 'snapshot_id')::uuid AS snapshot_id,
+                 min(e.received_at) AS received_at
+          FROM broker_event e
+          WHERE e.user_id = of_user AND e.account = of_account AND e.kind = 'SNAPSHOT'
+            AND e.number > coalesce((SELECT r.up_to_number FROM reconciliation r
+                                     WHERE r.user_id = of_user AND r.account = of_account
+                                     ORDER BY r.up_to_number DESC OFFSET 1 LIMIT 1), 0)
+          GROUP BY 1
+          HAVING count(DISTINCT e.payload ->> 'part') = max((e.payload ->> 'parts')::integer)) s
+    LEFT JOIN broker_command c ON c.user_id = of_user AND c.account = of_account
+                              AND c.command_id = s.snapshot_id
+$$;
+
+COMMENT ON FUNCTION snapshots_whole IS
+    'The newest whole snapshots of an account, and when they were asked for and received.';
+
+CREATE FUNCTION broker_event_ends_order(kind text, payload jsonb) RETURNS boolean
+LANGUAGE sql IMMUTABLE
+RETURN CASE WHEN kind = 'ORDER_STATUS'
+            THEN payload ->> 'status' IN ('CANCELED', 'EXPIRED', 'INACTIVE', 'REJECTED')
+            WHEN kind = 'CANCEL_REJECTED'
+            THEN payload ->> 'code' IN ('ALREADY_CANCELED', 'INACTIVE')
+            ELSE kind = 'REJECTED' END;
+
+COMMENT ON FUNCTION broker_event_ends_order IS
+    'Whether a broker''s word says that an order is over.';
+
+-- What was filled in whole and is taken back is not worked again: the reversal itself is proven.
+CREATE FUNCTION order_end_is_said(o orders) RETURNS boolean
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    RETURN EXISTS (SELECT FROM broker_event b
+                   WHERE b.user_id = o.user_id AND b.account = o.account
+                     AND b.order_ref = o.order_id::text
+                     AND broker_event_ends_order(b.kind, b.payload))
+        OR EXISTS (SELECT FROM execution e
+                   WHERE e.user_id = o.user_id AND e.run_id = o.run_id
+                     AND e.order_id = o.order_id AND e.reverses IS NOT NULL);
+END $$;
+
+COMMENT ON FUNCTION order_end_is_said IS
+    'Whether an order''s broker has said, by our own reference, that it is over.';
+
+-- Since when a broker may have an order; NULL where it certainly has not.
+CREATE FUNCTION order_at_broker_since(o orders, OUT since timestamptz, OUT is_heard boolean)
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    SELECT c.claimed_at INTO since FROM broker_command c
+    WHERE c.user_id = o.user_id AND c.account = o.account AND c.order_id = o.order_id
+      AND c.kind = 'SUBMIT' AND c.claimed_by IS NOT NULL
+      AND coalesce(c.outcome NOT IN ('NEVER_ARRIVED', 'REFUSED'), true);
+    is_heard := o.recovered OR EXISTS (
+        SELECT FROM broker_event b
+        WHERE b.user_id = o.user_id AND b.account = o.account
+          AND b.order_ref = o.order_id::text AND b.kind NOT IN ('THROTTLED', 'SEND_FAILED'));
+    IF o.recovered THEN
+        since := coalesce((SELECT min(b.received_at) FROM broker_event b
+                           WHERE b.user_id = o.user_id AND b.account = o.account
+                             AND b.order_ref = o.order_id::text), '-infinity');
+    END IF;
+END $$;
+
+COMMENT ON FUNCTION order_at_broker_since IS
+    'Since when a broker may have an order, or NULL, and whether it has spoken of it.';
+
+-- What the broker never spoke of may be on its way while a snapshot is taken: it must have been
+-- asked afterwards.
+CREATE FUNCTION orders_prove_end() RETURNS trigger
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+DECLARE
+    unsaid uuid;
+BEGIN
+    IF NOT EXISTS (SELECT FROM new_rows n
+                   WHERE n.user_id IS NOT NULL AND n.broker <> 'paper'
+                     AND n.status IN ('CANCELED', 'EXPIRED', 'REJECTED')) THEN
+        RETURN NULL;
+    END IF;
+    WITH ended AS MATERIALIZED (
+        SELECT n.user_id, n.run_id, n.order_id, n.account, h.since, h.is_heard
+        FROM new_rows n
+        JOIN old_rows w ON w.user_id = n.user_id AND w.run_id = n.run_id
+                       AND w.order_id = n.order_id AND w.status <> n.status
+        CROSS JOIN LATERAL order_at_broker_since(n) h
+        WHERE n.broker <> 'paper' AND n.status IN ('CANCELED', 'EXPIRED', 'REJECTED')
+          AND h.since IS NOT NULL AND NOT order_end_is_said(n)
+    ), shown AS MATERIALIZED (
+        SELECT a.user_id, a.account, s.snapshot_id, s.received_at, s.asked_at
+        FROM (SELECT DISTINCT user_id, account FROM ended) a
+        CROSS JOIN LATERAL snapshots_whole(a.user_id, a.account) s
+    ), working AS MATERIALIZED (
+        SELECT s.user_id, s.account, s.snapshot_id, t.order_ref
+        FROM shown s
+        CROSS JOIN LATERAL snapshot_orders(s.user_id, s.account, s.snapshot_id) t
+    )
+    SELECT e.order_id INTO unsaid
+    FROM ended e
+    JOIN orders o ON o.user_id = e.user_id AND o.run_id = e.run_id AND o.order_id = e.order_id
+    WHERE NOT EXISTS (
+            SELECT FROM shown s
+            WHERE s.user_id = e.user_id AND s.account = e.account AND s.received_at >= e.since
+              AND (e.is_heard OR s.asked_at > e.since)
+              AND NOT EXISTS (SELECT FROM working t
+                              WHERE t.user_id = e.user_id AND t.account = e.account
+                                AND t.snapshot_id = s.snapshot_id
+                                AND t.order_ref = e.order_id::text))
+      -- A word without our reference, which is just being applied.
+      AND NOT EXISTS (SELECT FROM broker_event b
+                      WHERE b.user_id = e.user_id AND b.account = e.account
+                        AND b.applied_at IS NULL AND broker_event_ends_order(b.kind, b.payload)
+                        AND broker_event_is_of_order(b, o))
+    LIMIT 1;
+    IF FOUND THEN
+        RAISE EXCEPTION 'no broker has said that order % is over', unsaid
+            USING ERRCODE = '23T08', CONSTRAINT = 'orders_end_said_by_broker', TABLE = 'orders',
+                  COLUMN = 'status',
+                  HINT = 'Call order_cancel(); what a broker may have is over when it says so.';
+    END IF;
+    RETURN NULL;
+END $$;
+
+COMMENT ON FUNCTION orders_prove_end IS
+    'Trigger: an order that a broker may have is over when the broker''s words show it.';
+
+CREATE TRIGGER orders_m_prove_end AFTER UPDATE ON orders
+    REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows
+    FOR EACH STATEMENT EXECUTE FUNCTION orders_prove_end();
+
+-- Whose order a word without our reference means, its ids say: who could forge one of them could
+-- have a stranger's fills booked. A word is of its order by our reference, by an execution that is
+-- booked, or by the other of its ids, which is proven.
+CREATE FUNCTION order_broker_id_is_said(m order_broker_id) RETURNS boolean
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    RETURN EXISTS (
+            SELECT FROM broker_event b
+            WHERE b.user_id = m.user_id AND b.account = m.account
+              AND b.order_ref = m.order_id::text
+              AND (coalesce(b.broker_order_id, 0), coalesce(b.perm_id, 0))
+                  = (m.broker_order_id, m.perm_id))
+        OR EXISTS (
+            SELECT FROM execution e
+            JOIN broker_event b ON b.user_id = m.user_id AND b.account = m.account
+                               AND b.execution_id = e.execution_id
+            WHERE e.user_id = m.user_id AND e.run_id = m.run_id AND e.order_id = m.order_id
+              AND (coalesce(b.broker_order_id, 0), coalesce(b.perm_id, 0))
+                  = (m.broker_order_id, m.perm_id));
+END $$;
+
+COMMENT ON FUNCTION order_broker_id_is_said IS
+    'Whether a broker''s word about an order, or about an execution of it, gives it these ids.';
+
+CREATE FUNCTION order_broker_id_prove() RETURNS trigger
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+DECLARE
+    unsaid uuid;
+BEGIN
+    WITH named AS MATERIALIZED (
+        SELECT n.* FROM new_rows n WHERE NOT order_broker_id_is_said(n)
+    ), told AS MATERIALIZED (
+        SELECT a.user_id, a.account, t.order_ref, coalesce(t.broker_order_id, 0) AS broker_order_id,
+               coalesce(t.perm_id, 0) AS perm_id
+        FROM (SELECT DISTINCT user_id, account FROM named) a
+        CROSS JOIN LATERAL snapshots_whole(a.user_id, a.account) s
+        CROSS JOIN LATERAL (
+            SELECT * FROM snapshot_orders(a.user_id, a.account, s.snapshot_id)
+            UNION ALL
+            SELECT * FROM snapshot_closed(a.user_id, a.account, s.snapshot_id)) t
+    )
+    SELECT n.order_id INTO unsaid
+    FROM named n
+    WHERE NOT EXISTS (SELECT FROM told t
+                      WHERE t.user_id = n.user_id AND t.account = n.account
+                        AND t.order_ref = n.order_id::text
+                        AND (t.broker_order_id, t.perm_id) = (n.broker_order_id, n.perm_id))
+      -- A word without our reference, which is just being applied.
+      AND NOT EXISTS (
+          SELECT FROM broker_event b
+          JOIN order_broker_id m ON m.user_id = n.user_id AND m.run_id = n.run_id
+                                AND m.order_id = n.order_id AND m.account = n.account
+                                AND (m.perm_id = n.perm_id AND n.perm_id <> 0
+                                     OR m.broker_order_id = n.broker_order_id
+                                        AND n.broker_order_id <> 0)
+          WHERE b.user_id = n.user_id AND b.account = n.account AND b.applied_at IS NULL
+            AND (coalesce(b.broker_order_id, 0), coalesce(b.perm_id, 0))
+                = (n.broker_order_id, n.perm_id)
+            AND NOT EXISTS (SELECT FROM new_rows x
+                            WHERE x.user_id = m.user_id AND x.run_id = m.run_id
+                              AND x.order_id = m.order_id AND x.account = m.account
+                              AND (x.broker_order_id, x.perm_id)
+                                  = (m.broker_order_id, m.perm_id)))
+    LIMIT 1;
+    IF FOUND THEN
+        RAISE EXCEPTION 'no broker has given order % these ids', unsaid
+            USING ERRCODE = '23T08', CONSTRAINT = 'order_broker_id_said_by_broker',
+                  TABLE = 'order_broker_id',
+                  HINT = 'Ids come from the connector''s broker_event rows.';
+    END IF;
+    RETURN NULL;
+END $$;
+
+COMMENT ON FUNCTION order_broker_id_prove IS
+    'Trigger: an order''s ids at a broker are those that the broker said.';
+
+CREATE TRIGGER order_broker_id_m_prove AFTER INSERT ON order_broker_id
+    REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION order_broker_id_prove();
+
+-- The row may be written before the ids are in order_broker_id, in one transaction.
+CREATE FUNCTION order_id_is_said(o orders, of_number bigint, of_perm bigint) RETURNS boolean
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    RETURN EXISTS (SELECT FROM order_broker_id m
+                   WHERE m.user_id = o.user_id AND m.run_id = o.run_id
+                     AND m.order_id = o.order_id
+                     AND (m.broker_order_id = of_number OR m.perm_id = of_perm))
+        OR EXISTS (SELECT FROM broker_event b
+                   WHERE b.user_id = o.user_id AND b.order_ref = o.order_id::text
+                     AND b.account IN (SELECT a.account FROM broker_account a
+                                       WHERE a.user_id = o.user_id)
+                     AND (b.broker_order_id = of_number OR b.perm_id = of_perm))
+        OR EXISTS (SELECT FROM execution e
+                   JOIN broker_event b ON b.user_id = o.user_id AND b.account = o.account
+                                      AND b.execution_id = e.execution_id
+                   WHERE e.user_id = o.user_id AND e.run_id = o.run_id
+                     AND e.order_id = o.order_id
+                     AND (b.broker_order_id = of_number OR b.perm_id = of_perm))
+        OR EXISTS (SELECT FROM broker_event b
+                   WHERE b.user_id = o.user_id AND b.account = o.account
+                     AND b.applied_at IS NULL
+                     AND (b.broker_order_id = of_number OR b.perm_id = of_perm)
+                     AND broker_event_is_of_order(b, o));
+END $$;
+
+COMMENT ON FUNCTION order_id_is_said IS
+    'Whether a broker knows an order by one of these ids, the other being NULL.';
+
+CREATE FUNCTION orders_check_ids() RETURNS trigger
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
+    IF NEW.broker_order_id IS DISTINCT FROM OLD.broker_order_id
+       AND NOT order_id_is_said(NEW, NEW.broker_order_id, NULL)
+       OR NEW.perm_id IS DISTINCT FROM OLD.perm_id
+          AND NOT order_id_is_said(NEW, NULL, NEW.perm_id) THEN
+        RAISE EXCEPTION 'no broker knows order % by these ids', NEW.order_id
+            USING ERRCODE = '23T08', CONSTRAINT = 'orders_ids_said_by_broker', TABLE = 'orders',
+                  COLUMN = 'perm_id',
+                  HINT = 'Ids come from the connector''s broker_event rows.';
+    END IF;
+    RETURN NULL;
+END $$;
+
+COMMENT ON FUNCTION orders_check_ids IS
+    'Trigger: an order''s ids at its broker are those that the broker said.';
+
+CREATE TRIGGER orders_m_check_ids AFTER UPDATE ON orders
+    FOR EACH ROW WHEN ((NEW.broker_order_id, NEW.perm_id)
+                       IS DISTINCT FROM (OLD.broker_order_id, OLD.perm_id))
+    EXECUTE FUNCTION orders_check_ids();

@@ -14,6 +14,12 @@ CREATE VIEW audit_orphan AS
         UNION ALL SELECT user_id, run_id, 'sip_plan ' || plan FROM sip_plan
         UNION ALL SELECT user_id, run_id, 'split_applied ' || symbol FROM split_applied
         UNION ALL SELECT user_id, run_id, 'risk_limit ' || limit_id FROM risk_limit
+                  WHERE run_id IS NOT NULL
+        UNION ALL SELECT user_id, run_id, 'run_route ' || account FROM run_route
+        UNION ALL SELECT user_id, run_id, 'commission of ' || execution_id
+                  FROM execution_commission
+        UNION ALL SELECT user_id, run_id, 'order_broker_id ' || order_id FROM order_broker_id
+        UNION ALL SELECT user_id, run_id, 'broker_command ' || command_id FROM broker_command
                   WHERE run_id IS NOT NULL) c
     LEFT JOIN strategy_run r ON r.user_id = c.user_id AND r.run_id = c.run_id
     WHERE r.run_id IS NULL;
@@ -215,8 +221,9 @@ LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
         'breaker_kind', 'circuit_breaker', 'equity_peak', 'flatten_request', 'limit_kind',
         'order_refusal', 'system_halt', 'trading_halt',
         'paper_order', 'paper_trade', 'paper_position', 'paper_equity_curve',
-        'audit_cash', 'audit_chain', 'audit_duplicate', 'audit_event', 'audit_guard',
-        'audit_mark', 'audit_order', 'audit_orphan', 'audit_position', 'audit_running']
+        'audit_broker', 'audit_cash', 'audit_chain', 'audit_duplicate', 'audit_event',
+        'audit_guard', 'audit_mark', 'audit_order', 'audit_orphan', 'audit_position',
+        'audit_running']
         -- Not there in a database that was built from sql/.
         || CASE WHEN to_regclass('public.alembic_version') IS NULL THEN '{}'
                 ELSE '{alembic_version}'::text[] END
@@ -365,3 +372,114 @@ CREATE VIEW audit_event AS
     WHERE r.status IN ('STOPPED', 'ERROR') AND h.event_type <> 'RUN_' || r.status;
 
 COMMENT ON VIEW audit_event IS 'Rows without their event and events without their row.';
+
+-- Run by run, which the keys of the books begin with.
+CREATE FUNCTION broker_event_is_booked(b broker_event) RETURNS boolean
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    IF b.kind = 'COMMISSION' THEN
+        RETURN EXISTS (SELECT FROM execution_commission c
+                       JOIN strategy_run r ON r.user_id = c.user_id AND r.run_id = c.run_id
+                       WHERE r.user_id = b.user_id AND c.execution_id = b.execution_id);
+    END IF;
+    RETURN EXISTS (
+        SELECT FROM strategy_run r
+        JOIN execution e ON e.user_id = r.user_id AND e.run_id = r.run_id
+                        AND e.execution_id = b.execution_id
+        WHERE r.user_id = b.user_id
+          AND (b.kind = 'EXECUTION' OR EXISTS (
+              SELECT FROM execution t
+              WHERE t.user_id = e.user_id AND t.run_id = e.run_id
+                AND t.reverses = e.execution_id)));
+END $$;
+
+COMMENT ON FUNCTION broker_event_is_booked IS
+    'Whether an execution, bust or commission that a broker told is in a run''s books.';
+
+-- Inbox and outbox are kept, so that they still bear out what is in the books. A run that was made
+-- anew from an export has neither: they are its account's.
+CREATE VIEW audit_broker AS
+    WITH traded AS (
+        SELECT c.user_id, c.run_id FROM broker_command c WHERE c.run_id IS NOT NULL
+        UNION
+        SELECT o.user_id, o.run_id FROM orders o
+        JOIN broker_event b ON b.user_id = o.user_id AND b.account = o.account
+                           AND b.order_ref = o.order_id::text
+        WHERE o.recovered
+    )
+    SELECT e.user_id, e.run_id, 'execution ' || e.execution_id AS subject,
+           CASE WHEN e.reverses IS NULL THEN format('no broker said %s of %s at %s', e.side,
+                                                    e.quantity, e.price)
+                ELSE format('no broker took back %s', e.reverses) END AS finding
+    FROM orders o
+    JOIN execution e ON e.user_id = o.user_id AND e.run_id = o.run_id AND e.order_id = o.order_id
+    JOIN traded t ON t.user_id = o.user_id AND t.run_id = o.run_id
+    WHERE o.broker <> 'paper' AND NOT coalesce(execution_said_by_broker(e), false)
+    UNION ALL
+    SELECT c.user_id, c.run_id, 'commission of ' || c.execution_id,
+           format('no broker said %s %s', c.amount, c.currency)
+    FROM execution_commission c
+    JOIN traded t ON t.user_id = c.user_id AND t.run_id = c.run_id
+    WHERE NOT coalesce(execution_commission_is_said(c), false)
+    UNION ALL
+    SELECT c.user_id, c.run_id, 'broker_command ' || c.command_id,
+           format('is a %s that its order, %s at %s, does not bear out', c.kind, o.status,
+                  o.account)
+    FROM broker_command c
+    JOIN orders o ON o.user_id = c.user_id AND o.run_id = c.run_id AND o.order_id = c.order_id
+    WHERE c.kind IN ('SUBMIT', 'MODIFY', 'CANCEL')
+      AND (c.payload ->> 'order_ref', c.payload ->> 'symbol', c.payload ->> 'side',
+           c.payload ->> 'order_type', c.payload ->> 'time_in_force')
+          IS DISTINCT FROM
+          (o.order_id::text, o.symbol, o.side, o.order_type, o.time_in_force)
+       OR c.kind = 'SUBMIT' AND c.claimed_by IS NULL AND c.done_at IS NULL
+          AND (o.status IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
+               OR c.account <> o.account
+               OR c.payload <> orders_command_payload(o))
+    UNION ALL
+    SELECT o.user_id, o.run_id, 'order ' || o.order_id,
+           format('is %s at %s and no command sent it there', o.status, o.account)
+    FROM orders o
+    JOIN traded t ON t.user_id = o.user_id AND t.run_id = o.run_id
+    WHERE o.broker <> 'paper' AND NOT o.recovered
+      AND (o.status <> 'REJECTED' OR o.reject_source = 'BROKER')
+      AND NOT EXISTS (SELECT FROM broker_command c
+                      WHERE c.user_id = o.user_id AND c.account = o.account
+                        AND c.order_id = o.order_id AND c.kind = 'SUBMIT')
+    UNION ALL
+    SELECT o.user_id, o.run_id, 'order ' || o.order_id,
+           format('is %s and no command asks for it', o.status)
+    FROM orders o
+    JOIN traded t ON t.user_id = o.user_id AND t.run_id = o.run_id
+    WHERE o.broker <> 'paper' AND o.status IN ('PENDING_CANCEL', 'PENDING_MODIFY')
+      AND NOT EXISTS (SELECT FROM broker_command c
+                      WHERE c.user_id = o.user_id AND c.run_id = o.run_id
+                        AND c.order_id = o.order_id AND 'PENDING_' || c.kind = o.status)
+    UNION ALL
+    SELECT o.user_id, o.run_id, 'order ' || o.order_id,
+           format('of a run at %s is at %s, which is at %s', o.broker, a.account, a.broker)
+    FROM orders o
+    JOIN broker_account a ON a.user_id = o.user_id AND a.account = o.account
+    WHERE a.broker <> o.broker
+    UNION ALL
+    SELECT o.user_id, o.run_id, 'order ' || o.order_id,
+           format('has the ids %s and %s, under which no broker knows it', o.broker_order_id,
+                  o.perm_id)
+    FROM orders o
+    WHERE (o.broker_order_id IS NOT NULL AND NOT EXISTS (
+               SELECT FROM order_broker_id m
+               WHERE m.user_id = o.user_id AND m.run_id = o.run_id AND m.order_id = o.order_id
+                 AND m.broker_order_id = o.broker_order_id))
+       OR (o.perm_id IS NOT NULL AND NOT EXISTS (
+               SELECT FROM order_broker_id m
+               WHERE m.user_id = o.user_id AND m.run_id = o.run_id AND m.order_id = o.order_id
+                 AND m.perm_id = o.perm_id))
+    UNION ALL
+    SELECT b.user_id, NULL, format('broker_event %s of %s', b.number, b.account),
+           format('is a %s that was found %s, and no book has it', b.kind, b.finding)
+    FROM broker_event b
+    WHERE b.finding IN ('NEW', 'CORRECTION', 'ORPHAN')
+      AND b.kind IN ('EXECUTION', 'BUST', 'COMMISSION') AND NOT broker_event_is_booked(b);
+
+COMMENT ON VIEW audit_broker IS
+    'Books of orders at brokers that their brokers'' words, or our own, do not bear out.';

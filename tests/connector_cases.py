@@ -6,7 +6,7 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -159,46 +159,68 @@ ORDER = {
 
 
 class Desk:
-    """An account of one user, with orders to send. The orders are a paper run's: nothing but
-    the test writes commands about them."""
+    """An account of one user with a run at its broker, and orders to send.
+
+    To place an order is to send it, as in life; what is odd about a command (its terms, its turn)
+    is written by hand, past the proof that its order bears it out.
+    """
 
     def __init__(self, conn: Connection, account: str = ACCOUNT, **settings: Any) -> None:
         self.conn = conn
         self.user_id, self.run_id = uuid4(), uuid4()
         self.account = account
-        conn.execute("INSERT INTO app_user (user_id) VALUES (%s)", [self.user_id])
-        conn.execute(
-            """INSERT INTO strategy_run (user_id, run_id, status, initial_cash)
-               VALUES (%s, %s, 'RUNNING', 1e9)""",
-            [self.user_id, self.run_id],
-        )
-        # Commands are written by the test, with no order at a broker that bears them out.
-        for trigger in ("broker_command_b_prove", "broker_command_m_move_order"):
-            conn.execute(f"ALTER TABLE broker_command DISABLE TRIGGER {trigger}".encode())
         # Open all day but for the moment at which it closes to open again.
         values = {"broker": "scripted", "opens_at": "00:00", "closes_at": "23:59:59.999999"}
         values |= settings
+        conn.execute("INSERT INTO app_user (user_id) VALUES (%s)", [self.user_id])
+        conn.execute(
+            """INSERT INTO strategy_run (user_id, run_id, status, initial_cash, broker,
+                                         account_type)
+               VALUES (%s, %s, 'RUNNING', 1e9, %s, 'MARGIN')""",
+            [self.user_id, self.run_id, values["broker"]],
+        )
         names = ", ".join(values)
         marks = ", ".join(["%s"] * (len(values) + 2))
         conn.execute(
             f"INSERT INTO broker_account (user_id, account, {names}) VALUES ({marks})".encode(),
             [self.user_id, account, *values.values()],
         )
-        # Commands that no order of a run at a broker bears out are the test's own business.
-        for trigger in ("b_prove", "b_prove_change", "m_move_order"):
-            conn.execute(
-                f"ALTER TABLE broker_command DISABLE TRIGGER broker_command_{trigger}".encode()
-            )
+        conn.execute(
+            "INSERT INTO run_route (user_id, run_id, account) VALUES (%s, %s, %s)",
+            [self.user_id, self.run_id, account],
+        )
 
     def orders(self, count: int) -> list[UUID]:
-        ids = [uuid4() for _ in range(count)]
+        """The ids of orders to come; with its first command an order is placed."""
+        return [uuid4() for _ in range(count)]
+
+    def _place(self, ids: Sequence[UUID]) -> None:
         self.conn.execute(
             """INSERT INTO orders (user_id, run_id, order_id, symbol, side, quantity, order_type,
-                                   limit_price)
-               SELECT %s, %s, id, 'AAPL', 'BUY', 1, 'LIMIT', 1 FROM unnest(%s::uuid[]) AS id""",
-            [self.user_id, self.run_id, ids],
+                                   time_in_force, limit_price)
+               SELECT %s, %s, o.id, t.symbol, t.side, t.quantity, t.order_type, t.time_in_force,
+                      t.limit_price
+               FROM unnest(%s::uuid[]) AS o (id)
+               CROSS JOIN jsonb_populate_record(NULL::orders, %s) t""",
+            [self.user_id, self.run_id, ids, Jsonb(ORDER)],
         )
-        return ids
+
+    @contextmanager
+    def _by_hand(self) -> Iterator[None]:
+        """Without the proofs of what an order bears out."""
+        triggers = ("b_prove", "b_prove_change", "m_move_order", "a_check_update")
+        with self.conn.transaction():
+            for how in ("DISABLE", "ENABLE"):
+                for trigger in triggers:
+                    name = f"broker_command_{trigger}"
+                    self.conn.execute(f"ALTER TABLE broker_command {how} TRIGGER {name}".encode())
+                if how == "DISABLE":
+                    yield
+
+    def _is_placed(self, order_id: UUID) -> bool:
+        return bool(
+            self.rows("SELECT 1 FROM orders WHERE user_id = %s AND order_id = %s", order_id)
+        )
 
     def command(
         self,
@@ -209,9 +231,64 @@ class Desk:
         payload: Mapping[str, Any] | None = None,
         not_before: datetime | None = None,
     ) -> UUID:
+        if payload is None and kind in ("MODIFY", "WHAT_IF"):
+            payload = ORDER
+        if order_id is None:
+            return self._write(kind, None, None, priority, payload or {}, not_before)
+        if kind == "SUBMIT" and not self._is_placed(order_id):
+            return self._submit(order_id, priority, payload, not_before)
+        with self._by_hand():
+            if not self._is_placed(order_id):
+                # It went before the test began.
+                self._place([order_id])
+                self.conn.execute(
+                    """UPDATE broker_command SET claimed_by = %s, claimed_at = clock_timestamp(),
+                           sent_at = clock_timestamp() - interval '1 minute',
+                           done_at = clock_timestamp(), outcome = 'SENT'
+                       WHERE user_id = %s AND order_id = %s""",
+                    [uuid4(), self.user_id, order_id],
+                )
+                version += 1
+            return self._write(kind, order_id, version, priority, payload or {}, not_before)
+
+    def _submit(
+        self,
+        order_id: UUID,
+        priority: int,
+        payload: Mapping[str, Any] | None,
+        not_before: datetime | None,
+    ) -> UUID:
+        changes: dict[str, Any] = {"priority": priority, "not_before": not_before}
+        if payload is not None:
+            changes["payload"] = Jsonb(payload)
+        is_odd = payload is not None or priority != 2 or not_before is not None
+        # Nobody takes it before it is as the test wants it.
+        with self._by_hand() if is_odd else self.conn.transaction():
+            self._place([order_id])
+            if is_odd:
+                pairs = ", ".join(f"{name} = %s" for name in changes)
+                which = "WHERE user_id = %s AND order_id = %s"
+                self.conn.execute(
+                    f"UPDATE broker_command SET {pairs} {which}".encode(),
+                    [*changes.values(), self.user_id, order_id],
+                )
+        (row,) = self.rows(
+            "SELECT command_id FROM broker_command WHERE user_id = %s AND order_id = %s", order_id
+        )
+        command_id = row[0]
+        assert isinstance(command_id, UUID)
+        return command_id
+
+    def _write(
+        self,
+        kind: str,
+        order_id: UUID | None,
+        version: int | None,
+        priority: int,
+        payload: Mapping[str, Any],
+        not_before: datetime | None,
+    ) -> UUID:
         command_id = uuid4()
-        if payload is None:
-            payload = {} if kind in ("CANCEL", "SNAPSHOT") else ORDER
         self.conn.execute(
             """INSERT INTO broker_command (user_id, account, command_id, priority, kind, run_id,
                                            order_id, order_version, payload, not_before)
@@ -224,7 +301,7 @@ class Desk:
                 kind,
                 self.run_id if order_id else None,
                 order_id,
-                version if order_id else None,
+                version,
                 Jsonb(payload),
                 not_before,
             ],
@@ -234,9 +311,7 @@ class Desk:
     def submits(self, count: int) -> list[str]:
         """Commit that many new orders at once; returns their references in order."""
         ids = self.orders(count)
-        with self.conn.transaction():
-            for order_id in ids:
-                self.command("SUBMIT", order_id)
+        self._place(ids)
         self.wake()
         return [str(order_id) for order_id in ids]
 

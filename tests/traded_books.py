@@ -85,6 +85,12 @@ class Book:
                VALUES (%s, %s, %s, %s, %s, %s, %s)""",
             [*self.key, order_id, symbol, "BUY" if units > 0 else "SELL", abs(units), self.at],
         )
+        self.conn.execute(
+            """UPDATE broker_command SET claimed_by = %s, claimed_at = clock_timestamp(),
+                   sent_at = clock_timestamp(), done_at = clock_timestamp(), outcome = 'SENT'
+               WHERE user_id = %s AND order_id = %s""",
+            [UUID(int=1), self.user_id, order_id],
+        )
         return order_id
 
     def trade(

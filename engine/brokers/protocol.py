@@ -21,6 +21,9 @@ from typing import Any, Protocol
 
 from engine.errors import EngineError
 
+# The kinds of brokers that there are adapters for; ``engine.brokers.registry`` has them.
+KINDS = frozenset({"dummy"})
+
 
 class MessageKind(StrEnum):
     """What a broker may say; the payload's keys stand beside each."""

@@ -17,7 +17,6 @@ from engine.log import tell
 from engine.orders.lifecycle import (
     Change,
     Charge,
-    Effect,
     Execute,
     Executed,
     Heard,
@@ -38,8 +37,8 @@ def order_states(
     parameters: dict[str, Any] = {"user": user_id, "orders": list(order_ids)}
     rows = conn.execute(
         """SELECT o.account, o.order_id, o.run_id, o.symbol, o.side, o.status, o.quantity,
-                  o.limit_price, o.stop_price, o.filled_quantity, o.purpose, o.recovered, o.pending_reconcile,
-                  coalesce(i.negative_price_allowed, false)
+                  o.limit_price, o.stop_price, o.filled_quantity, o.purpose, o.recovered,
+                  o.pending_reconcile, coalesce(i.negative_price_allowed, false)
            FROM orders o LEFT JOIN instrument i ON i.symbol = o.symbol
            WHERE o.user_id = %(user)s AND o.order_id = ANY (%(orders)s) AND o.broker <> 'paper'""",
         parameters,
@@ -230,7 +229,7 @@ class Writer:
         self._throttled: list[Mapping[str, Any]] = []
         self._unanswered: list[int] = []
 
-    def effect(self, order: OrderState, effect: Effect) -> None:
+    def effect(self, order: OrderState, effect: Execute | Charge | Identify | Change) -> None:
         """Take in what is to be written of an order."""
         match effect:
             case Execute():
@@ -243,7 +242,7 @@ class Writer:
                 written = self._row(order)
                 written.broker_order_id = broker_order_id or written.broker_order_id
                 written.perm_id = perm_id or written.perm_id
-            case Change():
+            case _:
                 written = self._row(order, anew=True)
                 written.change = effect
 
@@ -269,10 +268,10 @@ class Writer:
 
     def write_out(self) -> None:
         """Write all that was taken in, and mark the words as applied."""
-        for place, phase in enumerate(self._phases):
+        for phase in self._phases:
             if isinstance(phase, dict):
                 self._write_changes(phase)
-            elif place % 2:
+            else:
                 self._write_executions(phase)
         self._write_charges()
         self._write_ids()

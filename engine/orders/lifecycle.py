@@ -468,18 +468,15 @@ def _hear_modified(order: OrderState, event: Heard) -> Verdict:
 
 def _take_terms(order: OrderState, event: Heard, terms: Terms) -> Verdict:
     """Terms that were asked for hold from now on, and may show that an order is over, or isn't."""
-    was, before = order.status, order.terms
+    was = order.status
     order.terms, order.terms_at = terms, event.event_at
     if was in ("PENDING_MODIFY", "FILLED"):
         order.status = order.working
     stands = order.stands
     order.status = was
     if stands == was:
-        if order.is_open:
-            return Verdict(Finding.NEW, None, [Change(terms=terms)])
-        # A closed order is history, and its terms make no difference any more.
-        order.terms = before
-        return Verdict(Finding.STALE)
+        # Of a closed order, too: a fill that is still on its way is measured by them.
+        return Verdict(Finding.NEW, None, [Change(terms=terms)])
     # What was filled by its old terms works on by the new ones before anything can end it.
     works = Change("PARTIALLY_FILLED", terms=terms)
     change = replace(_move(order, stands)[-1], terms=terms)

@@ -582,3 +582,18 @@ def test_files_are_found_in_a_wheel_and_in_a_checkout(
     assert resources.sql_dir() == package / "_resources" / "sql"
     assert resources.migrations_dir() == package / "_resources" / "migrations"
     assert resources.data_dir() == package / "_resources" / "data"
+
+
+def test_a_process_that_is_just_starting_a_program_has_not_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as child:
+        assert not embedded._has_ended(child.pid)
+        # For a moment of its exec a process has no command line.
+        with monkeypatch.context() as moment:
+            moment.setattr(embedded, "_command_line", lambda pid: b"")
+            assert not embedded._has_ended(child.pid)
+        child.kill()
+        os.waitid(os.P_PID, child.pid, os.WEXITED | os.WNOWAIT)
+        assert embedded._has_ended(child.pid), "a zombie"
+    assert embedded._has_ended(child.pid)

@@ -433,7 +433,7 @@ def test_a_resting_order_that_filled_is_unfilled_when_its_on_fill_raises(
 ASKED_FOR_TOO_MUCH: dict[str, tuple[Callable[[Context], Any], str]] = {
     "unknown order": (
         lambda c: [CancelOrder(c.run_id)],
-        "there is no open order",
+        "there is no order",
     ),
     "unknown symbol": (lambda c: [buy("1", "NOPE")], "unknown symbol NOPE"),
     "reserved event": (lambda c: [Announce("TICK")], "TICK is an event that only the engine"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from decimal import Decimal
 from typing import Any
@@ -42,11 +42,8 @@ def a_broker_run(
     user_id = add_user(conn, user)
     for account in accounts:
         an_account(conn, user_id, account)
-    made = create_run(
-        conn,
-        user_id,
-        replace(Terms(initial_cash=Decimal(100_000), accounts=accounts), **terms),
-    )
+    given: dict[str, Any] = {"initial_cash": Decimal(100_000), "accounts": accounts, **terms}
+    made = create_run(conn, user_id, Terms(**given))
     return start_run(conn, user_id, made.run_id)
 
 
@@ -63,7 +60,7 @@ class Wire:
     def say(
         self,
         kind: str,
-        order_id: UUID | None = None,
+        order_id: UUID | str | None = None,
         *,
         at: datetime | None = None,
         lag: timedelta = SECOND,
@@ -100,7 +97,7 @@ class Wire:
         assert row is not None
         return int(row[0])
 
-    def status(self, order_id: UUID, status: str, **more: Any) -> int:
+    def status(self, order_id: UUID | str, status: str, **more: Any) -> int:
         return self.say("ORDER_STATUS", order_id, status=status, **more)
 
     def fill(
@@ -230,14 +227,14 @@ class Wire:
         assert row is not None
         return row[0], row[1]
 
-    def position(self, symbol: str = "AAPL") -> Decimal:
+    def position(self, symbol: str = "AAPL") -> Any:
         row = self.conn.execute(
             "SELECT quantity FROM position WHERE user_id = %s AND run_id = %s AND symbol = %s",
             [self.run.user_id, self.run.run_id, symbol],
         ).fetchone()
         return row[0] if row else Decimal(0)
 
-    def cash(self) -> Decimal:
+    def cash(self) -> Any:
         return find_run(self.conn, self.run.run_id).cash
 
     def stands_at(self) -> datetime:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -10,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,6 +21,7 @@ from broker_cases import ACCOUNT, Wire, a_broker_run
 from exchange import END_SECONDS_MAX, ROOT, ExchangeProcess
 from psycopg.types.json import Jsonb
 
+from cli.main import main
 from engine.db.connect import Connection
 from engine.db.install import head
 from engine.strategies.base import PlaceOrder
@@ -146,6 +148,24 @@ class House:
             " WHERE user_id = %s",
             [self.wire.run.user_id],
         )
+
+    def oms(self, *words: str) -> tuple[int, str]:
+        """Run an `oms` command to its end, in this process; its exit code and what it printed."""
+        printed = io.StringIO()
+        with redirect_stdout(printed), redirect_stderr(printed):
+            code = main([*words, "--dsn", self.dsn])
+        return code, printed.getvalue()
+
+    def sent_refs(self) -> list[str]:
+        """The references of the orders that the exchange has, in the order of their arrival."""
+        return [each["order_ref"] for each in self.exchange.books()["orders"]]
+
+    def heard(self, kind: str) -> list[Any]:
+        """What the broker said of this kind, in order."""
+        found = self.rows(
+            "SELECT kind, payload FROM broker_event WHERE user_id = %s ORDER BY number"
+        )
+        return [payload for each, payload in found if each == kind]
 
     def rows(self, query: str) -> list[tuple[Any, ...]]:
         """What a query finds; its one parameter is the user."""

@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,7 +116,7 @@ class Office:
 
 @contextmanager
 def an_office(
-    owner: Connection, dsn: str, folder: Path, plans: dict[str, str | Path | None]
+    owner: Connection, dsn: str, folder: Path, plans: Mapping[str, str | Path | None]
 ) -> Iterator[Office]:
     """An office with one exchange for each account, each with its fault plan."""
     exchanges = {

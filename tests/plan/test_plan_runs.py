@@ -289,8 +289,16 @@ def test_a_trade_of_one_run_on_the_order_of_another_violates_a_foreign_key(
     assert rows(conn, "SELECT run_id FROM execution") == [theirs.run_id]
 
 
-# Only runs that trade at a broker have rows here.
-AT_BROKERS = {"broker_command", "execution_commission", "order_broker_id", "run_route"}
+# Only runs that trade at a broker, or were stopped for safety, have rows here.
+AT_BROKERS = {
+    "broker_command",
+    "equity_peak",
+    "execution_commission",
+    "flatten_request",
+    "order_broker_id",
+    "run_route",
+    "trading_halt",
+}
 
 
 @pytest.mark.scenario("RL-07")

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import psycopg
 import pytest
-from psycopg import sql
 from market_cases import build_broker_world
+from psycopg import sql
 from schema_cases import build_world
 
 from engine.db.connect import Connection, open_connection

@@ -54,6 +54,30 @@ def filled(
     )  # fmt: skip
 
 
+def ended(number: int, order: str, status: str = "CANCELED") -> str:
+    """The broker's word that an order is over, as a connector writes it."""
+    return heard(number, "ORDER_STATUS", f":'{order}'", status=status)
+
+
+def snapshot(number: int, *open_orders: str, user: str = "dan", parts: int = 1) -> str:
+    """A snapshot that was asked for now, and its first part, as a connector writes it."""
+    told = ", ".join(f"{{\"order_ref\": \"' || :'{order}' || '\"}}" for order in open_orders)
+    return f"""
+        WITH asked AS (
+            INSERT INTO broker_command (user_id, account, kind)
+            VALUES (:'{user}', 'A1', 'SNAPSHOT') RETURNING command_id
+        )
+        INSERT INTO broker_event (user_id, account, number, holder, kind, payload, event_at)
+        SELECT :'{user}', 'A1', {number}, :'connector', 'SNAPSHOT', jsonb_build_object(
+                   'snapshot_id', command_id, 'part', 1, 'parts', {parts},
+                   'taken_at', :'t1', 'open_orders', ('[{told}]')::jsonb), :'t1'
+        FROM asked;
+        UPDATE broker_command
+        SET claimed_by = :'connector', claimed_at = clock_timestamp(),
+            sent_at = clock_timestamp(), done_at = clock_timestamp(), outcome = 'SENT'
+        WHERE user_id = :'{user}' AND kind = 'SNAPSHOT' AND done_at IS NULL;"""
+
+
 def book(
     order: str, execution: str, quantity: int, price: int = 20, run: str = ":'dan', :'deals'"
 ) -> str:
@@ -109,6 +133,7 @@ def _world() -> str:
     parts += [_moved(order, to="ROUTED") for order in ("o_routed", "o_canceling", "o_modifying")]
     parts += [
         _moved("o_canceling", to="PENDING_CANCEL"),
+        ended(10, "o_canceled"),
         _moved("o_canceled", to="CANCELED"),
         "SELECT order_modify(:'dan', :'deals', :'o_modifying', 2, 12);",
         filled(11, "o_routed", "U.01", 3),
@@ -118,7 +143,7 @@ def _world() -> str:
         filled(15, "o_orphan", "O.01", 2),
         heard(16, "COMMISSION", "NULL", "P.01", amount="-0.25", currency="EUR"),
         filled(17, "o_routed", "S.01", 3, side="SELL"),
-        heard(18, "SNAPSHOT", "NULL", open_orders="o_routed and so on"),
+        snapshot(18, "o_routed", "o_partly", "o_canceling", "o_modifying"),
         "UPDATE broker_command SET outcome = 'NEVER_ARRIVED' "
         "WHERE user_id = :'dan' AND order_id = :'o_lost';",
     ]

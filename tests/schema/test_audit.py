@@ -13,12 +13,14 @@ from contextlib import contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import pytest
+from market_cases import BOOK
 from psycopg import sql
-from schema_cases import NAMES, RUN_TABLES, findings, rows, said
+from schema_cases import BROKER_TABLES, NAMES, RUN_TABLES, findings, rows, said
 
 from engine.db.connect import Connection
 
 VIEWS = (
+    "audit_broker",
     "audit_cash",
     "audit_chain",
     "audit_duplicate",
@@ -220,6 +222,14 @@ ORPHANS = (
         f"risk_limit {NAMES['new_order']}",
     ),
 )
+
+# Of a run's tables at brokers: everything else of the run is there no more either.
+ORPHANS_AT_BROKERS = {
+    "run_route": "run_route A1",
+    "execution_commission": "commission of F.01",
+    "order_broker_id": f"order_broker_id {NAMES['o_routed']}",
+    "broker_command": "broker_command",
+}
 
 RUNS = (
     _case(
@@ -909,6 +919,207 @@ CASES = (
 )
 
 
+# --- What lives at a broker ---------------------------------------------------------------------
+
+_DEALS = "user_id = :'dan' AND run_id = :'deals'"
+
+
+def _at_broker(
+    name: str, corrupt: str, subject: str, finding: str, *also: str, forged: bool = False
+) -> Case:
+    return _case(
+        name,
+        "audit_broker",
+        corrupt,
+        subject,
+        finding,
+        *also,
+        user="dan",
+        run="deals",
+        forged=forged,
+    )
+
+
+def _told(event_type: str, subject: str, payload: str) -> str:
+    """An event at the end of Dan's chain, which the books are said to follow."""
+    return f"""
+        INSERT INTO event_ledger (user_id, run_id, seq, logical_time, event_type, subject, payload,
+                                  recorded_at, hash)
+        SELECT l.user_id, l.run_id, l.seq + 1, l.logical_time, '{event_type}', {subject},
+               ({payload}), now(), sha256('')
+        FROM event_ledger l WHERE {_DEALS} ORDER BY l.seq DESC LIMIT 1;
+        UPDATE strategy_run SET books_seq = (SELECT max(seq) FROM event_ledger WHERE {_DEALS})
+        WHERE {_DEALS};"""
+
+
+# All that follows from a fill, written by somebody who knows what the other views look at.
+_FILL = f"""
+    {BOOK}, symbol, side, commission_currency, logical_time, recorded_at)
+    VALUES (:'dan', :'deals', :'o_routed', 'Z.01', 3, 20, :'t1', 'AAPL', 'BUY', 'USD',
+            run_last_time(:'dan', :'deals'), now());
+    UPDATE orders SET filled_quantity = 3, filled_notional = 60, status = 'PARTIALLY_FILLED'
+    WHERE {_DEALS} AND order_id = :'o_routed';
+    UPDATE position SET quantity = quantity + 3, cost_basis = cost_basis + 60 WHERE {_DEALS};
+    {_run("cash = cash - 60", _DEALS)}"""
+_REBATE = f"""
+    INSERT INTO execution_commission (user_id, run_id, execution_id, amount, currency, rate, cost,
+                                      logical_time, event_at)
+    VALUES (:'dan', :'deals', 'P.01', -1000, 'USD', 1, -1000,
+            run_last_time(:'dan', :'deals'), :'t1');
+    {_run("cash = cash + 1000", _DEALS)}"""
+_REVERSAL = f"""
+    {BOOK}, symbol, side, commission_currency, logical_time, recorded_at, reverses)
+    VALUES (:'dan', :'deals', :'o_partly', 'P.01-R', -4, 20, :'t1', 'AAPL', 'BUY', 'USD',
+            run_last_time(:'dan', :'deals'), now(), 'P.01');
+    UPDATE orders SET filled_quantity = 0, filled_notional = 0, status = 'ROUTED',
+                      status_at = run_last_time(user_id, run_id)
+    WHERE {_DEALS} AND order_id = :'o_partly';
+    UPDATE position SET quantity = quantity - 4, cost_basis = cost_basis - 80 WHERE {_DEALS};
+    {_run("cash = cash + 80", _DEALS)}"""
+
+
+def _row_of(execution: str) -> str:
+    return f"FROM execution e WHERE {_DEALS} AND execution_id = '{execution}'"
+
+
+AT_BROKERS = (
+    _at_broker(
+        "a fill, all books and hashes made to fit",
+        _FILL
+        + _told(
+            "EXECUTION",
+            ":'o_routed' || '/Z.01'",
+            f"SELECT execution_event_payload(e) {_row_of('Z.01')}",
+        ),
+        "execution Z.01",
+        "no broker said BUY of 3 at 20",
+        forged=True,
+    ),
+    _at_broker(
+        "a fill taken back, all books and hashes made to fit",
+        _REVERSAL
+        + _told(
+            "EXECUTION",
+            ":'o_partly' || '/P.01-R'",
+            f"SELECT execution_event_payload(e) {_row_of('P.01-R')}",
+        ),
+        "execution P.01-R",
+        "no broker took back P.01",
+        forged=True,
+    ),
+    _at_broker(
+        "a commission, cash and hashes made to fit",
+        _REBATE
+        + _told(
+            "COMMISSION",
+            "'P.01'",
+            "SELECT execution_commission_payload(c) FROM execution_commission c "
+            f"WHERE {_DEALS} AND execution_id = 'P.01'",
+        ),
+        "commission of P.01",
+        "no broker said -1000 USD",
+        forged=True,
+    ),
+    _at_broker(
+        "the broker's word on a fill",
+        _update("broker_event", 'payload = payload || \'{"price": "1"}\'', "execution_id = 'F.01'"),
+        "execution F.01",
+        "no broker said BUY of 10 at 20",
+    ),
+    _at_broker(
+        "the broker's word on a fill gone",
+        "DELETE FROM broker_event WHERE execution_id = 'F.01';",
+        "execution F.01",
+        "no broker said",
+    ),
+    _at_broker(
+        "what waits in the outbox is more than was ordered",
+        _update(
+            "broker_command",
+            "command_id = :'new_order', payload = payload || '{\"quantity\": \"1000\"}'",
+            "order_id = :'o_waits'",
+        ),
+        f"broker_command {NAMES['new_order']}",
+        "is a SUBMIT that its order, NEW at A1, does not bear out",
+    ),
+    _at_broker(
+        "what went was something else",
+        _update(
+            "broker_command",
+            "command_id = :'new_order', payload = payload || '{\"side\": \"SELL\"}'",
+            "order_id = :'o_routed'",
+        ),
+        f"broker_command {NAMES['new_order']}",
+        "is a SUBMIT that its order, ROUTED at A1, does not bear out",
+    ),
+    _at_broker(
+        "what waits is over",
+        _update("broker_command", "command_id = :'new_order'", "order_id = :'o_waits'")
+        + _update("orders", "status = 'CANCELED'", "order_id = :'o_waits'"),
+        f"broker_command {NAMES['new_order']}",
+        "is a SUBMIT that its order, CANCELED at A1, does not bear out",
+        "audit_event",
+    ),
+    _at_broker(
+        "a submit gone",
+        "DELETE FROM broker_command WHERE order_id = :'o_waits';",
+        f"order {NAMES['o_waits']}",
+        "is NEW at A1 and no command sent it there",
+    ),
+    _at_broker(
+        "an order at another account",
+        _update("orders", "account = 'A3'", "order_id = :'o_routed'"),
+        f"order {NAMES['o_routed']}",
+        "is ROUTED at A3 and no command sent it there",
+    ),
+    _at_broker(
+        "a cancel gone",
+        "DELETE FROM broker_command WHERE order_id = :'o_canceling' AND kind = 'CANCEL';",
+        f"order {NAMES['o_canceling']}",
+        "is PENDING_CANCEL and no command asks for it",
+    ),
+    _at_broker(
+        "an account at another broker",
+        _update("broker_account", "broker = 'ibkr'", "user_id = :'dan' AND account = 'A1'"),
+        f"order {NAMES['o_routed']}",
+        "of a run at dummy is at A1, which is at ibkr",
+    ),
+    _at_broker(
+        "an id that no broker gave",
+        _update("orders", "perm_id = 7", "order_id = :'o_routed'"),
+        f"order {NAMES['o_routed']}",
+        "and 7, under which no broker knows it",
+    ),
+    *(
+        _case(
+            f"a {kind} applied and not booked",
+            "audit_broker",
+            _update(
+                "broker_event",
+                f"applied_at = now(), finding = '{finding}'",
+                f"user_id = :'dan' AND kind = '{kind}' AND execution_id = '{execution}'",
+            ),
+            f"broker_event {number} of A1",
+            f"is a {kind} that was found {finding}, and no book has it",
+            user="dan",
+            run=None,
+        )
+        for kind, finding, execution, number in (
+            ("EXECUTION", "NEW", "U.01", 11),
+            ("EXECUTION", "CORRECTION", "C.02", 14),
+            ("EXECUTION", "ORPHAN", "O.01", 15),
+            ("COMMISSION", "NEW", "F.01", 12),
+            ("BUST", "CORRECTION", "B.01", 13),
+        )
+    ),
+)
+
+
+@pytest.mark.parametrize("case", AT_BROKERS, ids=[case.name for case in AT_BROKERS])
+def test_corruption_of_what_is_at_a_broker_is_found(market: Connection, case: Case) -> None:
+    _assert_found(market, case)
+
+
 def _views(conn: Connection) -> list[str]:
     return [
         str(view)
@@ -937,7 +1148,7 @@ def _found(conn: Connection, view: str) -> list[tuple[Any, ...]]:
 
 
 def _switch_triggers(conn: Connection, how: str) -> None:
-    for table in RUN_TABLES:
+    for table in (*RUN_TABLES, *BROKER_TABLES, "broker_command", "broker_event"):
         conn.execute(
             sql.SQL("ALTER TABLE public.{} {} TRIGGER USER").format(
                 sql.Identifier(table), sql.SQL(how)
@@ -961,9 +1172,13 @@ def _corrupt(conn: Connection, case: Case) -> None:
 
 @pytest.mark.parametrize("case", CASES, ids=[case.name for case in CASES])
 def test_corruption_is_found_by_its_view(world: Connection, case: Case) -> None:
-    subject = _subject(world, case.subject)
-    _corrupt(world, case)
-    found = {view: _found(world, view) for view in _views(world)}
+    _assert_found(world, case)
+
+
+def _assert_found(conn: Connection, case: Case) -> None:
+    subject = _subject(conn, case.subject)
+    _corrupt(conn, case)
+    found = {view: _found(conn, view) for view in _views(conn)}
     assert {view for view, rows_ in found.items() if rows_} == {case.view, *case.also}, found
     about = {(row[0], row[1]) for rows_ in found.values() for row in rows_}
     assert about == {(case.user and NAMES[case.user], case.run and NAMES[case.run])}, found
@@ -1005,6 +1220,32 @@ def test_run_that_is_gone_leaves_an_orphan_in_every_table(world: Connection) -> 
     assert tables == set(children)
 
 
+def test_a_run_that_is_gone_leaves_an_orphan_in_every_table_of_brokers(
+    market: Connection,
+) -> None:
+    with _without_triggers(market):
+        for table, name in (
+            ("run_route", "run_route_belongs_to_run"),
+            ("execution_commission", "execution_commission_of_execution"),
+            ("order_broker_id", "order_broker_id_of_order"),
+            ("broker_command", "broker_command_of_order"),
+        ):
+            market.execute(_drop(table, name).encode())
+        market.execute(
+            said(
+                "INSERT INTO execution_commission (user_id, run_id, execution_id, amount, "
+                "currency, rate, cost, logical_time, event_at) "
+                "VALUES (:'dan', :'deals', 'F.01', 1, 'USD', 1, 1, :'t1', :'t1'); "
+                "INSERT INTO order_broker_id (user_id, run_id, order_id, account, perm_id, since) "
+                "VALUES (:'dan', :'deals', :'o_routed', 'A1', 7, :'t1'); "
+                f"DELETE FROM strategy_run WHERE {_DEALS}"
+            )
+        )
+    found = [row[2] for row in _found(market, "audit_orphan")]
+    for subject in ORPHANS_AT_BROKERS.values():
+        assert any(named.startswith(subject) for named in found), subject
+
+
 def test_several_corrupted_runs_are_each_named(world: Connection) -> None:
     with _without_triggers(world):
         world.execute(said(_run("cash = cash + 1", "status = 'RUNNING'")))
@@ -1036,4 +1277,5 @@ def test_switching_off_and_rechaining_alone_gives_no_rows(world: Connection) -> 
 
 
 def test_every_view_is_corrupted_by_a_case(conn: Connection) -> None:
-    assert _views(conn) == sorted({case.view for case in CASES}) == list(VIEWS)
+    cases = (*CASES, *AT_BROKERS)
+    assert _views(conn) == sorted({case.view for case in cases}) == list(VIEWS)

@@ -11,7 +11,18 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 import pytest
-from market_cases import BOOK, CHARGE, COMMAND, PLACE, book, filled, heard, take_back
+from market_cases import (
+    BOOK,
+    CHARGE,
+    COMMAND,
+    PLACE,
+    book,
+    ended,
+    filled,
+    heard,
+    snapshot,
+    take_back,
+)
 from schema_cases import (
     DENIED,
     ROLES,
@@ -165,7 +176,7 @@ _COMMANDS = [
     _attack(
         "other terms for what went",
         _outcome("o_sent", 'payload = payload || \'{"quantity": "1000"}\''),
-        AGREES,
+        "broker_command_terms_fixed",
         DENIED,
     ),
     _attack(
@@ -187,7 +198,7 @@ _COMMANDS = [
     _attack(
         "what was sent withdrawn",
         _outcome("o_sent", "outcome = 'WITHDRAWN'"),
-        "broker_command_withdrawn_unclaimed",
+        "broker_command_said_once",
     ),
     _attack(
         "what waits said to be sent",
@@ -251,7 +262,7 @@ _ORDERS = [
     ),
     _attack("of no account", _order("o_lost", "account = NULL"), TERMS),
     _attack("another broker", _order("o_waits", "broker = 'paper'"), TERMS, DENIED),
-    _attack("a filled order's terms", _order("o_filled", "quantity = 20"), "orders_closed_fixed"),
+    _attack("a filled order's terms", _order("o_filled", "quantity = 20"), TERMS),
     _attack(
         "a filled order's reason", _order("o_filled", "status_reason = 'x'"), "orders_closed_fixed"
     ),
@@ -560,7 +571,81 @@ _CALLS = [
     ),
 ]
 
-ATTACKS = (*_COMMANDS, *_ORDERS, *_EXECUTIONS, *_COMMISSIONS, *_CALLS)
+ENDED = "orders_end_said_by_broker"
+
+
+def _named(order: str, number: int = 0, perm: int = 0, account: str = "A1") -> str:
+    """Whose order a broker's ids mean, as the engine notes it."""
+    return (
+        "INSERT INTO order_broker_id (user_id, run_id, order_id, account, broker_order_id, "
+        f"perm_id, since) VALUES (:'dan', :'deals', :'{order}', '{account}', {number}, {perm}, "
+        ":'t1');"
+    )
+
+
+_ENDS_AND_IDS = [
+    *(
+        _attack(f"{status} of {order} by nobody's word", _order(order, change), ENDED)
+        for order in ("o_routed", "o_partly", "o_canceling", "o_modifying")
+        for status, change in (
+            ("CANCELED", "status = 'CANCELED', status_reason = 'USER'"),
+            ("EXPIRED", "status = 'EXPIRED'"),
+            ("REJECTED", "status = 'REJECTED', reject_source = 'BROKER', reject_code = 'X'"),
+        )
+        if (order, status) != ("o_partly", "REJECTED")
+    ),
+    _attack(
+        "many at once, one of them by nobody's word",
+        "UPDATE orders SET status = 'CANCELED' WHERE user_id = :'dan' "
+        "AND order_id IN (:'o_waits', :'o_sent', :'o_lost', :'o_routed')",
+        ENDED,
+    ),
+    _attack(
+        "of another user's order the broker says nothing",
+        "UPDATE orders SET status = 'CANCELED' WHERE order_id = :'o_fays'",
+        ENDED,
+    ),
+    _attack(
+        "a broker's id that it never gave",
+        _order("o_routed", "perm_id = 7"),
+        "orders_ids_said_by_broker",
+    ),
+    _attack(
+        "a broker's number that it never gave",
+        _order("o_routed", "broker_order_id = 7"),
+        "orders_ids_said_by_broker",
+    ),
+    _attack(
+        "an order named by nobody", _named("o_routed", perm=7), "order_broker_id_said_by_broker"
+    ),
+    _attack(
+        "an order named at another account",
+        _named("o_routed", number=7, account="A2"),
+        "order_broker_id_said_by_broker",
+    ),
+    _attack(
+        "a route to an account at another broker",
+        "INSERT INTO broker_account (user_id, account, broker) VALUES (:'dan', 'I1', 'ibkr'); "
+        "INSERT INTO run_route (user_id, run_id, preference, account) "
+        "VALUES (:'dan', :'deals', 3, 'I1')",
+        "run_route_at_runs_broker",
+    ),
+    _attack(
+        "a route that moves to an account at another broker",
+        "INSERT INTO broker_account (user_id, account, broker) VALUES (:'dan', 'I1', 'ibkr'); "
+        "UPDATE run_route SET account = 'I1' WHERE run_id = :'deals' AND preference = 2",
+        "run_route_at_runs_broker",
+        DENIED,
+    ),
+    _attack(
+        "a route of a paper run",
+        "INSERT INTO broker_account (user_id, account, broker) VALUES (:'ann', 'I1', 'ibkr'); "
+        "INSERT INTO run_route (user_id, run_id, account) VALUES (:'ann', :'live', 'I1')",
+        "run_route_at_runs_broker",
+    ),
+]
+
+ATTACKS = (*_COMMANDS, *_ORDERS, *_EXECUTIONS, *_COMMISSIONS, *_CALLS, *_ENDS_AND_IDS)
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
@@ -621,7 +706,8 @@ def _claim(conn: Connection, order: str) -> None:
 def test_to_insert_an_order_is_to_send_it(market: Connection) -> None:
     _as_engine(
         market,
-        f"{PLACE}) VALUES (:'dan', :'deals', :'new_order', 'AAPL', 'BUY', 3, 'LIMIT', 20.50, :'t1')",
+        f"{PLACE}) VALUES (:'dan', :'deals', :'new_order', 'AAPL', 'BUY', 3, 'LIMIT', 20.50, "
+        ":'t1')",
     )
     assert _state(market, "new_order", "status, account, version") == ("NEW", "A1", 1)
     assert rows(
@@ -650,7 +736,7 @@ def test_what_the_gate_refuses_is_not_sent(market: Connection) -> None:
 def test_an_order_may_choose_among_its_runs_accounts(market: Connection) -> None:
     _as_engine(
         market,
-        f"{PLACE}, account, purpose) VALUES (:'dan', :'deals', :'new_order', 'AAPL', 'BUY', 1, "
+        f"{PLACE}, account, purpose) VALUES (:'dan', :'deals', :'new_order', 'AAPL', 'SELL', 1, "
         "'LIMIT', 20, :'t1', 'A2', 'FLATTEN')",
     )
     assert _commands(market, "new_order") == [("SUBMIT", "A2", "1", None)]
@@ -856,13 +942,7 @@ def test_what_never_arrived_goes_to_the_next_account(market: Connection) -> None
 def test_a_snapshot_without_an_order_shows_that_it_never_arrived(market: Connection) -> None:
     _as_engine(market, _outcome("o_sent", "outcome = 'NEVER_ARRIVED'"))
     # One that tells of it shows the contrary.
-    market.execute(
-        said(
-            _outcome("o_canceled", "outcome = 'UNKNOWN'")
-            + ";"
-            + heard(40, "SNAPSHOT", "NULL", open_orders="d0000000-0000-0000-0000-00000000000a")
-        )
-    )
+    market.execute(said(snapshot(40, "o_canceled")))
     for role in ROLES:
         assert_refused(
             market,
@@ -880,9 +960,241 @@ def test_the_engine_asks_brokers_on_its_own(market: Connection) -> None:
     )
 
 
+# --- What the inbox bears out --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("kind", "payload"),
+    [
+        *(
+            ("ORDER_STATUS", {"status": status})
+            for status in ("CANCELED", "EXPIRED", "INACTIVE", "REJECTED")
+        ),
+        ("REJECTED", {"code": "201"}),
+        ("CANCEL_REJECTED", {"code": "ALREADY_CANCELED"}),
+        ("CANCEL_REJECTED", {"code": "INACTIVE"}),
+    ],
+)
+def test_an_order_is_over_when_its_broker_says_so(
+    market: Connection, kind: str, payload: dict[str, str]
+) -> None:
+    market.execute(said(heard(40, kind, ":'o_routed'", **payload)))
+    _as_engine(market, _order("o_routed", "status = 'CANCELED'"))
+
+
+@pytest.mark.parametrize(
+    "word",
+    [
+        heard(40, "ORDER_STATUS", ":'o_routed'", status="ROUTED"),
+        heard(40, "ORDER_STATUS", ":'o_routed'", status="FILLED"),
+        heard(40, "CANCEL_REJECTED", ":'o_routed'", code="TOO_LATE"),
+        heard(40, "MODIFY_REJECTED", ":'o_routed'", code="INACTIVE"),
+        heard(40, "THROTTLED", ":'o_routed'", status="CANCELED"),
+        ended(40, "o_partly"),
+        ended(40, "o_routed").replace("'A1'", "'A2'"),
+        snapshot(40, "o_routed"),
+        snapshot(40, parts=2),
+        snapshot(40, user="fay"),
+    ],
+)
+def test_a_word_that_ends_nothing_ends_nothing(market: Connection, word: str) -> None:
+    market.execute(said(word))
+    for role in ROLES:
+        assert_refused(market, _order("o_routed", "status = 'CANCELED'"), role, ENDED)
+
+
+def test_an_order_is_over_when_a_snapshot_does_not_tell_of_it(market: Connection) -> None:
+    market.execute(said(snapshot(40, "o_partly")))
+    _as_engine(market, _order("o_routed", "status = 'CANCELED'"))
+    assert_refused(market, _order("o_partly", "status = 'CANCELED'"), "oms_engine", ENDED)
+
+
+def test_what_was_just_sent_is_not_over_by_a_snapshot_from_before(market: Connection) -> None:
+    """It is on its way to a broker that was asked before it left."""
+    _claim(market, "o_waits")
+    cancel = _order("o_waits", "status = 'CANCELED'")
+    assert_refused(market, cancel, "oms_engine", ENDED)
+    # Received since then, but asked for before.
+    late = (
+        snapshot(41)
+        .replace("event_at)\n        SELECT", "event_at, received_at)\n        SELECT")
+        .replace(
+            ":'t1'\n        FROM asked", ":'t1', clock_timestamp() + '1 hour'\n        FROM asked"
+        )
+    )
+    late = late.replace(
+        "claimed_at = clock_timestamp()", "claimed_at = clock_timestamp() - interval '1 hour'"
+    )
+    assert "'1 hour'" in late
+    market.execute(said(late))
+    assert_refused(market, cancel, "oms_engine", ENDED)
+    market.execute(said(snapshot(42)))
+    _as_engine(market, cancel)
+
+
+def test_what_no_connector_took_or_what_never_arrived_needs_no_word(market: Connection) -> None:
+    for order in ("o_waits", "o_lost"):
+        _as_engine(market, _order(order, "status = 'CANCELED'"))
+
+
+@pytest.mark.parametrize("outcome", ["NEVER_ARRIVED", "REFUSED"])
+def test_that_nothing_was_sent_is_for_its_connector_to_say(
+    market: Connection, outcome: str
+) -> None:
+    _claim(market, "o_waits")
+    change = _outcome("o_waits", f"outcome = '{outcome}', done_at = now()")
+    for role in ROLES:
+        assert_refused(market, change, role, "broker_command_outcome_said_by_broker")
+    ((command,),) = rows(
+        market, "SELECT command_id::text FROM broker_command WHERE order_id = :'o_waits'"
+    )
+    market.execute(said(heard(40, "SEND_FAILED", ":'o_waits'", command_id=command)))
+    _as_engine(market, change)
+    # There is nothing to be asked back.
+    assert _as_engine(market, _call("order_cancel", "dan", "deals", "o_waits")) == [("CANCELED",)]
+
+
+def _with_ids(word: str, number: int = 0, perm: int = 0) -> str:
+    return word.replace(
+        "payload, event_at)", "payload, event_at, broker_order_id, perm_id)"
+    ).replace(":'t1');", f":'t1', {number}, {perm});")
+
+
+def test_ids_are_those_that_the_broker_said(market: Connection) -> None:
+    word = heard(40, "ORDER_STATUS", ":'o_routed'", status="ROUTED")
+    market.execute(said(_with_ids(word, 5, 7)))
+    # As the inbox writes it, and as reconciliation does.
+    _as_engine(
+        market,
+        _order("o_routed", "broker_order_id = 5, perm_id = 7") + ";" + _named("o_routed", 5, 7),
+    )
+    for forged in (_named("o_routed", 5, 8), _named("o_routed", 6, 7), _named("o_partly", 5, 7)):
+        assert_refused(market, forged, "oms_engine", "order_broker_id_said_by_broker")
+    # Under a lasting id that is ours, the broker gives it another number.
+    nameless = heard(41, "ORDER_STATUS", "NULL", status="CANCELED")
+    market.execute(said(_with_ids(nameless, 6, 7)))
+    _as_engine(market, _named("o_routed", 6, 7) + _order("o_routed", "broker_order_id = 6"))
+    _as_engine(market, _order("o_routed", "status = 'CANCELED'"))
+
+
+def test_a_stranger_s_fill_can_not_be_made_ours_by_its_id(market: Connection) -> None:
+    market.execute(said(_with_ids(filled(40, "nobody", "Y.01", 3), 0, 99)))
+    forged = _named("o_routed", perm=99) + book("o_routed", "Y.01", 3)
+    for role in ROLES:
+        assert_refused(market, forged, role, "order_broker_id_said_by_broker")
+        assert_refused(market, book("o_routed", "Y.01", 3), role, SAID)
+
+
+def test_ids_of_a_snapshot_are_the_broker_s_too(market: Connection) -> None:
+    told = snapshot(40, "o_routed").replace(
+        '{"order_ref"', '{"broker_order_id": 5, "perm_id": 7, "order_ref"'
+    )
+    market.execute(said(told))
+    _as_engine(market, _named("o_routed", 5, 7) + _order("o_routed", "perm_id = 7"))
+    assert_refused(market, _named("o_routed", 5, 9), "oms_engine", "order_broker_id_said_by_broker")
+
+
+def test_ticks_of_a_run_at_a_broker_fill_nothing(market: Connection) -> None:
+    """Orders born FILLED are the paper book's alone, also from the function that writes ticks."""
+    told = (
+        "ARRAY['ORDER_PLACED', 'EXECUTION'], ARRAY[:'new_order', :'new_order' || '/X']",
+        "'{}'::text[], '{}'::text[]",
+    )
+    for types in told:
+        times = "ARRAY[:'t1', :'t1']::timestamptz[]" if "ARRAY" in types else "'{}'"
+        payloads = "ARRAY['{}', '{}']::jsonb[]" if "ARRAY" in types else "'{}'"
+        call = f"""SELECT ticks_write(:'dan', :'deals',
+            (SELECT max(seq) FROM event_ledger WHERE run_id = :'deals'), NULL, {times}, {types},
+            {payloads}, ARRAY[:'t1']::timestamptz[], ARRAY[:'new_order']::uuid[], '{{AAPL}}',
+            '{{BUY}}', '{{2}}', '{{MARKET}}', '{{DAY}}', '{{NULL}}', '{{NULL}}', '{{20}}',
+            '{{NULL}}', '{{20}}', '{{0}}', ARRAY[:'t1']::timestamptz[], '{{}}', '{{}}', '{{}}',
+            NULL, NULL)"""
+        for role in ROLES:
+            assert_refused(market, call, role, "orders_account_unless_paper")
+
+
+# --- What a connector may not --------------------------------------------------------------------
+
+_WORD = "INSERT INTO broker_event (user_id, account, number, holder, kind, event_at"
+_OWN = "(:'dan', 'A1', 90, :'connector', 'NOTICE', :'t1'"
+_DONE = (
+    "SELECT lease_take(:'dan', 'A1', :'connector', 'x', 60); "
+    "SELECT commands_claim(:'dan', 'A1', :'connector', 10, 10); "
+    "SELECT commands_done(:'dan', 'A1', :'connector', ARRAY(SELECT command_id FROM broker_command "
+    "WHERE order_id = :'o_waits'), ARRAY[NULL::timestamptz], ARRAY[{}])"
+)
+_BY_A_CONNECTOR = {
+    _order("o_routed", "status = 'CANCELED'"): DENIED,
+    _order("o_waits", "quantity = 1000"): DENIED,
+    book("o_routed", "U.01", 3): DENIED,
+    _charge("F.01", "1.5"): DENIED,
+    _named("o_routed", 5, 7): DENIED,
+    _command("SUBMIT", "o_lost"): DENIED,
+    "INSERT INTO broker_command (user_id, account, kind) VALUES (:'dan', 'A1', 'SNAPSHOT')": DENIED,
+    _outcome("o_waits", "claimed_by = :'connector'"): DENIED,
+    _outcome("o_waits", 'payload = \'{"quantity": "1000"}\''): DENIED,
+    "DELETE FROM broker_command WHERE user_id = :'dan'": DENIED,
+    f"{_WORD}, applied_at, finding) VALUES {_OWN}, now(), 'IGNORED')": DENIED,
+    "UPDATE broker_event SET payload = '{}' WHERE user_id = :'dan'": DENIED,
+    "DELETE FROM broker_event WHERE user_id = :'dan'": DENIED,
+    "TRUNCATE broker_event": DENIED,
+    "SELECT payload FROM broker_event": DENIED,
+    "UPDATE broker_lease SET expires_at = 'infinity'": DENIED,
+    "UPDATE broker_account SET messages_per_second = 10000": DENIED,
+    "INSERT INTO run_route (user_id, run_id, preference, account) "
+    "VALUES (:'dan', :'deals', 3, 'A3')": DENIED,
+    "INSERT INTO alert (user_id, code, message) VALUES (:'dan', 'X', 'x')": DENIED,
+    "UPDATE strategy_run SET status = 'STOPPED' WHERE run_id = :'deals'": DENIED,
+    "UPDATE trading_halt SET lifted_at = now(), lifted_by = 'x'": DENIED,
+    "SELECT FROM orders": DENIED,
+    "SELECT FROM execution_commission": DENIED,
+    "SELECT FROM event_ledger": DENIED,
+    _call("order_cancel", "dan", "deals", "o_routed"): DENIED,
+    _call("order_modify", "dan", "deals", "o_routed", ", 2, 11"): DENIED,
+    "SELECT halt_place(:'dan', 'x', 'USER', NULL, NULL, 'HALTED', 'x', 'x')": DENIED,
+    "SELECT halt_lift(:'dan', 'x', 'x')": DENIED,
+    "SELECT system_halt_lift('x', 'x')": DENIED,
+    "SELECT run_equity_peak(:'dan', :'deals', now())": DENIED,
+    "SELECT grant_roles()": DENIED,
+    "CREATE TABLE theirs (user_id uuid)": DENIED,
+    "CREATE TEMP TABLE theirs (user_id uuid); CREATE TRIGGER x AFTER INSERT ON theirs "
+    "FOR EACH ROW EXECUTE FUNCTION orders_send_rerouted()": DENIED,
+    "SELECT commands_claim(:'dan', 'A1', :'connector', 10, 10)": "broker_lease_is_held",
+    "SELECT lease_take(:'dan', 'A1', :'connector', 'x', 60); "
+    "SELECT lease_take(:'dan', 'A1', :'nobody', 'y', 60)": "broker_lease_one_holder",
+    "SELECT lease_take(:'dan', 'X', :'connector', 'x', 60)": "broker_lease_of_account",
+    "SELECT commands_done(:'dan', 'A1', :'nobody', ARRAY(SELECT command_id FROM broker_command "
+    "WHERE order_id = :'o_waits'), ARRAY[now()], ARRAY['SENT'])": "broker_command_done_by_claimer",
+    _DONE.format("'NEVER_ARRIVED'"): "broker_command_outcome_said_by_broker",
+    _DONE.format("'REFUSED'"): "broker_command_outcome_said_by_broker",
+    _DONE.format("'WITHDRAWN'"): "broker_command_withdrawn_unclaimed",
+    _DONE.format("'SENT'"): "broker_command_sent_has_time",
+    _DONE.format("NULL"): "broker_command_done_has_outcome",
+    _DONE.format("'DONE'"): "broker_command_outcome_known",
+    f"{_WORD}) VALUES {_OWN.replace('90', '1')})": "broker_event_pkey",
+    f"{_WORD}) VALUES {_OWN.replace('90', '0')})": "broker_event_number_positive",
+    f"{_WORD}) VALUES {_OWN.replace('A1', 'X')})": "broker_event_of_account",
+}
+
+
+@pytest.mark.parametrize("sql", _BY_A_CONNECTOR)
+def test_a_connector_does_nothing_beyond_its_rights(market: Connection, sql: str) -> None:
+    assert_refused(market, sql, "oms_connector", _BY_A_CONNECTOR[sql])
+
+
+def test_a_connector_whose_clock_is_ahead_does_not_hide_a_silence(market: Connection) -> None:
+    with acting_as(market, "oms_connector"):
+        market.execute(said("SELECT lease_take(:'dan', 'A1', :'connector', 'x', 60)"))
+        market.execute(
+            said("SELECT lease_renew(:'dan', 'A1', :'connector', 60, true, 'infinity', NULL)")
+        )
+    assert rows(market, "SELECT last_heard_at <= clock_timestamp() FROM broker_lease") == [(True,)]
+
+
 # --- A run that is stopping ----------------------------------------------------------------------
 
 _STOP = "UPDATE strategy_run SET status = 'STOPPING' WHERE run_id = :'deals'"
+_ASKED_BACK = ("o_sent", "o_routed", "o_partly", "o_canceling", "o_modifying", "o_orphan")
 _IS_RUNNING = {
     "engine_state": "engine_state_run_is_running",
     "engine_status": "engine_status_run_is_running",
@@ -948,7 +1260,8 @@ def test_a_run_that_is_stopping_still_books_what_its_broker_says(market: Connect
     _as_engine(market, _charge("F.01", "1.5"))
     _as_engine(market, _recovered("o_orphan"))
     _as_engine(market, _call("order_cancel", "dan", "deals", "o_orphan"))
-    for order in ("o_sent", "o_routed", "o_partly", "o_canceling", "o_modifying", "o_orphan"):
+    for number, order in enumerate(_ASKED_BACK, 50):
+        market.execute(said(ended(number, order)))
         _as_engine(market, _order(order, "status = 'CANCELED'"))
     _as_engine(market, "UPDATE strategy_run SET status = 'STOPPED' WHERE run_id = :'deals'")
     for sql, rule in (

@@ -366,7 +366,7 @@ def test_every_search_path_is_pinned(conn: Connection) -> None:
 
 
 def test_few_functions_have_the_owners_rights(conn: Connection) -> None:
-    """What triggers call, the function by which the engine writes ticks, and a connector's."""
+    """What triggers call, by what the engine writes ticks and halts trading, and a connector's."""
     assert _rows(
         conn,
         """SELECT proname, prorettype::regtype::text FROM pg_proc
@@ -390,6 +390,7 @@ def test_few_functions_have_the_owners_rights(conn: Connection) -> None:
         ("lease_take", "timestamp with time zone"),
         ("orders_send", "trigger"),
         ("orders_send_move", "trigger"),
+        ("orders_send_rerouted", "trigger"),
         ("orders_send_terms", "trigger"),
         ("run_equity_peak", "numeric"),
         ("split_applied_apply", "trigger"),

@@ -431,7 +431,8 @@ def test_an_order_that_waits_may_be_given_new_terms_and_nothing_else(desk: Desk)
         "UPDATE broker_command SET done_at = now(), outcome = 'WITHDRAWN' WHERE command_id = %s",
         [withdrawn],
     )
-    refused(desk, HistoryIsFixed, rule, modify, withdrawn)
+    other = "UPDATE broker_command SET payload = '{}' WHERE command_id = %s"
+    refused(desk, HistoryIsFixed, rule, other, withdrawn)
 
 
 @pytest.mark.parametrize(
@@ -472,7 +473,10 @@ def test_the_broker_says_what_arrived(desk: Desk, first: str, then: str) -> None
     command = desk.command("SUBMIT", order)
     claim(desk.conn, desk)
     done(desk.conn, desk, command, first)
-    hear(desk.conn, desk, kind="SNAPSHOT")
+    asked = desk.command("SNAPSHOT")
+    claim(desk.conn, desk)
+    whole = {"snapshot_id": str(asked), "part": 1, "parts": 1, "open_orders": []}
+    hear(desk.conn, desk, kind="SNAPSHOT", payload=whole)
     decide = "UPDATE broker_command SET outcome = %s WHERE command_id = %s"
     desk.conn.execute(decide.encode(), [then, command])
     for other in ("SENT", "UNKNOWN", "ARRIVED" if then != "ARRIVED" else "NEVER_ARRIVED"):
@@ -497,8 +501,10 @@ def hear(
     order: UUID | None = None,
     command: UUID | None = None,
     holder: UUID = FIRST,
+    payload: dict[str, Any] | None = None,
 ) -> None:
-    payload = {"price": "100"} if command is None else {"command_id": str(command)}
+    if payload is None:
+        payload = {"price": "100"} if command is None else {"command_id": str(command)}
     conn.execute(
         """INSERT INTO broker_event (user_id, account, number, holder, kind, order_ref, payload,
                                      event_at)
@@ -607,10 +613,13 @@ def test_they_go_with_their_account(desk: Desk) -> None:
     desk.command("SUBMIT", order)
     desk.command("SNAPSHOT")
     take(desk.conn, desk, FIRST)
-    desk.conn.execute("DELETE FROM broker_account WHERE user_id = %s", [desk.user_id])
+    # An account with orders stays, as they do.
+    delete = "DELETE FROM broker_account WHERE user_id = %s"
+    refused(desk, UnknownReference, "run_route_to_account", delete, desk.user_id)
+    desk.conn.execute("DELETE FROM strategy_run WHERE user_id = %s", [desk.user_id])
+    desk.conn.execute(delete.encode(), [desk.user_id])
     for table in ("broker_command", "broker_event", "broker_lease"):
         assert desk.rows(f"SELECT count(*) FROM {table} WHERE user_id = %s") == [(0,)]
-    assert desk.rows("SELECT count(*) FROM orders WHERE user_id = %s") == [(1,)]
 
 
 def test_commands_go_with_their_run_and_what_the_broker_said_stays(desk: Desk) -> None:

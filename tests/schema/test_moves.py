@@ -56,6 +56,13 @@ def _trade(quantity: int, broker: str, number: int = 1) -> str:
     )
 
 
+# The broker's word that it is over; what a connector has taken ends with none else.
+_END = (
+    "INSERT INTO broker_event (user_id, account, number, holder, kind, order_ref, payload, "
+    "event_at) VALUES (:'eve', 'A1', 90, :'nobody', 'ORDER_STATUS', :'new_order', "
+    "'{\"status\": \"CANCELED\"}', :'t0')"
+)
+_ENDS = ("CANCELED", "EXPIRED", "REJECTED")
 # A connector has taken what was sent.
 _CLAIM = f"UPDATE broker_command SET claimed_by = :'nobody', claimed_at = now() {_KEY}"
 _MODIFY = (
@@ -88,6 +95,8 @@ def _order_in(world: Connection, status: str, broker: str) -> None:
     if status not in ("NEW", "PENDING"):
         world.execute(said(_CLAIM))
     for step in _PATHS[status]:
+        if step in _ENDS and broker != "paper":
+            world.execute(said(_END))
         if step.startswith("trade"):
             step = _trade(int(step.split()[1]), broker)
         elif step == "modify":
@@ -138,6 +147,10 @@ def test_an_order_moves_as_the_table_says_and_not_otherwise(
                         assert_refused(world, _move(to), role, "orders_modified_by_command")
                     world.execute(said(_MODIFY))
                 else:
+                    if to in _ENDS and (broker, status in ("NEW", "PENDING")) == ("dummy", False):
+                        for role in ("oms_owner", "oms_engine"):
+                            assert_refused(world, _move(to), role, "orders_end_said_by_broker")
+                        world.execute(said(_END))
                     world.execute(said(_move(to)))
                 assert rows(world, f"SELECT status FROM orders {_KEY}") == [(to,)]
                 assert findings(world) == []

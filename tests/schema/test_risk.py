@@ -70,7 +70,7 @@ class Book:
         names = {"symbol", "side", "quantity", "logical_time"}.union(*orders)
         base: dict[str, object] = {"symbol": "AAPL", "side": "BUY", "quantity": 1}
         base |= {"logical_time": T0}
-        rows = [
+        rows: list[Columns] = [
             {"user_id": self.user, "run_id": self.run}
             | {name: (base | dict(order)).get(name) for name in sorted(names)}
             for order in orders

@@ -15,16 +15,18 @@ from engine.db.embedded import Server
 from engine.errors import ConfigurationError
 
 # Views that put rows together, so that nobody can write into them.
-COMPUTED = ("order_refusal", "execution_cost", "pnl_daily", "position_pnl")
+COMPUTED = (
+    "execution_cost",
+    "latency_summary",
+    "order_latency",
+    "order_refusal",
+    "order_response",
+    "pnl_daily",
+    "position_pnl",
+)
 READ_ONLY = (
     *COMPUTED,
-    "run_status",
-    "run_transition",
-    "order_status",
-    "order_transition",
-    "command_kind",
-    "broker_lease",
-    "risk_limit",
+    "audit_broker",
     "audit_cash",
     "audit_chain",
     "audit_duplicate",
@@ -35,17 +37,17 @@ READ_ONLY = (
     "audit_orphan",
     "audit_position",
     "audit_running",
-    "alert",
-    "broker_account",
-    "broker_command",
-    "broker_event",
-    "broker_lease",
-    "command_kind",
-    "order_broker_id",
     "breaker_kind",
+    "broker_lease",
     "circuit_breaker",
+    "command_kind",
     "equity_peak",
     "limit_kind",
+    "order_status",
+    "order_transition",
+    "risk_limit",
+    "run_status",
+    "run_transition",
     "system_halt",
     "trading_halt",
 )
@@ -95,6 +97,8 @@ ENGINE: dict[str, dict[str, str]] = {
     },
     "broker_event": {"UPDATE": "applied_at code finding note"},
     "alert": {"INSERT": "*", "UPDATE": "acknowledged_at acknowledged_by"},
+    "reconciliation": {"INSERT": "*"},
+    "reconciliation_difference": {"INSERT": "*"},
     "position": {"UPDATE": "mark_price marked_at"},
     "split_applied": {"INSERT": "ex_date kind logical_time run_id symbol user_id"},
     "mtm_ledger": {"INSERT": "logical_time run_id user_id"},
@@ -136,20 +140,20 @@ CONNECTOR_FUNCTIONS = [
     "commands_done",
     "commands_throttled",
     "connector_alert",
+    "executions_unheard",
     "lease_release",
     "lease_renew",
     "lease_take",
 ]
-
-# What the engine calls to halt and to lift, and what its orders make the gate call.
-SAFETY_FUNCTIONS = (
+ENGINE_FUNCTIONS = [
     "halt_enforce",
     "halt_lift",
     "halt_place",
     "run_equity_peak",
     "system_halt_lift",
     "system_halt_place",
-)
+    "ticks_write",
+]
 
 _TABLE_RIGHTS = """
     SELECT c.relname, x.privilege_type, '*'
@@ -214,9 +218,20 @@ def test_trigger_functions_are_for_their_triggers_alone(conn: Connection) -> Non
                          WHERE x.grantee <> p.proowner)
            ORDER BY p.proname"""
     ).fetchall()
-    assert open_to_all == [
-        (name,) for name in sorted((*CONNECTOR_FUNCTIONS, *SAFETY_FUNCTIONS, "ticks_write"))
-    ]
+    assert open_to_all == [(name,) for name in sorted(CONNECTOR_FUNCTIONS + ENGINE_FUNCTIONS)]
+
+
+def test_each_function_with_the_owners_rights_is_for_one_role(conn: Connection) -> None:
+    callers = conn.execute(
+        """SELECT p.proname, x.grantee::regrole::text FROM pg_proc p
+           CROSS JOIN LATERAL aclexplode(p.proacl) x
+           WHERE p.pronamespace = 'public'::regnamespace AND p.prosecdef
+             AND x.grantee <> p.proowner ORDER BY 1"""
+    ).fetchall()
+    assert callers == sorted(
+        [(name, "oms_connector") for name in CONNECTOR_FUNCTIONS]
+        + [(name, "oms_engine") for name in ENGINE_FUNCTIONS]
+    )
 
 
 @pytest.mark.parametrize("role", ["oms_auditor", "oms_connector"])
@@ -262,7 +277,11 @@ def test_auditor_and_connector_can_write_nowhere(world: Connection, role: str, t
         f"DELETE FROM public.{table}",
         f"TRUNCATE public.{table}",
     ):
-        if table.startswith("audit_") or table in COMPUTED or (table.startswith("paper_") and "TRUNC" in statement):
+        if (
+            table.startswith("audit_")
+            or table in COMPUTED
+            or (table.startswith("paper_") and "TRUNC" in statement)
+        ):
             continue  # no view of that kind can be written by anybody
         if (role, table) == ("oms_connector", "broker_event") and "INSERT" in statement:
             continue  # the inbox is its to write

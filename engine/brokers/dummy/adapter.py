@@ -201,6 +201,8 @@ class DummyBroker:
             while line := await reader.readline():
                 if not self._take(decode(line)):
                     return
+            if self._writer is None:
+                why = "logged off"
         except (OSError, ValueError, BadInput) as error:
             why = _why(error)
         except asyncio.QueueFull:

@@ -6,11 +6,15 @@ DROP VIEW order_latency;
 
 DROP VIEW order_response;
 
+DROP VIEW audit_broker;
+
 DROP VIEW audit_event;
 
 DROP VIEW audit_mark;
 
 DROP VIEW audit_cash;
+
+DROP VIEW audit_orphan;
 
 DROP VIEW order_refusal;
 
@@ -20,6 +24,16 @@ DROP VIEW position_pnl;
 
 DROP VIEW execution_cost;
 
+DROP TRIGGER run_route_a_check_write ON run_route;
+
+DROP TRIGGER execution_commission_a_prepare_insert ON execution_commission;
+
+DROP TRIGGER execution_commission_m_apply ON execution_commission;
+
+DROP TRIGGER execution_commission_z_refuse_change ON execution_commission;
+
+DROP TRIGGER execution_commission_z_refuse_truncate ON execution_commission;
+
 DROP TRIGGER orders_c_meet_hours ON orders;
 
 DROP TRIGGER orders_m_send ON orders;
@@ -28,9 +42,47 @@ DROP TRIGGER orders_m_send_move ON orders;
 
 DROP TRIGGER orders_m_send_terms ON orders;
 
+DROP TRIGGER broker_command_b_prove ON broker_command;
+
+DROP TRIGGER broker_command_b_prove_change ON broker_command;
+
+DROP TRIGGER broker_command_m_move_order ON broker_command;
+
 DROP TRIGGER orders_m_record_terms ON orders;
 
+DROP TRIGGER broker_command_a_check_update ON broker_command;
+
+DROP TRIGGER broker_command_z_refuse_delete ON broker_command;
+
+DROP TRIGGER broker_command_z_refuse_truncate ON broker_command;
+
+DROP TRIGGER broker_event_a_check_update ON broker_event;
+
+DROP TRIGGER broker_event_z_refuse_delete ON broker_event;
+
+DROP TRIGGER broker_event_z_refuse_truncate ON broker_event;
+
+DROP TRIGGER trading_halt_a_guard_write ON trading_halt;
+
+DROP TRIGGER trading_halt_z_refuse_truncate ON trading_halt;
+
 DROP TRIGGER orders_b_pass_gate ON orders;
+
+DROP TRIGGER reconciliation_z_refuse_change ON reconciliation;
+
+DROP TRIGGER reconciliation_z_refuse_truncate ON reconciliation;
+
+DROP TRIGGER reconciliation_difference_z_refuse_change ON reconciliation_difference;
+
+DROP TRIGGER reconciliation_difference_z_refuse_truncate ON reconciliation_difference;
+
+DROP TRIGGER orders_m_send_rerouted ON orders;
+
+DROP TRIGGER orders_m_prove_end ON orders;
+
+DROP TRIGGER order_broker_id_m_prove ON order_broker_id;
+
+DROP TRIGGER orders_m_check_ids ON orders;
 
 ALTER TABLE strategy_run
     DROP CONSTRAINT strategy_run_pnl_method_known,
@@ -831,6 +883,8 @@ LANGUAGE sql IMMUTABLE SET search_path = public, pg_temp AS $$
         ('oms_auditor', 'USAGE ON SCHEMA public')
 $$;
 
+DROP AGGREGATE numeric_product(factor numeric);
+
 DROP FUNCTION run_rebuild_books;
 
 DROP FUNCTION run_rebuild;
@@ -846,6 +900,28 @@ DROP FUNCTION health_positions;
 DROP FUNCTION account_status;
 
 DROP FUNCTION latency_since;
+
+DROP FUNCTION broker_event_is_booked;
+
+DROP FUNCTION orders_check_ids;
+
+DROP FUNCTION order_id_is_said;
+
+DROP FUNCTION order_broker_id_prove;
+
+DROP FUNCTION order_broker_id_is_said;
+
+DROP FUNCTION orders_prove_end;
+
+DROP FUNCTION order_at_broker_since;
+
+DROP FUNCTION order_end_is_said;
+
+DROP FUNCTION broker_event_ends_order;
+
+DROP FUNCTION snapshots_whole;
+
+DROP FUNCTION orders_send_rerouted;
 
 DROP FUNCTION orders_to_reroute;
 
@@ -871,6 +947,8 @@ DROP FUNCTION reconcile_strangers;
 
 DROP FUNCTION account_run;
 
+DROP FUNCTION reconcile_commands;
+
 DROP FUNCTION reconcile_working;
 
 DROP FUNCTION order_compare;
@@ -894,6 +972,8 @@ DROP FUNCTION command_is_settled;
 DROP FUNCTION snapshot_overtaken;
 
 DROP FUNCTION executions_unheard;
+
+DROP FUNCTION snapshot_terms;
 
 DROP FUNCTION snapshot_closed;
 
@@ -979,6 +1059,8 @@ DROP FUNCTION commands_done;
 
 DROP FUNCTION commands_throttled;
 
+DROP FUNCTION commands_doubt;
+
 DROP FUNCTION commands_claim;
 
 DROP FUNCTION command_is_due;
@@ -1049,6 +1131,8 @@ DROP FUNCTION execution_commission_payload;
 
 DROP FUNCTION execution_commission_prepare_insert;
 
+DROP FUNCTION execution_commission_is_said;
+
 DROP FUNCTION execution_is_untold;
 
 DROP FUNCTION execution_is_newer;
@@ -1058,6 +1142,8 @@ DROP FUNCTION execution_check_broker;
 DROP FUNCTION execution_said_by_broker;
 
 DROP FUNCTION orders_account;
+
+DROP FUNCTION run_route_check_write;
 
 DROP FUNCTION fx_rate_at;
 
@@ -1098,6 +1184,10 @@ DROP TABLE run_route;
 DROP TABLE fx_rate;
 
 DROP TABLE broker_account;
+
+DROP TYPE snapshot_order;
+
+DROP TYPE order_difference;
 
 ALTER TABLE strategy_run
     DROP COLUMN pnl_method;
@@ -1234,6 +1324,28 @@ COMMENT ON FUNCTION orders_gate IS
 CREATE TRIGGER orders_b_pass_gate BEFORE INSERT ON orders
     FOR EACH ROW WHEN (NEW.status <> ALL ('{REJECTED,FILLED}'))
     EXECUTE FUNCTION orders_pass_gate();
+
+-- The audit: views that must return no rows. Each finding names the user, the run, what it is
+-- about and what is wrong. They read history only, take no locks and change nothing.
+
+CREATE VIEW audit_orphan AS
+    SELECT c.user_id, c.run_id, c.subject, 'belongs to no run' AS finding
+    FROM (
+        SELECT user_id, run_id, 'engine_state' AS subject FROM engine_state
+        UNION ALL SELECT user_id, run_id, 'engine_status' FROM engine_status
+        UNION ALL SELECT user_id, run_id, 'orders ' || order_id FROM orders
+        UNION ALL SELECT user_id, run_id, 'execution ' || execution_id FROM execution
+        UNION ALL SELECT user_id, run_id, 'position ' || symbol FROM position
+        UNION ALL SELECT user_id, run_id, 'mtm_ledger ' || logical_time FROM mtm_ledger
+        UNION ALL SELECT user_id, run_id, 'event_ledger ' || seq FROM event_ledger
+        UNION ALL SELECT user_id, run_id, 'sip_plan ' || plan FROM sip_plan
+        UNION ALL SELECT user_id, run_id, 'split_applied ' || symbol FROM split_applied
+        UNION ALL SELECT user_id, run_id, 'risk_limit ' || limit_id FROM risk_limit
+                  WHERE run_id IS NOT NULL) c
+    LEFT JOIN strategy_run r ON r.user_id = c.user_id AND r.run_id = c.run_id
+    WHERE r.run_id IS NULL;
+
+COMMENT ON VIEW audit_orphan IS 'Rows that belong to no run.';
 
 CREATE VIEW audit_cash AS
     SELECT r.user_id, r.run_id, 'cash' AS subject,

@@ -164,7 +164,7 @@ def test_it_goes_on_when_the_broker_was_killed_and_came_back(
         desk.command("SNAPSHOT", priority=1)
         desk.wake()
         (snapshot,) = desk.wait_for("SNAPSHOT")
-    refs = [each["order"]["order_ref"] for each in snapshot["open_orders"]]
+    refs = [each["order_ref"] for each in snapshot["open_orders"]]
     assert sorted(refs) == sorted(map(str, (before, after)))
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from connector_cases import Desk, Running, Wire, connector, desk, wire
+from connector_cases import QUICK, Desk, Running, Wire, connector, desk, wire
 from waits import wait_until
 
 from engine.brokers.connector import Ended
@@ -172,6 +173,17 @@ def test_how_the_broker_is_doing_stands_in_the_lease(dsn: str, desk: Desk, wire:
         assert datetime.now(UTC) - heard_at < timedelta(seconds=30)
         assert timedelta(seconds=39) < skew < timedelta(seconds=41)
     assert desk.lease()[:2] == (False, False)
+
+
+def test_a_short_heartbeat_is_kept_though_nothing_is_said(
+    dsn: str, owner_conn: Connection, wire: Wire
+) -> None:
+    desk = Desk(owner_conn, heartbeat_seconds=1)
+    # Left alone it would ask, and tell that it was answered, once in ten minutes.
+    with connector(dsn, desk, wire, pace=replace(QUICK, lease=600, ping=600)):
+        wait_until(lambda: desk.lease()[1], "the lease to say that it is connected")
+        before = desk.lease()[2]
+        wait_until(lambda: desk.lease()[2] > before, "the broker's next sign of life")
 
 
 # --- Connections that break -------------------------------------------------------------------

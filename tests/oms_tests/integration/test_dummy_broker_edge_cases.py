@@ -97,9 +97,7 @@ def test_foreign_orders_detected_and_ignored(
 
 
 def _sees_the_difference(house: House) -> None:
-    compared = compare_now(
-        house.wire.conn, house.wire.run.user_id, house.wire.account, utc_now()
-    )
+    compared = compare_now(house.wire.conn, house.wire.run.user_id, house.wire.account, utc_now())
     found = {each.kind: each for each in compared.differences}
     positions = found["POSITION_DIFFERS"]
     assert (positions.subject, positions.ours, positions.brokers) == ("AAPL", "10", "20")

@@ -10,7 +10,7 @@ from waits import wait_until
 
 from engine.clock import utc_now
 from engine.db.connect import Connection, open_connection
-from engine.routing import reroute
+from engine.routing import Rerouted, reroute
 
 FIRST, SECOND = "DU1", "DU2"
 
@@ -29,14 +29,14 @@ def test_ibkr_down_routes_to_secondary_broker(
         assert office.wire.order(order_id)["account"] == FIRST
         # The worker does the same, once the first has been down for long enough.
         with open_connection(dsn, role="oms_engine") as engine:
-            moved = []
+            moved: list[Rerouted] = []
+
+            def taken_over() -> bool:
+                moved.extend(reroute(engine, office.wire.run.user_id, utc_now(), down_seconds=1))
+                return bool(office.wire.order(order_id)["account"] == SECOND)
+
             wait_until(
-                lambda: (
-                    moved.extend(
-                        reroute(engine, office.wire.run.user_id, utc_now(), down_seconds=1)
-                    )
-                    or office.wire.order(order_id)["account"] == SECOND
-                ),
+                taken_over,
                 "the second account to take it over",
             )
         order = office.becomes(order_id, "ROUTED")

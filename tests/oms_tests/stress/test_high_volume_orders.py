@@ -100,8 +100,8 @@ def waiting(conn: Connection) -> int:
 @pytest.fixture
 def wire(owner_conn: Connection) -> Wire:
     """A rich run in a database of its own."""
-    terms = {"initial_cash": Decimal(10**9), "account_type": "MARGIN"}
-    return Wire(owner_conn, a_broker_run(owner_conn, **terms))
+    run = a_broker_run(owner_conn, initial_cash=Decimal(10**9), account_type="MARGIN")
+    return Wire(owner_conn, run)
 
 
 @pytest.mark.scenario("EVENT-ORDER")
@@ -186,7 +186,7 @@ def test_ten_thousand_open_orders_memory_and_speed_ok(wire: Wire) -> None:
     wire.conn.execute("ANALYZE")
     began_at = time.monotonic()
     say_fills(wire.conn, wire, 1, orders[:1000])
-    assert work_through(wire.conn) == 1000
+    assert work_through(wire.conn).words == 1000
     applied = time.monotonic() - began_at
     print(f"placing 500: {spent[0]:.2f} s, then {spent[-1]:.2f} s; 1000 fills: {applied:.2f} s")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
 from decimal import Decimal
+from itertools import pairwise
 from typing import Any
 from uuid import UUID
 
@@ -152,7 +153,7 @@ def arrivals(draw: st.DrawFn) -> tuple[Life, list[list[Word]], int]:
     words = draw(st.permutations(life.words + repeats))
     cuts = sorted(draw(st.lists(st.integers(0, len(words)), max_size=3)))
     bounds = [0, *cuts, len(words)]
-    batches = [words[a:b] for a, b in zip(bounds, bounds[1:], strict=False)]
+    batches = [words[a:b] for a, b in pairwise(bounds)]
     return life, batches, draw(st.sampled_from((1, 2)))
 
 

@@ -228,7 +228,9 @@ def test_everything_is_halted_for_users_of_today_and_tomorrow(
 
 @pytest.mark.parametrize("how", ["user", "run", "everything"])
 def test_tick_that_is_written_at_once_meets_the_halt(paper: Live, how: str) -> None:
-    run_tick(paper.engine, paper.user, paper.run, close_on(MON), at_price("100"), intents=[buy(2)])
+    run_tick(
+        paper.engine, paper.user, paper.run, close_on(MON), at_price("100"), intents=[buy("2")]
+    )
     assert paper.held() == {"AAPL": 2}
     if how == "everything":
         halt_everything(paper.engine, "all of it", "ann")
@@ -236,7 +238,9 @@ def test_tick_that_is_written_at_once_meets_the_halt(paper: Live, how: str) -> N
         place_halt(
             paper.engine, paper.user, STOP._replace(run_id=paper.run if how == "run" else None)
         )
-    run_tick(paper.engine, paper.user, paper.run, close_on(TUE), at_price("100"), intents=[buy(2)])
+    run_tick(
+        paper.engine, paper.user, paper.run, close_on(TUE), at_price("100"), intents=[buy("2")]
+    )
     assert paper.held() == {"AAPL": 2}
     assert paper.owner.execute(
         "SELECT status, reject_code FROM orders WHERE user_id = %s ORDER BY order_id", [paper.user]
@@ -244,9 +248,11 @@ def test_tick_that_is_written_at_once_meets_the_halt(paper: Live, how: str) -> N
 
 
 def test_tick_under_reducing_may_sell(paper: Live) -> None:
-    run_tick(paper.engine, paper.user, paper.run, close_on(MON), at_price("100"), intents=[buy(2)])
+    run_tick(
+        paper.engine, paper.user, paper.run, close_on(MON), at_price("100"), intents=[buy("2")]
+    )
     place_halt(paper.engine, paper.user, REDUCE)
-    intents = [sell(1), buy(1), sell(2)]
+    intents = [sell("1"), buy("1"), sell("2")]
     run_tick(paper.engine, paper.user, paper.run, close_on(TUE), at_price("100"), intents=intents)
     assert paper.held() == {"AAPL": 1}
     codes = paper.owner.execute(
@@ -262,7 +268,7 @@ def test_tick_under_reducing_may_sell(paper: Live) -> None:
 
 def test_limits_of_the_books_hold_in_a_tick_that_is_written_at_once(paper: Live) -> None:
     paper.limit("GROSS_EXPOSURE_MAX", 500)
-    intents = [buy(3), buy(2), buy(1), buy(3, "IBM"), buy(2, "IBM"), buy(2, "IBM")]
+    intents = [buy("3"), buy("2"), buy("1"), buy("3", "IBM"), buy("2", "IBM"), buy("2", "IBM")]
     run_tick(
         paper.engine,
         paper.user,
@@ -286,14 +292,16 @@ def test_limits_of_the_books_hold_in_a_tick_that_is_written_at_once(paper: Live)
 
 def test_same_intent_twice_in_a_tick_is_refused_once(paper: Live) -> None:
     paper.limit("DUPLICATE_INTENT", 5)
-    intents = [buy(3), buy(2), buy(3)]
+    intents = [buy("3"), buy("2"), buy("3")]
     run_tick(paper.engine, paper.user, paper.run, close_on(MON), at_price("100"), intents=intents)
     codes = paper.owner.execute(
         "SELECT reject_code FROM orders WHERE user_id = %s ORDER BY order_id", [paper.user]
     ).fetchall()
     assert [code for (code,) in codes] == [None, None, "DUPLICATE_INTENT"]
     # In the next tick it is none any more.
-    run_tick(paper.engine, paper.user, paper.run, close_on(TUE), at_price("100"), intents=[buy(3)])
+    run_tick(
+        paper.engine, paper.user, paper.run, close_on(TUE), at_price("100"), intents=[buy("3")]
+    )
     assert paper.held() == {"AAPL": 8}
 
 

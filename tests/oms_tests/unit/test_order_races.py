@@ -5,16 +5,17 @@ from __future__ import annotations
 import threading
 from datetime import timedelta
 from decimal import Decimal
+from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 from broker_cases import NOW, SECOND, Wire, a_broker_run
 from waits import SECONDS_MAX, wait_until_blocked
 
-from engine import ledger
+from engine import inbox, ledger
 from engine.audit import audit
 from engine.db.connect import Connection, open_connection
-from engine.errors import HistoryIsFixed, IllegalOrderMove, translated
+from engine.errors import EngineError, HistoryIsFixed, IllegalOrderMove, translated
 from engine.inbox import apply_batch, retry_held
 from engine.orders.write import cancel_order, modify_order
 from engine.runs import set_status
@@ -28,6 +29,11 @@ def assert_is(wire: Wire, order_id: UUID, status: str, filled: int = 0) -> None:
     order = wire.order(order_id)
     assert (order["status"], order["filled_quantity"]) == (status, filled)
     assert audit(wire.conn) == []
+
+
+def books(wire: Wire) -> tuple[object, object]:
+    """What the run holds of AAPL, and its cash."""
+    return wire.position(), wire.cash()
 
 
 def outcomes(wire: Wire, order_id: UUID) -> list[tuple[str, str | None]]:
@@ -191,7 +197,7 @@ def test_a_bust_of_all_fills_is_told_whenever_it_comes(wire: Wire, end: str | No
     wire.apply()
     assert [wire.finding(n)[0] for n in (first, again)] == ["CORRECTION", "REPEAT"]
     assert_is(wire, order_id, {"FILLED": "CANCELED", None: "ROUTED"}.get(end, str(end)))
-    assert (wire.position(), wire.cash()) == (0, START)
+    assert books(wire) == (0, START)
 
 
 @pytest.mark.parametrize("turned", [True, False])
@@ -202,7 +208,7 @@ def test_a_correction_of_price_and_quantity(wire: Wire, turned: bool) -> None:
         wire.fill(order_id, quantity, price, name, at=NOW + place * SECOND)
         wire.apply()
         move_time_on(wire)
-    assert (wire.position(), wire.cash()) == (3, START - 303)
+    assert books(wire) == (3, START - 303)
     assert_is(wire, order_id, "PARTIALLY_FILLED", 3)
 
 
@@ -217,7 +223,7 @@ def test_halves_that_come_first_are_held(wire: Wire) -> None:
     wire.fill(order_id, "3", "100", "b")
     wire.apply()
     assert [wire.finding(n)[0] for n in (bust, fee)] == ["CORRECTION", "NEW"]
-    assert (wire.position(), wire.cash()) == (2, START - Decimal("201.5"))
+    assert books(wire) == (2, START - Decimal("201.5"))
     repeat, other = commission(wire, "a"), commission(wire, "a", "9")
     wire.apply()
     assert wire.finding(repeat)[0] == "REPEAT"
@@ -255,15 +261,16 @@ def test_an_orphan_is_taken_up_where_a_run_is(wire: Wire) -> None:
     assert wire.finding(number) == ("ORPHAN", "ORPHAN_FILL")
     assert wire.order(unknown)["recovered"]
     assert wire.alerts() == ["ORPHAN_FILL"]
-    assert (wire.position(), wire.cash()) == (5, START - 500)
+    assert books(wire) == (5, START - 500)
     assert_is(wire, unknown, "FILLED", 5)
 
 
 @pytest.mark.parametrize(
     "wrong", [{"side": "LEFT"}, {"symbol": None}, {"quantity": "0"}, {"price": "x"}]
 )
-def test_an_orphan_that_lacks_its_facts_is_refused(wire: Wire, wrong: dict[str, str]) -> None:
-    facts = {"execution_id": "a", "symbol": "AAPL", "side": "BUY", "quantity": "1", "price": "1"}
+def test_an_orphan_that_lacks_its_facts_is_refused(wire: Wire, wrong: dict[str, Any]) -> None:
+    facts: dict[str, Any] = {"execution_id": "a", "symbol": "AAPL", "side": "BUY"}
+    facts |= {"quantity": "1", "price": "1"}
     facts = {name: value for name, value in (facts | wrong).items() if value is not None}
     number = wire.say("EXECUTION", uuid4(), **facts)
     wire.apply()
@@ -291,7 +298,8 @@ def test_what_is_not_ours_is_watched_and_not_touched(wire: Wire) -> None:
     wire.apply()
     assert [wire.finding(n) for n in numbers] == [("FOREIGN", "FOREIGN_ORDER")] * 2
     assert wire.alerts() == ["FOREIGN_ORDER"]
-    assert (wire.position(), wire.cash(), audit(wire.conn)) == (0, START, [])
+    assert books(wire) == (0, START)
+    assert audit(wire.conn) == []
 
 
 def test_a_fill_after_the_run_has_stopped_is_held_and_its_books_stay(wire: Wire) -> None:
@@ -306,7 +314,7 @@ def test_a_fill_after_the_run_has_stopped_is_held_and_its_books_stay(wire: Wire)
     assert wire.finding(number) == ("HELD", "FILL_AFTER_STOP")
     assert [wire.finding(n)[0] for n in (late, fee)] == ["HELD", "HELD"]
     assert wire.alerts() == ["FILL_AFTER_STOP"]
-    assert (wire.position(), wire.cash()) == (0, START)
+    assert books(wire) == (0, START)
     assert_is(wire, order_id, "CANCELED")
 
 
@@ -320,7 +328,7 @@ def test_a_stopping_run_takes_its_fills_and_settles(wire: Wire) -> None:
     wire.status(order_id, "CANCELED")
     wire.apply()
     assert settle_stopping(wire.conn, wire.run.user_id) == [wire.run.run_id]
-    assert (wire.position(), wire.cash()) == (4, START - Decimal("401.5"))
+    assert books(wire) == (4, START - Decimal("401.5"))
     assert_is(wire, order_id, "CANCELED", 4)
 
 
@@ -335,7 +343,7 @@ def test_an_overfill_and_a_short_are_what_the_broker_did(wire: Wire) -> None:
     wire.fill(selling, "15", "100", "c")
     wire.apply()
     assert wire.alerts() == ["OVERFILL", "OVERFILL"]
-    assert (wire.position(), wire.cash()) == (-3, START + 300)
+    assert books(wire) == (-3, START + 300)
     assert_is(wire, selling, "FILLED", 15)
 
 
@@ -353,6 +361,14 @@ def test_a_poisoned_word_is_set_aside_and_those_around_it_applied(
     assert wire.alerts() == ["EVENT_REFUSED"]
     assert caplog.messages.count("EVENT_REFUSED") == 1
     assert_is(wire, order_id, "PARTIALLY_FILLED", 7)
+
+
+def test_a_word_that_another_worker_has_set_aside_is_left_alone(wire: Wire) -> None:
+    number = wire.say("NOTICE", None, code="1")
+    wire.apply()
+    batch = inbox._Batch(wire.conn, wire.run.user_id, wire.account, inbox.Part())
+    assert batch.set_aside(number, EngineError("no")) == inbox.Applied(1)
+    assert (wire.finding(number), wire.alerts()) == (("NEW", None), [])
 
 
 def test_a_throttled_order_is_pending_until_it_goes(wire: Wire) -> None:
@@ -408,8 +424,7 @@ def test_words_of_the_connection(
 
 
 def test_a_reference_of_somebody_else_is_foreign(wire: Wire) -> None:
-    number = wire.status(UUID(int=1), "ROUTED")
-    wire.conn.execute("UPDATE broker_event SET order_ref = 'by hand' WHERE number = %s", [number])
+    number = wire.status("by hand", "ROUTED")
     wire.apply()
     assert wire.finding(number) == ("FOREIGN", "FOREIGN_ORDER")
 
@@ -424,6 +439,49 @@ def test_ids_that_say_nothing_new_of_a_closed_order_change_nothing(wire: Wire) -
     assert wire.finding(number)[0] == "STALE"
     assert wire.order(order_id)["reject_code"] == "201"
     assert_is(wire, order_id, "REJECTED")
+
+
+@pytest.mark.parametrize(("at", "now"), [(SECOND, "ROUTED"), (-SECOND, "CANCELED")])
+def test_an_end_that_was_our_guess_is_proven_wrong_by_a_newer_word(
+    wire: Wire, at: timedelta, now: str
+) -> None:
+    order_id = wire.working()
+    heard_at = wire.now
+    whole: dict[str, Any] = {"snapshot_id": str(uuid4()), "part": 1, "parts": 1, "open_orders": []}
+    wire.say("SNAPSHOT", lag=timedelta(days=9999), **whole)
+    wire.conn.execute("UPDATE orders SET status = 'CANCELED', status_reason = 'RECONCILE_MISMATCH'")
+    number = wire.status(order_id, "ROUTED", at=heard_at + at)
+    wire.apply()
+    told = "STATUS_CONTRADICTION" if now == "ROUTED" else None
+    assert wire.finding(number)[1] == told
+    assert_is(wire, order_id, now)
+
+
+def test_moves_of_one_batch_are_each_told(wire: Wire) -> None:
+    order_id = wire.place()
+    wire.sent(order_id)
+    wire.status(order_id, "PENDING_SUBMIT")
+    wire.status(order_id, "ROUTED")
+    wire.fill(order_id, "4", "100", "a")
+    wire.status(order_id, "EXPIRED")
+    wire.apply()
+    moves = ("ORDER_PENDING_SUBMIT", "ORDER_ROUTED", "EXECUTION", "ORDER_EXPIRED")
+    assert [told for told, _ in wire.events(*moves)] == list(moves)
+    assert_is(wire, order_id, "EXPIRED", 4)
+
+
+def test_terms_confirmed_after_a_later_end_measure_the_fills(wire: Wire) -> None:
+    order_id = wire.working(quantity="4", limit_price="100")
+    wire.modify(order_id, quantity="5")
+    wire.sent(order_id)
+    wire.status(order_id, "CANCELED", at=NOW + 60 * SECOND)
+    wire.apply()
+    wire.say("MODIFIED", order_id, quantity="5", limit_price="100", at=NOW + 20 * SECOND)
+    wire.apply()
+    assert wire.order(order_id)["quantity"] == 5
+    wire.fill(order_id, "4", "100", "a", at=NOW + 30 * SECOND)
+    wire.apply()
+    assert_is(wire, order_id, "CANCELED", 4)
 
 
 def test_nothing_waits_in_an_empty_inbox(wire: Wire) -> None:
