@@ -456,6 +456,8 @@ def typed(error: psycopg.Error) -> EngineError | None:
     state, diag = error.sqlstate, error.diag
     if state is None or state[:2] == "08" or state[:4] == "57P0":
         return DatabaseUnavailable(f"the database went away: {error}".strip())
+    if state == "25006":
+        return DatabaseUnavailable(f"the database takes no writes: {diag.message_primary}")
     if state in _RETRYABLE:
         return Retryable(f"{diag.message_primary}; run it again")
     if state == "42501":

@@ -572,6 +572,16 @@ END $$;
 COMMENT ON FUNCTION broker_command_prove IS
     'Trigger: a command is what its order says, and never arrived only if the broker shows it.';
 
+-- A broker that refuses to cancel or modify what it doesn't find has not got it.
+CREATE FUNCTION broker_event_shows_order(e broker_event) RETURNS boolean
+LANGUAGE sql IMMUTABLE
+RETURN e.kind NOT IN ('THROTTLED', 'SEND_FAILED')
+       AND NOT (e.kind IN ('CANCEL_REJECTED', 'MODIFY_REJECTED')
+                AND coalesce(e.payload ->> 'code' IN ('NOT_FOUND', 'UNKNOWN_ORDER'), false));
+
+COMMENT ON FUNCTION broker_event_shows_order IS
+    'Whether a word about an order shows that the broker has, or had, the order.';
+
 -- A submit that may have gone out is given up only if the connector that had taken it says that it
 -- never wrote it, or if the broker, asked afterwards, tells nothing of its order
 -- (94_reconcile.sql).
@@ -587,8 +597,7 @@ BEGIN
                   WHERE s.received_at >= c.claimed_at AND s.asked_at > c.claimed_at)
        AND NOT EXISTS (SELECT FROM broker_event e
                        WHERE e.user_id = c.user_id AND e.account = c.account
-                         AND e.order_ref = c.order_id::text
-                         AND e.kind NOT IN ('THROTTLED', 'SEND_FAILED'))
+                         AND e.order_ref = c.order_id::text AND broker_event_shows_order(e))
        AND NOT EXISTS (SELECT FROM broker_event e
                        WHERE e.user_id = c.user_id AND e.account = c.account
                          AND e.kind = 'SNAPSHOT' AND e.received_at >= c.claimed_at

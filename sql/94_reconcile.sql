@@ -324,7 +324,7 @@ LANGUAGE sql STABLE ROWS 100 SET search_path = public, pg_temp AS $$
              OR EXISTS (SELECT FROM broker_event e
                         WHERE e.user_id = of_user AND e.account = of_account
                           AND e.order_ref = o.order_id::text
-                          AND e.kind IN ('ORDER_STATUS', 'EXECUTION')) THEN 'MISSING_AT_BROKER'
+                          AND broker_event_shows_order(e)) THEN 'MISSING_AT_BROKER'
         WHEN command_is_settled(c, s.asked_at, s.holder, s.first_number) THEN 'NEVER_ARRIVED'
         ELSE 'UNDECIDED' END AS class) d
     CROSS JOIN LATERAL (SELECT CASE
@@ -529,8 +529,7 @@ LANGUAGE sql STABLE ROWS 10 SET search_path = public, pg_temp AS $$
           WHEN c.kind = 'SUBMIT' THEN t.order_ref IS NOT NULL OR EXISTS (
               SELECT FROM broker_event e
               WHERE e.user_id = of_user AND e.account = of_account
-                AND e.order_ref = o.order_id::text AND e.kind IN ('ORDER_STATUS', 'EXECUTION',
-                                                                  'REJECTED', 'MODIFIED'))
+                AND e.order_ref = o.order_id::text AND broker_event_shows_order(e))
           -- What is still asked for is judged with the order itself.
           ELSE o.status <> 'PENDING_' || c.kind AND n.order_ref IS NULL
                AND (t.order_ref IS NOT NULL

@@ -24,6 +24,8 @@ CLOSED = frozenset({"FILLED", "CANCELED", "REJECTED", "EXPIRED"})
 _BEFORE_ROUTED = ("NEW", "PENDING", "PENDING_SUBMIT")
 # Answers to a cancel that mean: there is nothing left to cancel.
 _GONE = ("ALREADY_CANCELED", "INACTIVE")
+# Answers that mean: the broker doesn't find it.
+_NOT_FOUND = ("NOT_FOUND", "UNKNOWN_ORDER")
 # What a word says of an order's life, by its kind and its status or code.
 _SAYS = {
     **{("ORDER_STATUS", end): end for end in ("ROUTED", "CANCELED", "EXPIRED", "INACTIVE")},
@@ -428,7 +430,7 @@ def _hear_cancel_rejected(order: OrderState, event: Heard) -> Verdict:
             return Verdict(Finding.STALE)
         effects = _move(order, "CANCELED", "CANCEL_REDUNDANT")
         return Verdict(Finding.NEW, None, [*effects, Tell("CANCEL_REDUNDANT", {"said": code})])
-    if code == "NOT_FOUND":
+    if code in _NOT_FOUND:
         # Not among the broker's orders may also mean: just filled. It is asked.
         order.pending_reconcile = True
         return Verdict(Finding.NEW, "CANCEL_NOT_FOUND", [Change(pending_reconcile=True)])

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import psycopg
+import pytest
 from broker_cases import Wire, a_broker_run
 from waits import wait_until
 
@@ -58,3 +59,20 @@ def test_a_worker_that_waits_for_news_outlives_its_connection(
         number = wire.say("NOTICE", code="HELLO", message="is anybody there")
         wait_until(lambda: wire.finding(number)[0] or ended, "the word to be taken in")
         assert ended == []
+
+
+def test_a_worker_that_has_come_upon_a_standby_looks_again(
+    dsn: str, owner_conn: Connection, caplog: pytest.LogCaptureFixture
+) -> None:
+    wire = Wire(owner_conn, a_broker_run(owner_conn))
+    name = owner_conn.info.dbname
+    with psycopg.connect(dsn, autocommit=True, user="postgres") as admin:
+        admin.execute(f'ALTER DATABASE "{name}" SET default_transaction_read_only = on'.encode())
+        with caplog.at_level("INFO", "oms"), a_worker(dsn) as ended:
+            number = wire.say("NOTICE", code="HELLO", message="is anybody there")
+            wait_until(
+                lambda: "WORKER_WAITS" in caplog.messages or ended, "the worker to have tried"
+            )
+            admin.execute(f'ALTER DATABASE "{name}" RESET default_transaction_read_only'.encode())
+            wait_until(lambda: wire.finding(number)[0] or ended, "the word to be taken in")
+            assert ended == []

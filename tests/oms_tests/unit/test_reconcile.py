@@ -648,3 +648,30 @@ def test_after_a_restore_what_waits_is_sent_by_nobody_and_judged_by_the_snapshot
     assert [outcome(wire, each) for each in (arrived, never)] == ["ARRIVED", "NEVER_ARRIVED"]
     assert [wire.order(each)["status"] for each in (arrived, never)] == ["ROUTED", "NEW"]
     assert wire.kinds(never) == ["SUBMIT"]
+
+
+@pytest.mark.parametrize("code", ["NOT_FOUND", "UNKNOWN_ORDER"])
+def test_a_cancel_that_finds_no_order_does_not_show_that_the_submit_arrived(
+    wire: Wire, books: Books, code: str
+) -> None:
+    order_id = wire.place(limit_price="90")
+    claim(wire, order_id, "UNKNOWN")
+    assert wire.cancel(order_id) == "PENDING_CANCEL"
+    claim(wire, order_id, "SENT", kind="CANCEL")
+    wire.say("CANCEL_REJECTED", order_id, code=code, message="there is no such order")
+    wire.apply()
+    assert wire.order(order_id)["status"] == "PENDING_CANCEL"
+    assert kinds(books.reconcile()) == [("NEVER_ARRIVED", "CANCELED")]
+    assert outcome(wire, order_id) == "NEVER_ARRIVED"
+
+
+def test_a_cancel_that_comes_too_late_shows_that_the_submit_arrived(
+    wire: Wire, books: Books
+) -> None:
+    order_id = wire.place(limit_price="90")
+    claim(wire, order_id, "UNKNOWN")
+    assert wire.cancel(order_id) == "PENDING_CANCEL"
+    claim(wire, order_id, "SENT", kind="CANCEL")
+    wire.say("CANCEL_REJECTED", order_id, code="ALREADY_FILLED", message="it is filled")
+    wire.apply()
+    assert kinds(books.reconcile()) == [("MISSING_AT_BROKER", "CANCELED")]
