@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import random
 import signal
 from typing import TYPE_CHECKING, Annotated
@@ -60,6 +59,8 @@ def connect(
 
 
 def _serve(dsn: str, user: str, account: str) -> Ended:
+    import asyncio
+
     from engine import config
     from engine.brokers.connector import connect as serve
     from engine.brokers.sessions import prepare
@@ -78,6 +79,8 @@ def _serve(dsn: str, user: str, account: str) -> Ended:
 
 
 def _end_by_signals(connector: Connector) -> None:
-    loop = asyncio.get_running_loop()
+    from asyncio import get_running_loop
+
+    loop = get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, connector.stop)

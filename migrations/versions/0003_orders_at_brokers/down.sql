@@ -1087,6 +1087,8 @@ DROP FUNCTION broker_command_move_order;
 
 DROP FUNCTION broker_command_never_arrived;
 
+DROP FUNCTION broker_event_shows_order;
+
 DROP FUNCTION broker_command_prove;
 
 DROP FUNCTION broker_command_is_true;

@@ -2050,6 +2050,16 @@ END $$;
 COMMENT ON FUNCTION broker_command_prove IS
     'Trigger: a command is what its order says, and never arrived only if the broker shows it.';
 
+-- A broker that refuses to cancel or modify what it doesn't find has not got it.
+CREATE FUNCTION broker_event_shows_order(e broker_event) RETURNS boolean
+LANGUAGE sql IMMUTABLE
+RETURN e.kind NOT IN ('THROTTLED', 'SEND_FAILED')
+       AND NOT (e.kind IN ('CANCEL_REJECTED', 'MODIFY_REJECTED')
+                AND coalesce(e.payload ->> 'code' IN ('NOT_FOUND', 'UNKNOWN_ORDER'), false));
+
+COMMENT ON FUNCTION broker_event_shows_order IS
+    'Whether a word about an order shows that the broker has, or had, the order.';
+
 -- A submit that may have gone out is given up only if the connector that had taken it says that it
 -- never wrote it, or if the broker, asked afterwards, tells nothing of its order
 -- (94_reconcile.sql).
@@ -2065,8 +2075,7 @@ BEGIN
                   WHERE s.received_at >= c.claimed_at AND s.asked_at > c.claimed_at)
        AND NOT EXISTS (SELECT FROM broker_event e
                        WHERE e.user_id = c.user_id AND e.account = c.account
-                         AND e.order_ref = c.order_id::text
-                         AND e.kind NOT IN ('THROTTLED', 'SEND_FAILED'))
+                         AND e.order_ref = c.order_id::text AND broker_event_shows_order(e))
        AND NOT EXISTS (SELECT FROM broker_event e
                        WHERE e.user_id = c.user_id AND e.account = c.account
                          AND e.kind = 'SNAPSHOT' AND e.received_at >= c.claimed_at
@@ -4225,7 +4234,7 @@ LANGUAGE sql STABLE ROWS 100 SET search_path = public, pg_temp AS $$
              OR EXISTS (SELECT FROM broker_event e
                         WHERE e.user_id = of_user AND e.account = of_account
                           AND e.order_ref = o.order_id::text
-                          AND e.kind IN ('ORDER_STATUS', 'EXECUTION')) THEN 'MISSING_AT_BROKER'
+                          AND broker_event_shows_order(e)) THEN 'MISSING_AT_BROKER'
         WHEN command_is_settled(c, s.asked_at, s.holder, s.first_number) THEN 'NEVER_ARRIVED'
         ELSE 'UNDECIDED' END AS class) d
     CROSS JOIN LATERAL (SELECT CASE
@@ -4430,8 +4439,7 @@ LANGUAGE sql STABLE ROWS 10 SET search_path = public, pg_temp AS $$
           WHEN c.kind = 'SUBMIT' THEN t.order_ref IS NOT NULL OR EXISTS (
               SELECT FROM broker_event e
               WHERE e.user_id = of_user AND e.account = of_account
-                AND e.order_ref = o.order_id::text AND e.kind IN ('ORDER_STATUS', 'EXECUTION',
-                                                                  'REJECTED', 'MODIFIED'))
+                AND e.order_ref = o.order_id::text AND broker_event_shows_order(e))
           -- What is still asked for is judged with the order itself.
           ELSE o.status <> 'PENDING_' || c.kind AND n.order_ref IS NULL
                AND (t.order_ref IS NOT NULL
