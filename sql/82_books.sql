@@ -125,6 +125,11 @@ BEGIN
             USING ERRCODE = '23T07', CONSTRAINT = 'event_ledger_time_moves_forward',
                   TABLE = 'event_ledger', COLUMN = 'logical_time',
                   HINT = 'A run only moves forward; use a later logical_time.';
+    ELSIF fault = 'CASH' THEN
+        RAISE EXCEPTION 'run % has not the cash for the execution %', event.run_id, event.subject
+            USING ERRCODE = 'check_violation', TABLE = 'strategy_run', COLUMN = 'cash',
+                  CONSTRAINT = 'strategy_run_cash_not_negative_in_cash_account',
+                  HINT = 'Spend at most the cash, or use a MARGIN account.';
     ELSIF fault IS NOT NULL THEN
         RAISE EXCEPTION 'the gate refuses order %, which was not filled: %', event.subject, fault
             USING ERRCODE = '23T08', CONSTRAINT = 'orders_gate_decides',
@@ -139,7 +144,8 @@ BEGIN
 END $$;
 
 COMMENT ON FUNCTION event_refuse IS
-    'Raises what is wrong with an event: SEQ, HASH, TIME, words of the gate, or no row behind it.';
+    'Raises what is wrong with an event: SEQ, HASH, TIME, CASH, words of the gate, or no row '
+    'behind it.';
 
 -- Events are not taken on anybody's word: each must follow from the one before it, and what it
 -- tells must be so, row by row. Positions and cash follow these events, so forging one would forge
@@ -292,6 +298,11 @@ BEGIN
             END IF;
             cash := cash + execution_cash_flow((e.x).side, (e.x).quantity, (e.x).price,
                                                (e.x).commission);
+            -- Not in between either: a sale that comes later in the statement pays for nothing.
+            IF cash < 0 AND run.account_type = 'CASH' AND run.broker = 'paper'
+               AND (e.x).side = 'BUY' THEN
+                PERFORM event_refuse(e, 'CASH');
+            END IF;
             traded[i] := true;
             moved := true;
 

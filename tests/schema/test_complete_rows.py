@@ -358,3 +358,41 @@ def test_limits_hold_for_a_story_too(conn: Connection, story: Story) -> None:
     with pytest.raises(psycopg.IntegrityError, match="FORBIDDEN_SYMBOL") as caught:
         story.tell(conn)
     assert caught.value.diag.constraint_name == "orders_gate_decides"
+
+
+def _trade(story: Story, side: str, quantity: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """One more order at 100, filled whole; returns its two events."""
+    order = str(uuid4())
+    filled = {"status": "FILLED", "filled_quantity": quantity, "filled_notional": 100 * quantity}
+    what = {"side": side, "quantity": quantity}
+    story.orders.append({**story.orders[0], **what, **filled, "order_id": order})
+    story.executions.append(
+        {**story.executions[0], **what, "execution_id": f"{order}-1", "order_id": order}
+    )
+    placed, executed = (event for event in story.events[:2])
+    return (
+        {**placed, "subject": order, "payload": {**placed["payload"], **what}},
+        {**executed, "subject": f"{order}/{order}-1", "payload": {**executed["payload"], **what}},
+    )
+
+
+@pytest.mark.parametrize("sold_first", [True, False])
+def test_cash_is_never_below_zero_in_between(
+    conn: Connection, story: Story, sold_first: bool
+) -> None:
+    """Both purchases were placed when the cash was still there for each of them."""
+    one, two, sale = _trade(story, "BUY", 8), _trade(story, "BUY", 8), _trade(story, "SELL", 8)
+    del story.orders[0], story.executions[0]
+    story.marks.clear()
+    told = [one[0], two[0], one[1]]
+    told += [*sale, two[1]] if sold_first else [two[1], *sale]
+    story.events = [{**event, "seq": number} for number, event in enumerate(told, 2)]
+    if sold_first:
+        story.tell(conn)
+        assert findings(conn) == []
+        return
+    with pytest.raises(psycopg.errors.CheckViolation) as caught, conn.transaction():
+        story.tell(conn)
+    refusal = typed(caught.value)
+    assert isinstance(refusal, RuleViolation)
+    assert refusal.constraint == "strategy_run_cash_not_negative_in_cash_account"
