@@ -80,6 +80,8 @@ class Desk:
         return cls(engine, owner, start_run(engine, user_id, run.run_id))
 
     def close(self) -> None:
+        """Leave; autovacuum, which would have looked at so many rows soon, is not waited for."""
+        self.owner.execute("ANALYZE")
         self.engine.close()
         self.owner.close()
 

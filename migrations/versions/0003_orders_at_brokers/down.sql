@@ -589,6 +589,38 @@ RETURN CASE WHEN event_type = 'EXECUTION'
                                      (payload ->> 'commission')::numeric)
             ELSE 0 END;
 
+CREATE OR REPLACE FUNCTION event_refuse(event record, fault text) RETURNS void
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
+    IF fault = 'SEQ' THEN
+        RAISE EXCEPTION 'event % of run % does not come next', event.seq, event.run_id
+            USING ERRCODE = '23T06', CONSTRAINT = 'event_ledger_seq_without_gap',
+                  TABLE = 'event_ledger', COLUMN = 'seq',
+                  HINT = 'Leave seq out; the database numbers events.';
+    ELSIF fault = 'HASH' THEN
+        RAISE EXCEPTION 'event % of run % does not follow from the one before it', event.seq,
+            event.run_id
+            USING ERRCODE = '23T06', CONSTRAINT = 'event_ledger_hash_chain',
+                  TABLE = 'event_ledger', COLUMN = 'hash',
+                  HINT = 'Leave hash out; the database chains events.';
+    ELSIF fault = 'TIME' THEN
+        RAISE EXCEPTION 'run % already stands after %', event.run_id, event.logical_time
+            USING ERRCODE = '23T07', CONSTRAINT = 'event_ledger_time_moves_forward',
+                  TABLE = 'event_ledger', COLUMN = 'logical_time',
+                  HINT = 'A run only moves forward; use a later logical_time.';
+    ELSIF fault IS NOT NULL THEN
+        RAISE EXCEPTION 'the gate refuses order %, which was not filled: %', event.subject, fault
+            USING ERRCODE = '23T08', CONSTRAINT = 'orders_gate_decides',
+                  TABLE = 'orders', COLUMN = 'status',
+                  HINT = 'Insert it NEW; the database decides, executions do the rest.';
+    END IF;
+    RAISE EXCEPTION 'no row of run % bears out the event % of %', event.run_id, event.event_type,
+        event.subject
+        USING ERRCODE = '23T08', CONSTRAINT = 'event_ledger_tells_what_happened',
+              TABLE = 'event_ledger', COLUMN = 'event_type',
+              HINT = 'Write the row itself; the database tells the ledger.';
+END $$;
+
 -- Events are not taken on anybody's word: each must follow from the one before it, and what it
 -- tells must be so, row by row. Positions and cash follow these events, so forging one would forge
 -- money. The loop reads every row once and knows cash and holdings as they were at each event.
@@ -1229,6 +1261,9 @@ ALTER TABLE execution
 -- What positions and cash follow: the few events after books_seq, or all of a run in an audit.
 CREATE INDEX event_ledger_books_idx ON event_ledger (user_id, run_id, seq)
     WHERE event_type IN ('EXECUTION', 'SPLIT_APPLIED');
+
+COMMENT ON FUNCTION event_refuse IS
+    'Raises what is wrong with an event: SEQ, HASH, TIME, words of the gate, or no row behind it.';
 
 ALTER TABLE risk_limit
     ADD CONSTRAINT risk_limit_kind_known CHECK (kind IN (

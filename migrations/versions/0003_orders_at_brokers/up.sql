@@ -1015,6 +1015,47 @@ RETURN CASE WHEN event_type = 'EXECUTION'
             WHEN event_type = 'COMMISSION' THEN -(payload ->> 'cost')::numeric
             ELSE 0 END;
 
+CREATE OR REPLACE FUNCTION event_refuse(event record, fault text) RETURNS void
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
+    IF fault = 'SEQ' THEN
+        RAISE EXCEPTION 'event % of run % does not come next', event.seq, event.run_id
+            USING ERRCODE = '23T06', CONSTRAINT = 'event_ledger_seq_without_gap',
+                  TABLE = 'event_ledger', COLUMN = 'seq',
+                  HINT = 'Leave seq out; the database numbers events.';
+    ELSIF fault = 'HASH' THEN
+        RAISE EXCEPTION 'event % of run % does not follow from the one before it', event.seq,
+            event.run_id
+            USING ERRCODE = '23T06', CONSTRAINT = 'event_ledger_hash_chain',
+                  TABLE = 'event_ledger', COLUMN = 'hash',
+                  HINT = 'Leave hash out; the database chains events.';
+    ELSIF fault = 'TIME' THEN
+        RAISE EXCEPTION 'run % already stands after %', event.run_id, event.logical_time
+            USING ERRCODE = '23T07', CONSTRAINT = 'event_ledger_time_moves_forward',
+                  TABLE = 'event_ledger', COLUMN = 'logical_time',
+                  HINT = 'A run only moves forward; use a later logical_time.';
+    ELSIF fault = 'CASH' THEN
+        RAISE EXCEPTION 'run % has not the cash for the execution %', event.run_id, event.subject
+            USING ERRCODE = 'check_violation', TABLE = 'strategy_run', COLUMN = 'cash',
+                  CONSTRAINT = 'strategy_run_cash_not_negative_in_cash_account',
+                  HINT = 'Spend at most the cash, or use a MARGIN account.';
+    ELSIF fault IS NOT NULL THEN
+        RAISE EXCEPTION 'the gate refuses order %, which was not filled: %', event.subject, fault
+            USING ERRCODE = '23T08', CONSTRAINT = 'orders_gate_decides',
+                  TABLE = 'orders', COLUMN = 'status',
+                  HINT = 'Insert it NEW; the database decides, executions do the rest.';
+    END IF;
+    RAISE EXCEPTION 'no row of run % bears out the event % of %', event.run_id, event.event_type,
+        event.subject
+        USING ERRCODE = '23T08', CONSTRAINT = 'event_ledger_tells_what_happened',
+              TABLE = 'event_ledger', COLUMN = 'event_type',
+              HINT = 'Write the row itself; the database tells the ledger.';
+END $$;
+
+COMMENT ON FUNCTION event_refuse IS
+    'Raises what is wrong with an event: SEQ, HASH, TIME, CASH, words of the gate, or no row '
+    'behind it.';
+
 -- Events are not taken on anybody's word: each must follow from the one before it, and what it
 -- tells must be so, row by row. Positions and cash follow these events, so forging one would forge
 -- money. The loop reads every row once and knows cash and holdings as they were at each event.
@@ -1166,6 +1207,11 @@ BEGIN
             END IF;
             cash := cash + execution_cash_flow((e.x).side, (e.x).quantity, (e.x).price,
                                                (e.x).commission);
+            -- Not in between either: a sale that comes later in the statement pays for nothing.
+            IF cash < 0 AND run.account_type = 'CASH' AND run.broker = 'paper'
+               AND (e.x).side = 'BUY' THEN
+                PERFORM event_refuse(e, 'CASH');
+            END IF;
             traded[i] := true;
             moved := true;
 
