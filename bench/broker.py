@@ -25,10 +25,11 @@ from engine.accounts import AccountTerms, add_account
 from engine.brokers.protocol import SNAPSHOT_ROWS_MAX
 from engine.brokers.throttle import Throttle
 from engine.db.connect import ENGINE_ROLE, Connection, open_connection
+from engine.errors import ConfigurationError
 from engine.orders.model import Order, OrderType, Side, TimeInForce
 from engine.orders.write import insert_orders
 from engine.outbox import COMMANDS, wake
-from engine.reconcile import reconcile, request_snapshot
+from engine.reconcile import Reconciliation, reconcile, request_snapshot
 from engine.runs import Run, Terms, add_user, create_run, start_run
 from engine.worker import work_through
 
@@ -186,15 +187,13 @@ class Desk:
 def _open_order(order: UUID) -> dict[str, object]:
     number = int(str(order)[:8], 16)
     return {
-        "order": {
-            "order_ref": str(order),
-            "symbol": _SYMBOL,
-            "side": "BUY",
-            "quantity": "1",
-            "order_type": "LIMIT",
-            "time_in_force": "GTC",
-            "limit_price": "1",
-        },
+        "order_ref": str(order),
+        "symbol": _SYMBOL,
+        "side": "BUY",
+        "quantity": "1",
+        "order_type": "LIMIT",
+        "time_in_force": "GTC",
+        "limit_price": "1",
         "status": "ROUTED",
         "filled": "0",
         "broker_order_id": number,
@@ -244,13 +243,14 @@ def reconcile_open_orders(dsn: str, count: int) -> float:
     snapshot_id = request_snapshot(desk.engine, desk.run.user_id, _ACCOUNT, "DEMAND")
     desk.answer(snapshot_id, orders)
     work_through(desk.engine)
-    done: list[object] = []
+    done: list[Reconciliation | None] = []
 
     def compare() -> None:
         done.append(reconcile(desk.engine, desk.run.user_id, _ACCOUNT, datetime.now(UTC)))
 
     seconds = seconds_of(compare)
-    assert done[0] is not None, "the snapshot was not compared"
+    if done[0] is None or done[0].open_orders != count or done[0].differences:
+        raise ConfigurationError(f"the snapshot was not compared as it is: {done[0]}")
     desk.close()
     return seconds
 

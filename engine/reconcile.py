@@ -134,6 +134,7 @@ def reconcile(
         facts = _facts(conn, whose, snapshot_id)
         if facts is None or not facts.is_whole or facts.is_waiting:
             return None
+        conn.execute("SELECT reconcile_analyze()")
         compared = _Comparison(conn, whose, facts)
         found = compared.orders(None if dry_run else runs)
         if not dry_run and not compared.begin(now):

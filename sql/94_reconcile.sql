@@ -1171,3 +1171,16 @@ CREATE TRIGGER orders_m_check_ids AFTER UPDATE ON orders
     FOR EACH ROW WHEN ((NEW.broker_order_id, NEW.perm_id)
                        IS DISTINCT FROM (OLD.broker_order_id, OLD.perm_id))
     EXECUTE FUNCTION orders_check_ids();
+
+-- As ledger_analyze does for ticks: who compares thousands of orders before autovacuum has looked
+-- at them once would compare each with each. It has the owner's rights, who alone may look.
+CREATE FUNCTION reconcile_analyze() RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+BEGIN
+    IF (SELECT reltuples FROM pg_class WHERE oid = 'broker_event'::regclass) < 500 THEN
+        ANALYZE orders, execution, event_ledger, broker_command, broker_event, order_broker_id;
+    END IF;
+END $$;
+
+COMMENT ON FUNCTION reconcile_analyze IS
+    'Gives the planner its first statistics of the tables that reconciliation compares.';

@@ -53,7 +53,7 @@ LANGUAGE sql IMMUTABLE SET search_path = public, pg_temp AS $$
         ('oms_engine', 'INSERT (user_id, run_id, logical_time, event_type, subject, payload)
             ON event_ledger'),
         ('oms_engine', 'UPDATE (status, start_on) ON sip_plan'),
-        ('oms_engine', 'EXECUTE ON FUNCTION ticks_write'),
+        ('oms_engine', 'EXECUTE ON FUNCTION ticks_write, reconcile_analyze'),
         ('oms_engine', 'EXECUTE ON FUNCTION halt_place, halt_lift, halt_enforce, system_halt_place,
             system_halt_lift, run_equity_peak'),
         ('oms_engine', 'INSERT (user_id, flatten_id, scope, run_id, account, reason, asked_by,
@@ -144,7 +144,7 @@ REVOKE EXECUTE ON FUNCTION grant_roles, ticks_write, books_follow, ledger_analyz
 REVOKE EXECUTE ON FUNCTION lease_take, lease_renew, lease_release, commands_claim,
     commands_throttled, commands_done, connector_alert, executions_unheard FROM PUBLIC;
 REVOKE EXECUTE ON FUNCTION halt_place, halt_lift, halt_enforce, system_halt_place,
-    system_halt_lift, run_equity_peak FROM PUBLIC;
+    system_halt_lift, run_equity_peak, reconcile_analyze FROM PUBLIC;
 
 DO $$
 DECLARE

@@ -392,6 +392,7 @@ def test_few_functions_have_the_owners_rights(conn: Connection) -> None:
         ("orders_send_move", "trigger"),
         ("orders_send_rerouted", "trigger"),
         ("orders_send_terms", "trigger"),
+        ("reconcile_analyze", "void"),
         ("run_equity_peak", "numeric"),
         ("split_applied_apply", "trigger"),
         ("system_halt_lift", "system_halt"),

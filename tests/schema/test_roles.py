@@ -149,6 +149,7 @@ ENGINE_FUNCTIONS = [
     "halt_enforce",
     "halt_lift",
     "halt_place",
+    "reconcile_analyze",
     "run_equity_peak",
     "system_halt_lift",
     "system_halt_place",

@@ -935,6 +935,8 @@ DROP FUNCTION latency_since;
 
 DROP FUNCTION broker_event_is_booked;
 
+DROP FUNCTION reconcile_analyze;
+
 DROP FUNCTION orders_check_ids;
 
 DROP FUNCTION order_id_is_said;

@@ -5128,6 +5128,19 @@ CREATE TRIGGER orders_m_check_ids AFTER UPDATE ON orders
                        IS DISTINCT FROM (OLD.broker_order_id, OLD.perm_id))
     EXECUTE FUNCTION orders_check_ids();
 
+-- As ledger_analyze does for ticks: who compares thousands of orders before autovacuum has looked
+-- at them once would compare each with each. It has the owner's rights, who alone may look.
+CREATE FUNCTION reconcile_analyze() RETURNS void
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
+BEGIN
+    IF (SELECT reltuples FROM pg_class WHERE oid = 'broker_event'::regclass) < 500 THEN
+        ANALYZE orders, execution, event_ledger, broker_command, broker_event, order_broker_id;
+    END IF;
+END $$;
+
+COMMENT ON FUNCTION reconcile_analyze IS
+    'Gives the planner its first statistics of the tables that reconciliation compares.';
+
 -- The audit: views that must return no rows. Each finding names the user, the run, what it is
 -- about and what is wrong. They read history only, take no locks and change nothing.
 
@@ -5924,7 +5937,7 @@ LANGUAGE sql IMMUTABLE SET search_path = public, pg_temp AS $$
         ('oms_engine', 'INSERT (user_id, run_id, logical_time, event_type, subject, payload)
             ON event_ledger'),
         ('oms_engine', 'UPDATE (status, start_on) ON sip_plan'),
-        ('oms_engine', 'EXECUTE ON FUNCTION ticks_write'),
+        ('oms_engine', 'EXECUTE ON FUNCTION ticks_write, reconcile_analyze'),
         ('oms_engine', 'EXECUTE ON FUNCTION halt_place, halt_lift, halt_enforce, system_halt_place,
             system_halt_lift, run_equity_peak'),
         ('oms_engine', 'INSERT (user_id, flatten_id, scope, run_id, account, reason, asked_by,
@@ -5989,7 +6002,7 @@ REVOKE EXECUTE ON FUNCTION lease_take, lease_renew, lease_release, commands_clai
     commands_throttled, commands_done, connector_alert, executions_unheard FROM PUBLIC;
 
 REVOKE EXECUTE ON FUNCTION halt_place, halt_lift, halt_enforce, system_halt_place,
-    system_halt_lift, run_equity_peak FROM PUBLIC;
+    system_halt_lift, run_equity_peak, reconcile_analyze FROM PUBLIC;
 
 DO $$
 BEGIN

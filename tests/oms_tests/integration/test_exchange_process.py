@@ -413,10 +413,13 @@ def test_a_list_costs_as_it_is_long(tmp_path: Path) -> None:
     for _ in range(2):
         for _ in range(OPEN_ORDERS):
             floor.submit(order(quantity="1", limit_price="50", time_in_force="GTC"))
-        began = time.process_time()
-        floor.exchange.handle(1, {"op": "SNAPSHOT", "request": 1, "since": None})
-        said = [data for _, data in floor.exchange.release() if data is not None]
-        took.append(time.process_time() - began)
+        tries = []
+        for _ in range(5):
+            began = time.process_time()
+            floor.exchange.handle(1, {"op": "SNAPSHOT", "request": 1, "since": None})
+            said = [data for _, data in floor.exchange.release() if data is not None]
+            tries.append(time.process_time() - began)
+        took.append(min(tries))
     parts = [decode(data) for data in said]
     assert sum(len(part["open_orders"]) for part in parts) == 2 * OPEN_ORDERS
     assert took[1] < 4 * took[0], "twice as long a list costs about twice"
