@@ -217,14 +217,16 @@ def fail_run(conn: Connection, user_id: UUID, run_id: UUID, error: str, at: date
             [user_id, run_id, user_id, run_id, Jsonb({"error": error})],
         )
         # What a broker works is asked back first; the run ends when the last order is settled.
-        waits = (
-            run.broker != PAPER
-            and conn.execute(
-                """SELECT FROM broker_command WHERE user_id = %s AND run_id = %s LIMIT 1""",
-                [user_id, run_id],
-            ).fetchone()
-        )
+        waits = run.broker != PAPER and _has_sent(conn, user_id, run_id)
         return set_status(conn, user_id, run_id, "STOPPING" if waits else "ERROR")
+
+
+def _has_sent(conn: Connection, user_id: UUID, run_id: UUID) -> bool:
+    """Whether the run has ever sent something to a broker."""
+    row = conn.execute(
+        "SELECT FROM broker_command WHERE user_id = %s AND run_id = %s LIMIT 1", [user_id, run_id]
+    ).fetchone()
+    return row is not None
 
 
 def delete_run(conn: Connection, user_id: UUID, run_id: UUID) -> None:
