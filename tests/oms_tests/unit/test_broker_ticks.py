@@ -72,7 +72,7 @@ def test_what_the_broker_fills_between_two_ticks_is_told_at_the_next(scripted: W
     HOOKS["on_fill"] = note
     result = tick(scripted, 1)
     assert [(fill.order_id, fill.quantity, fill.price) for fill in seen] == [
-        (order_id, 5, Decimal("98.5"))
+        (order_id, Decimal(5), Decimal("98.5"))
     ]
     assert result.cash == Decimal("99507.5")
     tick(scripted, 2)
