@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from typing import Any
 
+import psycopg
 import pytest
 from market_days import (
     MON,
@@ -25,9 +26,10 @@ from market_days import (
 )
 from scripted import SCRIPTED, Hooks, hooks
 
+from engine import journal
 from engine.books import open_many
 from engine.db.connect import ENGINE_ROLE, Connection, open_connection
-from engine.errors import DatabaseUnavailable, StrategyFailed
+from engine.errors import DatabaseUnavailable, Retryable, StrategyFailed
 from engine.runs import Run
 from engine.strategies.base import Intent, Remember
 from engine.tick import Planned, TickResult, place_orders, run_tick, run_ticks
@@ -191,3 +193,21 @@ def test_a_connection_that_is_lost_is_told_and_nothing_is_there(
             tick_all(conn, runs, [buy("1")], meanwhile=end)
     assert one(owner_conn, "SELECT count(*) FROM execution") == 0
     assert_sound(owner_conn)
+
+
+def test_a_run_that_somebody_holds_is_tried_again_and_then_told(
+    engine_conn: Connection, owner_conn: Connection, dsn: str
+) -> None:
+    held, free = runs_of(owner_conn, "ann ben")
+    engine_conn.execute("SET lock_timeout = '20ms'")
+    with open_connection(dsn) as other, other.transaction():
+        other.execute("SELECT FROM strategy_run WHERE run_id = %s FOR UPDATE", [held.run_id])
+        stuck, done = tick_all(engine_conn, [held, free], [buy("1")])
+    assert isinstance(stuck, Retryable)
+    assert executions([done]) == [1]
+
+
+def test_what_can_not_be_prepared_is_raised(engine_conn: Connection) -> None:
+    engine_conn.execute("SET search_path = pg_catalog")
+    with pytest.raises(psycopg.errors.UndefinedFunction):
+        journal.write_each(engine_conn, [[None] * 27])

@@ -112,8 +112,9 @@ CASES = [
     ),
     Case(
         "cash below zero",
-        "INSERT INTO execution (user_id, run_id, order_id, quantity, price) "
-        "VALUES (:'ann', :'live', :'resting', 1, 9000)",
+        # By its commission: a purchase that costs too much is refused with its event, too.
+        "INSERT INTO execution (user_id, run_id, order_id, quantity, price, commission) "
+        "VALUES (:'ann', :'live', :'stop', 1, 80, 20000)",
         "strategy_run_cash_not_negative_in_cash_account",
         "ALTER TABLE strategy_run DROP CONSTRAINT strategy_run_cash_not_negative_in_cash_account",
         "audit_cash",

@@ -20,7 +20,7 @@ from engine.replay import replay
 from engine.runs import find_run
 from engine.stop import settle_stopping, stop_run
 from engine.strategies.base import CancelOrder, Context, Intent, ModifyOrder, PlaceOrder
-from engine.tick import TickResult, place_orders, run_tick
+from engine.tick import TickResult, place_orders, run_tick, try_execute_sip
 
 PRICES: Prices = {"AAPL": Decimal(100)}
 BUY = PlaceOrder("AAPL", Side.BUY, Decimal(5), OrderType.LIMIT, limit_price=Decimal(99))
@@ -102,6 +102,18 @@ def test_orders_placed_outside_of_a_tick_go_out(wire: Wire) -> None:
     run = wire.run
     assert place_orders(wire.conn, run.user_id, run.run_id, NOW, PRICES, [BUY]) == 0
     assert wire.kinds(only_order(wire)) == ["SUBMIT"]
+
+
+def test_a_plan_is_carried_out_at_the_broker(wire: Wire) -> None:
+    key = (wire.run.user_id, wire.run.run_id)
+    wire.conn.execute(
+        """INSERT INTO sip_plan (user_id, run_id, plan, symbol, amount, start_on)
+           VALUES (%s, %s, 'apples', 'AAPL', 500, '2024-01-01')""",
+        key,
+    )
+    assert try_execute_sip(wire.conn, *key, NOW, PRICES, market_open=True) == 1
+    assert wire.kinds(only_order(wire)) == ["SUBMIT"]
+    assert try_execute_sip(wire.conn, *key, NOW, PRICES, market_open=True) == 0
 
 
 def test_all_orders_are_cancelled_at_once(wire: Wire) -> None:
