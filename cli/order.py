@@ -236,6 +236,28 @@ def cancel(
         say(f"Order {found.order_id}: {result}.")
 
 
+@app.command("cancel-all")
+def cancel_all(run_id: RunId, dsn: Dsn = None, as_json: Json = False) -> None:
+    """Cancel all open orders of a run.
+
+    Example:
+      oms order cancel-all --run-id live
+    """
+    from engine import reads
+    from engine.orders import by_hand
+
+    with acting(dsn) as conn:
+        run = reads.find_run(conn, run_id)
+        results = by_hand.cancel_all(conn, run.user_id, run.run_id)
+    if as_json:
+        print_json({"orders": [{"order_id": o, "result": r} for o, r in results.items()]})
+        return
+    for order_id, result in results.items():
+        say(f"Order {order_id}: {result}.")
+    if not results:
+        say("No order is open.")
+
+
 @app.command()
 def modify(
     order: OrderArgument,

@@ -46,6 +46,7 @@ from engine.paper.book import Moment, Outcome, match_all
 from engine.quantities import EXACT
 from engine.reference import Reference
 from engine.runs import PAPER, Run
+from engine.safety import tell_refusals
 from engine.strategies.base import (
     Announce,
     CancelOrder,
@@ -525,6 +526,8 @@ class Work:
         keys = [place.client_order_id for place in wanted]
         with self._step():
             rejected = write.insert_orders(self.conn, self.run, orders, references, keys)
+            if rejected:
+                tell_refusals(self.conn, self.run.user_id, self.run.run_id, list(rejected))
         self.sent = self.run.broker != PAPER
         taken = [order for order in orders if order.order_id not in rejected]
         fills = []

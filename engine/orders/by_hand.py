@@ -15,6 +15,7 @@ from engine.orders import write
 from engine.orders.model import Order
 from engine.outbox import wake
 from engine.runs import lock_run, require_running
+from engine.safety import tell_refusals
 from engine.strategies.base import PlaceOrder
 
 
@@ -42,7 +43,9 @@ def place_order(conn: Connection, user_id: UUID, run_id: UUID, wanted: PlaceOrde
             wanted.trail_percent,
             wanted.expire_at,
         )
-        write.insert_orders(conn, run, [order], [None], [wanted.client_order_id])
+        refused = write.insert_orders(conn, run, [order], [None], [wanted.client_order_id])
+        if refused:
+            tell_refusals(conn, user_id, run_id, list(refused))
         wake(conn)
     return order.order_id
 
