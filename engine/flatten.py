@@ -287,7 +287,7 @@ def _answered(
     row = conn.execute(
         """SELECT count(*) FROM broker_command
            WHERE user_id = %s AND account = ANY(%s) AND command_id = ANY(%s)
-             AND coalesce(outcome, '') <> 'REFUSED' AND command_id <> ALL(%s)""",
+             AND coalesce(outcome, '') NOT IN ('REFUSED', 'UNKNOWN') AND command_id <> ALL(%s)""",
         [
             asked.user_id,
             [close.account for close in questions.values()],

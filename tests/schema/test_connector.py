@@ -291,6 +291,23 @@ def test_what_may_not_go_yet_is_not_claimed(desk: Desk) -> None:
     assert claim(desk.conn, desk) == [due]
 
 
+def test_a_question_ends_with_the_connector_that_took_it_an_order_does_not(desk: Desk) -> None:
+    take(desk.conn, desk, FIRST)
+    (order,) = desk.orders(1)
+    asked, sent = desk.command("SNAPSHOT", priority=1), desk.command("SUBMIT", order)
+    assert claim(desk.conn, desk) == [asked, sent]
+    take(desk.conn, desk, FIRST)  # its own, once more, ends nothing
+    assert desk.rows("SELECT outcome FROM broker_command WHERE user_id = %s") == [(None,)] * 2
+    call(desk.conn, "lease_release", desk, FIRST)
+    waiting = desk.command("SNAPSHOT", priority=1)
+    take(desk.conn, desk, SECOND)
+    assert dict(desk.rows("SELECT command_id, outcome FROM broker_command WHERE user_id = %s")) == {
+        asked: "UNKNOWN",
+        sent: None,
+        waiting: None,
+    }
+
+
 def test_one_account_gets_none_of_anothers(desk: Desk) -> None:
     other = Desk(desk.conn, "DU2")
     (order,) = other.orders(1)

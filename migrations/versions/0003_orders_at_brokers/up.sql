@@ -2384,6 +2384,11 @@ BEGIN
             USING ERRCODE = '23T20', CONSTRAINT = 'broker_lease_one_holder', TABLE = 'broker_lease',
                   HINT = 'One connector an account: stop that one, or wait until its lease ends.';
     END IF;
+    -- Questions that another one took with it get no answer; what it took of orders, a snapshot
+    -- will tell.
+    UPDATE broker_command SET done_at = clock_timestamp(), outcome = 'UNKNOWN'
+    WHERE user_id = of_user AND account = of_account AND done_at IS NULL
+      AND kind <> 'SUBMIT' AND kind NOT IN ('MODIFY', 'CANCEL') AND claimed_by <> by_holder;
     RETURN until;
 END $$;
 
