@@ -53,13 +53,11 @@ COMMENT ON COLUMN event_ledger.hash IS
 CREATE FUNCTION event_hash(previous bytea, of_user uuid, of_run uuid, seq bigint,
                            logical_time timestamptz, event_type text, subject text,
                            payload jsonb, recorded_at timestamptz)
-RETURNS bytea LANGUAGE plpgsql IMMUTABLE SET search_path = public, pg_temp AS $$
-BEGIN
-    RETURN sha256(previous || convert_to(
-        format('["%s", "%s", %s, %s, %s, %s, %s, %s]', of_user, of_run, seq,
-               extract(epoch FROM logical_time), to_json(event_type), to_json(subject), payload,
-               extract(epoch FROM recorded_at)), 'UTF8'));
-END $$;
+RETURNS bytea LANGUAGE sql STABLE
+RETURN sha256(previous || convert_to(
+    format('["%s", "%s", %s, %s, %s, %s, %s, %s]', of_user, of_run, seq,
+           extract(epoch FROM logical_time), to_json(event_type), to_json(subject), payload,
+           extract(epoch FROM recorded_at)), 'UTF8'));
 
 COMMENT ON FUNCTION event_hash IS 'The hash of a ledger row, given the one before it.';
 
