@@ -130,6 +130,31 @@ def test_a_stop_that_waited_for_an_order_cancels_it(race: Race, scratch: Connect
     ) == [("CANCELED", "RUN_STOPPED")]
 
 
+def test_a_runs_first_order_that_waited_for_another_comes_after_it(
+    dsn: Dsn, scratch: Connection, second: Connection
+) -> None:
+    new_run = "'00000000-0000-0000-0000-0000000000e1', '00000000-0000-0000-0000-0000000000e2'"
+    scratch.execute("INSERT INTO app_user VALUES ('00000000-0000-0000-0000-0000000000e1')")
+    scratch.execute(
+        f"""INSERT INTO strategy_run (user_id, run_id, status, initial_cash)
+            VALUES ({new_run}, 'RUNNING', 1000)""".encode()
+    )
+    order = f"{_ORDER} VALUES ({new_run}, 'MSFT', 'BUY', 1, 'LIMIT', 1)"
+    second.execute("BEGIN")  # its now() is before that of the first
+    with open_connection(dsn) as first:
+        first.execute("BEGIN")
+        first.execute(order.encode())
+        with _meanwhile(scratch, first, second, order) as outcome:
+            first.execute("COMMIT")
+    second.execute("COMMIT")
+    assert outcome.error is None
+    assert rows(
+        scratch,
+        "SELECT count(*), count(DISTINCT logical_time) FROM orders "
+        "WHERE run_id = '00000000-0000-0000-0000-0000000000e2'",
+    ) == [(2, 1)]
+
+
 def test_a_snapshot_from_before_the_stop_is_no_way_around_it(
     dsn: Dsn, scratch: Connection, second: Connection
 ) -> None:

@@ -19,8 +19,10 @@ from waits import SECONDS_MAX, wait_until
 
 from engine.audit import audit
 from engine.db.connect import ENGINE_ROLE, Connection, open_connection
+from engine.orders.by_hand import place_order
 from engine.orders.model import Order, OrderType, Side, TimeInForce
 from engine.orders.write import insert_orders
+from engine.strategies.base import PlaceOrder
 from engine.worker import serve, work_through
 
 MEGABYTE = 2**20
@@ -108,28 +110,40 @@ def wire(owner_conn: Connection) -> Wire:
 def test_concurrent_submit_uses_single_writer_and_consistent_ids(wire: Wire, dsn: str) -> None:
     threads_count, each = 6, 10
     at_once = threading.Barrier(threads_count)
-    # A run that has begun: its moment is that of its newest event.
-    placed: list[UUID] = place_many(wire, 1)
-    at = wire.stands_at()
+    placed: list[UUID] = []
     failed: list[BaseException] = []
+    wanted = PlaceOrder("AAPL", Side.BUY, Decimal(10), OrderType.LIMIT, limit_price=Decimal(1))
 
-    def submit() -> None:
+    def place(conn: Connection, by_hand: bool) -> UUID:
+        if not by_hand:
+            return place_order(conn, wire.run.user_id, wire.run.run_id, wanted)
+        row = conn.execute(
+            """INSERT INTO orders (user_id, run_id, symbol, side, quantity, order_type, limit_price)
+               VALUES (%s, %s, 'AAPL', 'BUY', 10, 'LIMIT', 1) RETURNING order_id""",
+            [wire.run.user_id, wire.run.run_id],
+        ).fetchone()
+        assert row is not None
+        order_id: UUID = row[0]
+        return order_id
+
+    def submit(by_hand: bool) -> None:
         try:
             with open_connection(dsn, role=ENGINE_ROLE) as conn:
                 at_once.wait(SECONDS_MAX)
-                for _ in range(each):
-                    placed.extend(place_many(wire, 1, conn, at))
+                placed.extend(place(conn, by_hand) for _ in range(each))
         except BaseException as error:
             failed.append(error)
 
-    threads = [threading.Thread(target=submit) for _ in range(threads_count)]
+    threads = [
+        threading.Thread(target=submit, args=[number % 2 == 0]) for number in range(threads_count)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(SECONDS_MAX)
         assert not thread.is_alive()
     assert failed == []
-    assert len(set(placed)) == threads_count * each + 1
+    assert len(set(placed)) == threads_count * each
     stored = {order_id for (order_id,) in wire.conn.execute("SELECT order_id FROM orders")}
     sent = wire.conn.execute("SELECT order_id FROM broker_command WHERE kind = 'SUBMIT'").fetchall()
     assert stored == set(placed)
