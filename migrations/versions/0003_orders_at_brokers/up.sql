@@ -627,32 +627,28 @@ RETURN regexp_replace(execution_id, '\.[^.]*$', '') = regexp_replace(than, '\.[^
 COMMENT ON FUNCTION execution_is_newer IS
     'Whether an execution id is a later revision of the same execution as another.';
 
--- Only the paper book tells of executions before they are there. What a broker did is told here,
--- so that nothing is looked up: a planner without statistics may take the index of the books for
--- it and read all executions of the run for each.
-CREATE FUNCTION execution_is_untold(e execution) RETURNS boolean
-LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
-BEGIN
-    RETURN EXISTS (SELECT FROM strategy_run r
-                   WHERE r.user_id = e.user_id AND r.run_id = e.run_id AND r.broker <> 'paper')
-        OR NOT EXISTS (SELECT FROM event_ledger l
-                       WHERE l.user_id = e.user_id AND l.run_id = e.run_id
-                         AND l.logical_time = e.logical_time AND l.event_type = 'EXECUTION'
-                         AND l.subject = e.order_id || '/' || e.execution_id);
-END $$;
-
-COMMENT ON FUNCTION execution_is_untold IS 'Whether the ledger does not tell of an execution yet.';
-
 -- What was not yet told to the ledger is told: cash and positions follow the events (82_books.sql).
+-- Only the paper book tells of executions before they are there; of what a broker did nothing is
+-- looked up, since a planner without statistics may read all executions of the run for each.
 -- Orders follow their executions. It has the owner's rights, so that nobody else needs a right to
 -- write what follows from executions.
 CREATE OR REPLACE FUNCTION execution_apply() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
 DECLARE
-    untold   boolean;
+    untold   execution[];
     unfilled boolean;
 BEGIN
-    SELECT bool_or(execution_is_untold(n)) INTO untold FROM new_rows n;
+    SELECT array_agg(n) FILTER (
+               WHERE (SELECT CASE WHEN o.broker = 'paper'
+                                  THEN (SELECT true FROM event_ledger l
+                                        WHERE l.user_id = n.user_id AND l.run_id = n.run_id
+                                          AND l.logical_time = n.logical_time
+                                          AND l.event_type = 'EXECUTION'
+                                          AND l.subject = n.order_id || '/' || n.execution_id) END
+                      FROM orders o
+                      WHERE o.user_id = n.user_id AND o.run_id = n.run_id
+                        AND o.order_id = n.order_id) IS NULL)
+    INTO untold FROM new_rows n;
     SELECT bool_or((SELECT (o.filled_quantity, o.filled_notional)
                            = (SELECT sum(e.quantity), sum(e.quantity * e.price) FROM execution e
                               WHERE e.user_id = n.user_id AND e.run_id = n.run_id
@@ -662,12 +658,11 @@ BEGIN
                       AND o.order_id = n.order_id) IS NOT TRUE)
     INTO unfilled FROM (SELECT DISTINCT user_id, run_id, order_id FROM new_rows) n;
     -- A statement that writes nothing would cost as much as one that does.
-    IF untold THEN
+    IF untold IS NOT NULL THEN
         INSERT INTO event_ledger (user_id, run_id, logical_time, event_type, subject, payload)
         SELECT e.user_id, e.run_id, e.logical_time, 'EXECUTION',
                e.order_id || '/' || e.execution_id, execution_event_payload(e)
-        FROM new_rows e
-        WHERE execution_is_untold(e);
+        FROM unnest(untold) e;
     END IF;
     IF unfilled THEN
         UPDATE orders o
@@ -876,6 +871,18 @@ END $$;
 -- What positions and cash follow: the few events after books_seq, or all of a run in an audit.
 CREATE INDEX event_ledger_books_idx ON event_ledger (user_id, run_id, seq)
     WHERE event_type IN ('EXECUTION', 'COMMISSION', 'SPLIT_APPLIED');
+
+-- Times as seconds since 1970 and everything else as canonical jsonb, so that neither a session's
+-- time zone nor a separator inside a text can make two different rows hash alike. The array is put
+-- together as text, just as jsonb would print it, which costs half.
+CREATE OR REPLACE FUNCTION event_hash(previous bytea, of_user uuid, of_run uuid, seq bigint,
+                           logical_time timestamptz, event_type text, subject text,
+                           payload jsonb, recorded_at timestamptz)
+RETURNS bytea LANGUAGE sql STABLE
+RETURN sha256(previous || convert_to(
+    format('["%s", "%s", %s, %s, %s, %s, %s, %s]', of_user, of_run, seq,
+           extract(epoch FROM logical_time), to_json(event_type), to_json(subject), payload,
+           extract(epoch FROM recorded_at)), 'UTF8'));
 
 CREATE OR REPLACE FUNCTION event_ledger_append() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
