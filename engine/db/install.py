@@ -59,33 +59,49 @@ def require_schema(conn: Connection) -> None:
 def migrate(dsn: str, to: str = "head") -> None:
     """Bring a database up to a migration, as its owner; two at once take turns.
 
-    Raises ConfigurationError for a server older than Postgres 15 and where the login may not.
+    Raises ConfigurationError for a server older than Postgres 15, and where the login may not or
+    something is in the way; nothing is changed then.
     """
-    import sqlalchemy.exc
     from alembic import command
 
     with open_connection(dsn) as conn:
         if conn.info.server_version < SERVER_VERSION_MIN:
             major = conn.info.server_version // 10_000
             raise ConfigurationError(f"this is Postgres {major}; oms needs 15 or newer")
-    try:
-        with _config(dsn) as config:
-            command.upgrade(config, to)
-    except sqlalchemy.exc.DBAPIError as error:
-        if not isinstance(error.orig, psycopg.errors.InsufficientPrivilege):
-            raise
-        raise ConfigurationError(
-            f"the login may not migrate: {error.orig.diag.message_primary}; migrate as the "
-            "database's owner"
-        ) from error
+    with _refusals_told(), _config(dsn) as config:
+        command.upgrade(config, to)
 
 
 def downgrade(dsn: str, to: str) -> None:
-    """Take a database back to a migration; ``base`` takes the schema and all its rows away."""
+    """Take a database back to a migration; ``base`` takes the schema and all its rows away.
+
+    Raises ConfigurationError where the database refuses it.
+    """
     from alembic import command
 
-    with _config(dsn) as config:
+    with _refusals_told(), _config(dsn) as config:
         command.downgrade(config, to)
+
+
+@contextmanager
+def _refusals_told() -> Iterator[None]:
+    """What the database answered in one sentence, without the whole migration that it answered."""
+    import sqlalchemy.exc
+
+    try:
+        yield
+    except sqlalchemy.exc.DBAPIError as error:
+        if not isinstance(error.orig, psycopg.Error):
+            raise
+        said = error.orig.diag.message_primary or str(error.orig)
+        if isinstance(error.orig, psycopg.errors.InsufficientPrivilege):
+            raise ConfigurationError(
+                f"the login may not migrate: {said}; migrate as the database's owner"
+            ) from error
+        raise ConfigurationError(
+            f"the database refused the migration and nothing was changed: {said}; "
+            f"{error.orig.diag.message_hint or 'put that right and migrate again'}"
+        ) from error
 
 
 @contextmanager

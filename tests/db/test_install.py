@@ -92,6 +92,21 @@ def test_a_newer_schema_is_refused(server: Server) -> None:
             install.require_schema(conn)
 
 
+def test_what_is_in_a_migrations_way_is_told_in_one_sentence(server: Server) -> None:
+    dsn = install.own_database(server.dsn(), "blocked")
+    with open_connection(dsn) as conn:
+        conn.execute("CREATE TABLE app_user ()")
+        with pytest.raises(ConfigurationError) as caught:
+            install.migrate(dsn)
+        assert str(caught.value) == (
+            "the database refused the migration and nothing was changed: "
+            'relation "app_user" already exists; put that right and migrate again'
+        )
+        assert install.revision(conn) is None
+        conn.execute("DROP TABLE app_user")
+    install.migrate(dsn)
+
+
 def test_a_server_that_is_not_there_is_one_sentence() -> None:
     with pytest.raises(ConfigurationError, match="can't connect to Postgres") as caught:
         open_connection("host=/nowhere dbname=oms")
