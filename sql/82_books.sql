@@ -158,7 +158,8 @@ DECLARE
     limited   boolean;             -- has limits
     waiting   boolean;             -- has open orders
     reserved  numeric := 0;
-    symbols   text[];              -- the holdings: parallel arrays
+    symbols   text[];              -- the holdings: parallel arrays; the first so many are rows
+    known     integer;
     held      numeric[];
     marks     numeric[];
     marked    timestamptz[];
@@ -200,6 +201,7 @@ BEGIN
                  array_agg(h.mark_price) AS marks, array_agg(h.marked_at) AS marked
           FROM position h WHERE h.user_id = of_user AND h.run_id = of_run) p
     LEFT JOIN event_ledger l ON l.user_id = of_user AND l.run_id = of_run AND l.seq = first_seq - 1;
+    known := cardinality(symbols);
     IF waiting THEN
         reserved := run_reserved_cash(of_user, of_run);
     END IF;
@@ -356,13 +358,12 @@ BEGIN
         PERFORM mtm_ledger_refuse_time(of_run, last_mark, ticked);
     END IF;
     FOR i IN 1 .. cardinality(symbols) LOOP
-        IF traded[i] THEN
+        IF i > known THEN
+            INSERT INTO position (user_id, run_id, symbol, quantity, mark_price, marked_at)
+            VALUES (of_user, of_run, symbols[i], NULL, marks[i], marked[i]);
+        ELSIF traded[i] THEN
             UPDATE position SET quantity = NULL, mark_price = marks[i], marked_at = marked[i]
             WHERE user_id = of_user AND run_id = of_run AND symbol = symbols[i];
-            IF NOT FOUND THEN
-                INSERT INTO position (user_id, run_id, symbol, quantity, mark_price, marked_at)
-                VALUES (of_user, of_run, symbols[i], NULL, marks[i], marked[i]);
-            END IF;
         ELSIF remarked[i] THEN
             UPDATE position SET mark_price = marks[i], marked_at = marked[i]
             WHERE user_id = of_user AND run_id = of_run AND symbol = symbols[i];
