@@ -5,7 +5,7 @@ EngineError
 ├── ConfigurationError     the machine, the server or a setting isn't as it must be
 ├── StrategyFailed         a strategy raised, or asked for what can't be; the run is in ERROR
 ├── DatabaseUnavailable    the connection is gone; whether a COMMIT took effect is unknown
-├── Retryable              serialization failure, deadlock or lock timeout: run the unit again
+├── Retryable              deadlock, lock or statement timeout, ...: run the unit again
 └── RuleViolation          the database refused a write that would break the books
     ├── RunNotRunning          the run is not RUNNING
     ├── RunAlreadyRunning      the user already has a RUNNING run
@@ -59,7 +59,7 @@ class DatabaseUnavailable(EngineError):
 
 
 class Retryable(EngineError):
-    """Serialization failure, deadlock or lock timeout: run the whole unit again."""
+    """Serialization failure, deadlock, lock or statement timeout: run the whole unit again."""
 
 
 class RuleViolation(EngineError):
@@ -448,7 +448,7 @@ GENERATED: dict[str, str] = {
 # The views that show paper runs only, and take rows of them only.
 PAPER_VIEWS = ("paper_order", "paper_trade", "paper_position", "paper_equity_curve")
 
-_RETRYABLE = ("40001", "40P01", "55P03")
+_RETRYABLE = ("40001", "40P01", "55P03", "57014")
 
 
 def typed(error: psycopg.Error) -> EngineError | None:

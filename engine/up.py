@@ -16,7 +16,7 @@ from engine import schedule, worker
 from engine.brokers.connector import Connector, Ended, connect
 from engine.brokers.sessions import prepare
 from engine.clock import utc_now
-from engine.db.connect import connected
+from engine.db.connect import ANSWER_SECONDS_MAX, connected
 from engine.errors import EngineError, translated
 from engine.log import tell
 from engine.schedule import Round
@@ -107,7 +107,7 @@ class _Connectors:
 
     def _accounts(self) -> list[Key]:
         """The accounts that there are, their calendars stored."""
-        with translated(), connected(self._dsn) as conn:
+        with translated(), connected(self._dsn, answer_seconds=ANSWER_SECONDS_MAX) as conn:
             keys: list[Key] = conn.execute(
                 "SELECT user_id, account FROM broker_account ORDER BY user_id, account"
             ).fetchall()
