@@ -7,6 +7,7 @@ transaction. A notification wakes it, a poll makes sure.
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Container
@@ -39,6 +40,9 @@ RETRY_SECONDS = 1.0
 LOCK_TIMEOUT_MS = 10_000
 ATTEMPTS_MAX = 3
 REST_SECONDS = 30.0
+# How long a worker that is told to end takes in what is there yet, and waits for whom in that.
+LAST_SECONDS_MAX = 10.0
+LAST_LOCK_TIMEOUT_MS = 1_000
 
 Key = tuple[UUID, str]
 Result = TypeVar("Result")
@@ -59,17 +63,22 @@ def work_through(
     conn: Connection,
     part: Part = Part(),  # noqa: B008
     resting: Container[Key] = frozenset(),
+    ends_at: float = math.inf,
 ) -> Taken:
     """Apply all that waits in every inbox, and do at once what follows from it.
 
-    ``resting`` are accounts that are left for later.
+    ``resting`` are accounts that are left for later; after ``ends_at`` (monotonic) no batch is
+    begun.
     """
     taken = Taken()
     for key in waiting(conn):
         if key in resting:
             continue
         try:
-            while (done := _persist(partial(_apply, conn, *key, part))).events:
+            while (
+                time.monotonic() < ends_at
+                and (done := _persist(partial(_apply, conn, *key, part))).events
+            ):
                 taken.words += done.events
                 taken.of_account |= done.of_account
                 _persist(partial(_follow_up, conn, key[0], done))
@@ -176,7 +185,7 @@ def serve(
     watches: tuple[Watch, ...] = WATCHES,
     report: Callable[[int], None] = lambda words: None,
 ) -> None:
-    """Work until ``stopped`` is set; a batch under way is finished first.
+    """Work until ``stopped`` is set; what is in the inbox by then is taken in first.
 
     A database that went away, or hangs, is asked for again, every second.
     """
@@ -216,3 +225,7 @@ def _serve(
         # One notification is as good as many: everything that waits is taken at once.
         for _ in conn.notifies(timeout=POLL_SECONDS, stop_after=1):
             pass
+    conn.execute(f"SET lock_timeout = {LAST_LOCK_TIMEOUT_MS}")
+    taken = work_through(conn, part, rested, time.monotonic() + LAST_SECONDS_MAX)
+    if taken.words:
+        report(taken.words)

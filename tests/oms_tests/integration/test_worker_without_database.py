@@ -165,3 +165,25 @@ def test_a_batch_is_tried_as_often_as_is_said(
     monkeypatch.setattr(worker, "apply_batch", in_the_way)
     work_through(owner_conn)
     assert len(tried) == worker.ATTEMPTS_MAX
+
+
+def test_a_worker_that_is_told_to_end_takes_in_what_is_there_for_so_long_and_no_longer(
+    dsn: str, owner_conn: Connection, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wire = Wire(owner_conn, a_broker_run(owner_conn))
+    stopped = threading.Event()
+    stopped.set()
+    first = wire.say("NOTICE", code="HELLO", message="is anybody there")
+    serve(dsn, stopped)
+    assert wire.finding(first)[0] is None, "it was never there"
+
+    def look(*_: object) -> None:
+        number[:] = [wire.say("NOTICE", code="HELLO", message="at the last moment")]
+        stopped.set()
+
+    for seconds, finding in ((0.0, None), (10.0, "NEW")):
+        monkeypatch.setattr(worker, "LAST_SECONDS_MAX", seconds)
+        number: list[int] = []
+        stopped.clear()
+        serve(dsn, stopped, watches=(look,))
+        assert wire.finding(number[0])[0] == finding
