@@ -30,6 +30,7 @@ from engine.reconcile import watch as watch_accounts
 from engine.routing import reroute
 from engine.safety import cancel_breaches, check_breakers, enforce_halts, raise_alert
 from engine.stop import settle_stopping
+from engine.unsendable import reject_unsendable
 
 POLL_SECONDS = 1.0
 # Between two looks at what time alone brings about: silence, staleness, runs that have settled.
@@ -168,6 +169,7 @@ def book_held(conn: Connection, user_id: UUID, now: datetime) -> None:
 WATCHES: tuple[Watch, ...] = (
     book_held,
     watch_accounts,
+    reject_unsendable,
     check_breakers,
     keep_halted,
     advance,
