@@ -14,6 +14,7 @@ from safety_cases import ACCOUNT, Live
 from engine.clock import utc_now
 from engine.db.connect import Connection, open_connection
 from engine.errors import AlreadyHappened, UnknownReference
+from engine.flatten import CLOSE_WAIT, Scope, advance, flatten
 from engine.market.calendar import ensure_sessions
 from engine.safety import (
     HaltOrder,
@@ -245,6 +246,18 @@ def test_tick_that_is_written_at_once_meets_the_halt(paper: Live, how: str) -> N
     assert paper.owner.execute(
         "SELECT status, reject_code FROM orders WHERE user_id = %s ORDER BY order_id", [paper.user]
     ).fetchall() == [("FILLED", None), ("REJECTED", "HALTED")]
+
+
+def test_flatten_on_paper_waits_for_a_price_in_silence(paper: Live) -> None:
+    run_tick(
+        paper.engine, paper.user, paper.run, close_on(MON), at_price("100"), intents=[buy("2")]
+    )
+    now = utc_now()
+    flatten(paper.engine, paper.user, Scope(run_id=paper.run), "test", "ann", now)
+    asked = advance(paper.engine, paper.user, now + 10 * CLOSE_WAIT)
+    assert asked is not None
+    assert asked.status == "CLOSING"
+    assert paper.alerts() == []
 
 
 def test_tick_under_reducing_may_sell(paper: Live) -> None:
