@@ -124,11 +124,7 @@ DECLARE
     event event_ledger;
     p     public.position;
 BEGIN
-    FOR event IN SELECT * FROM event_ledger l
-                 WHERE l.user_id = of_user AND l.run_id = of_run
-                   AND l.event_type IN ('EXECUTION', 'SPLIT_APPLIED')
-                 ORDER BY l.payload ->> 'symbol', l.seq
-    LOOP
+    FOR event IN SELECT (s.event).* FROM ledger_standing(of_user, of_run) s LOOP
         IF p.symbol <> event.payload ->> 'symbol' THEN
             RETURN QUERY SELECT p.symbol, p.quantity, p.cost_basis, p.realized_pnl;
             p := NULL;
