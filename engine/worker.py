@@ -156,6 +156,18 @@ def keep_halted(conn: Connection, user_id: UUID, now: datetime) -> None:
     enforce_halts(conn, user_id)
 
 
+def keep_limits(conn: Connection, user_id: UUID, now: datetime) -> None:
+    """Cancel the rest of what has broken a limit, where whoever booked the fill did not."""
+    del now
+    for (run_id,) in conn.execute(
+        """SELECT run_id FROM strategy_run
+           WHERE user_id = %s AND status = 'RUNNING' AND broker <> 'paper' ORDER BY run_id""",
+        [user_id],
+    ).fetchall():
+        with translated(), conn.transaction():
+            cancel_breaches(conn, user_id, run_id)
+
+
 def book_held(conn: Connection, user_id: UUID, now: datetime) -> None:
     """Book what was held for an execution or an exchange rate that has come since."""
     for (account,) in conn.execute(
@@ -212,11 +224,17 @@ def _serve(
 ) -> None:
     watched = 0.0
     rested: dict[Key, float] = {}
+    # What follows from fills may have been left undone: by whoever died, or came to no end.
+    owing = True
     for user_id in users_at_brokers(conn):
         # Whatever was asked before this process began.
         on_start(conn, user_id, clock())
     while not stopped.is_set():
-        rested = {key: until for key, until in rested.items() if until > time.monotonic()}
+        resting = {key: until for key, until in rested.items() if until > time.monotonic()}
+        if owing or len(resting) < len(rested):
+            look_after(conn, clock(), (keep_limits,))
+            owing = False
+        rested = resting
         taken = work_through(conn, part, rested)
         rested |= dict.fromkeys(taken.stuck, time.monotonic() + REST_SECONDS)
         if taken.words:

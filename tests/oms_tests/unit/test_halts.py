@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from datetime import date, timedelta
 from decimal import Decimal
 from uuid import UUID, uuid4
@@ -28,6 +29,7 @@ from engine.safety import (
     place_halt,
 )
 from engine.tick import run_tick
+from engine.worker import serve
 
 STOP = HaltOrder("something is wrong", "ann")
 REDUCE = HaltOrder("something is wrong", "ann", trading_state="REDUCING")
@@ -334,6 +336,17 @@ def test_fill_that_breaks_a_limit_cancels_the_rest(live: Live) -> None:
     assert (live.status(order), live.status(other)) == ("PENDING_CANCEL", "ROUTED")
     assert live.commands("CANCEL")[0][1] == 0
     assert cancel_breaches(live.engine, live.user, live.run) == []
+
+
+def test_worker_that_begins_cancels_what_the_one_before_left(live: Live, dsn: str) -> None:
+    """It may have died between the fill and what follows from it."""
+    order = live.work(quantity=10)
+    live.limit("MAX_POSITION", 5)
+    live.fill(order, 4)
+    assert live.status(order) == "PARTIALLY_FILLED"
+    ended = threading.Event()
+    serve(dsn, ended, watches=(lambda *_: ended.set(),))
+    assert live.status(order) == "PENDING_CANCEL"
 
 
 def test_fill_within_the_limits_cancels_nothing(live: Live) -> None:
