@@ -44,6 +44,7 @@ def flatten(
     if not (user or run_id):
         raise typer.BadParameter("name a user with --user, or a run with --run-id", context)
     from engine import reads
+    from engine.accounts import require_account
     from engine.clock import utc_now
     from engine.config import operator
     from engine.flatten import Scope
@@ -52,6 +53,7 @@ def flatten(
     with acting(dsn) as conn:
         run = reads.find_run(conn, run_id) if run_id else None
         user_id = run.user_id if run else reads.find_user(conn, str(user)).user_id
+        require_account(conn, user_id, account)
         scope = Scope(run.run_id if run else None, account)
         asked = close_all(conn, user_id, scope, reason, by or operator(), utc_now())
     if as_json:

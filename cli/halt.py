@@ -74,6 +74,7 @@ def halt(
     if reason is None:
         raise typer.BadParameter("say why, with --reason", context)
     from engine import safety
+    from engine.accounts import require_account
     from engine.config import operator
 
     who, state = by or operator(), "REDUCING" if reducing else "HALTED"
@@ -82,6 +83,7 @@ def halt(
             placed = safety.halt_everything(conn, reason, who, name or "everything", state)
         else:
             user_id, run = _whose(conn, user, run_id)
+            require_account(conn, user_id, account)
             order = safety.HaltOrder(reason, who, run, account, name, state)
             placed = safety.place_halt(conn, user_id, order)
     if as_json:

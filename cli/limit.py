@@ -87,6 +87,7 @@ def add(
       oms limit add RESTRICTED_SYMBOL --user alice --symbol IBM --from 2024-01-01
     """
     from engine import reads
+    from engine.accounts import require_account
     from engine.errors import BadInput
     from engine.limits import NewLimit, add_limit
     from engine.market.imports import parse_decimal
@@ -96,6 +97,7 @@ def add(
     with owning(dsn) as conn:
         run = reads.find_run(conn, run_id) if run_id else None
         user_id = run.user_id if run else reads.find_user(conn, str(user)).user_id
+        require_account(conn, user_id, account)
         new = NewLimit(
             kind,
             parse_decimal(value) if value else None,

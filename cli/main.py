@@ -17,6 +17,7 @@ from cli import (
     alert,
     audit,
     bench,
+    breaker,
     broker,
     connect,
     data,
@@ -96,6 +97,7 @@ app.command("bench", rich_help_panel=_LOOK)(bench.bench)
 app.command("flatten", rich_help_panel=_SAFETY)(flatten.flatten)
 app.add_typer(halt.app, rich_help_panel=_SAFETY)
 app.add_typer(limit.app, rich_help_panel=_SAFETY)
+app.add_typer(breaker.app, rich_help_panel=_SAFETY)
 app.add_typer(alert.app, rich_help_panel=_SAFETY)
 app.add_typer(runs.app, rich_help_panel=_RUNS)
 app.add_typer(sip.app, rich_help_panel=_RUNS)

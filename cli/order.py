@@ -277,12 +277,16 @@ def modify(
 ) -> None:
     """Ask for another quantity or price; fills and the order's id stay.
 
+    What the gate refuses leaves the order as it was (exit code 1).
+
     Example:
       oms order modify 00035d01-3ae8 --limit-price 99.50
     """
     from engine import reads
+    from engine.errors import BadInput
     from engine.market.imports import parse_decimal
     from engine.orders.by_hand import modify_order
+    from engine.orders.write import MODIFIED
 
     def number_of(text: str | None, what: str) -> Decimal | None:
         return parse_decimal(text, what) if text else None
@@ -300,6 +304,8 @@ def modify(
             limit_price=number_of(limit_price, "limit price"),
             stop_price=number_of(stop_price, "stop price"),
         )
+    if result not in MODIFIED:
+        raise BadInput(f"order {found.order_id} keeps its terms: {result}")
     if as_json:
         print_json({"order_id": found.order_id, "result": result})
     else:

@@ -69,12 +69,14 @@ def reconcile(
       oms reconcile --account DU123 --user alice
       oms reconcile --account DU123 --user alice --dry-run
     """
+    from engine.accounts import require_account
     from engine.clock import utc_now
     from engine.reads import find_user
     from engine.reconcile import compare_now
 
     with acting(dsn) as conn:
         user_id = find_user(conn, user).user_id
+        require_account(conn, user_id, account)
         done = compare_now(conn, user_id, account, utc_now(), dry_run=dry_run, wait_seconds=wait)
     if as_json:
         print_json(_document(done))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -12,7 +11,7 @@ from cli.arguments import parse_part
 from cli.database import acting, owner_dsn
 from cli.errors import REFUSED
 from cli.options import Dsn, Json
-from cli.output import count, note, print_json, say, utc
+from cli.output import count, log_to_stderr, note, print_json, say, utc
 
 if TYPE_CHECKING:
     from engine.schedule import Round, Share
@@ -43,7 +42,8 @@ def schedule(
 
     SIGTERM ends it too; the round under way is finished. With --json each round
     is one document on one line. With --once, exit code 1 means that a run could
-    not go on.
+    not go on. The log is on stderr, one JSON object a line, and in schedule.log
+    in OMS_LOG, or in the folder log of OMS_HOME.
 
     Examples:
       oms schedule
@@ -70,23 +70,24 @@ def _one_round(dsn: str | None, share: Share, *, as_json: bool) -> None:
 
 
 def _serve(dsn: str | None, every: int, share: Share, *, as_json: bool) -> None:
+    from engine import config
+    from engine.log import open_log
     from engine.schedule import serve
 
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s"
-    )
+    log_to_stderr()
     # A round that takes longer than the interval is no news: the next one waits for it.
     logging.getLogger("apscheduler").setLevel(logging.ERROR)
     where = owner_dsn(dsn)
     with acting(where):
         pass  # what is wrong with the database is said now, not at the first round
     note(f"Looking every {count(every, 'second')}; Ctrl-C ends it.")
-    serve(
-        where,
-        every_seconds=every,
-        share=share,
-        report=lambda done: _report(done, as_json=as_json, quiet=True),
-    )
+    with open_log(config.log_folder() / "schedule.log"):
+        serve(
+            where,
+            every_seconds=every,
+            share=share,
+            report=lambda done: _report(done, as_json=as_json, quiet=True),
+        )
 
 
 def _report(done: Round, *, as_json: bool, quiet: bool) -> None:

@@ -31,7 +31,8 @@ def work(
     it: executions, moves of orders, commissions, alerts. It also watches what
     time brings about: silent brokers, stale orders, runs that have settled.
     Several may share the work: --part 1/2 and --part 2/2. Any of them may be
-    killed at any time; the next one goes on where it was. The log is on stderr,
+    killed at any time; the next one goes on where it was. Told to end, it takes
+    in what is there first. The log is on stderr,
     one JSON object a line, and in work.log in OMS_LOG, or in the folder log of
     OMS_HOME.
 

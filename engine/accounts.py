@@ -106,3 +106,14 @@ def list_accounts(conn: Connection, *, user: str | None = None) -> list[Account]
                ORDER BY u.name, a.account""",
             {"user": user},
         ).fetchall()
+
+
+def require_account(conn: Connection, user_id: UUID, account: str | None) -> None:
+    """Raise BadInput where an account is named that the user doesn't have."""
+    if account is None:
+        return
+    found = conn.execute(
+        "SELECT FROM broker_account WHERE user_id = %s AND account = %s", [user_id, account]
+    ).fetchone()
+    if found is None:
+        raise BadInput(f"the user has no account {account!r}; `oms account list` shows them")

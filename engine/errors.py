@@ -5,7 +5,7 @@ EngineError
 ├── ConfigurationError     the machine, the server or a setting isn't as it must be
 ├── StrategyFailed         a strategy raised, or asked for what can't be; the run is in ERROR
 ├── DatabaseUnavailable    the connection is gone; whether a COMMIT took effect is unknown
-├── Retryable              serialization failure, deadlock or lock timeout: run the unit again
+├── Retryable              deadlock, lock or statement timeout, ...: run the unit again
 └── RuleViolation          the database refused a write that would break the books
     ├── RunNotRunning          the run is not RUNNING
     ├── RunAlreadyRunning      the user already has a RUNNING run
@@ -59,7 +59,7 @@ class DatabaseUnavailable(EngineError):
 
 
 class Retryable(EngineError):
-    """Serialization failure, deadlock or lock timeout: run the whole unit again."""
+    """Serialization failure, deadlock, lock or statement timeout: run the whole unit again."""
 
 
 class RuleViolation(EngineError):
@@ -163,6 +163,10 @@ _TIME = "Use a time of the years 1 to 9999."
 _RANGE = "Quantities and prices have at most 8 decimals and stay below 10^15."
 _WORD = "Use one of the words that the schema lists."
 _ROW = "Write the row that it names first."
+_USER = "There is no such user; `oms user add` adds one."
+_RUN = "The user has no such run; `oms run list` shows them."
+_ACCOUNT = "The user has no such account; `oms account list` shows them."
+_SYMBOL = "A symbol is 32 capital letters, digits and . _ = ^ / - at most."
 
 # Constraints that Postgres itself enforces. A test compares this with the catalog.
 RULES: dict[str, Rule] = {
@@ -197,14 +201,84 @@ RULES: dict[str, Rule] = {
     "orders_account_unless_paper": Rule(
         InvalidValue, "Leave broker out; only an order of a run at a broker is at one."
     ),
+    "broker_account_account_format": Rule(
+        InvalidValue,
+        "A name is up to 64 letters, digits, dots, dashes and underscores, none of . - _ first.",
+    ),
+    "broker_account_broker_format": Rule(
+        InvalidValue, "Name the kind in lower case, as dummy; paper has no accounts."
+    ),
+    "broker_account_currency_format": Rule(
+        InvalidValue, "A currency is three capital letters, as USD."
+    ),
+    "broker_account_time_zone_known": Rule(
+        InvalidValue, "Name a zone of the IANA database, as Europe/Berlin."
+    ),
+    "broker_account_opening_cash_in_range": Rule(
+        InvalidValue, "Cash has at most 8 decimals and stays below 10^18."
+    ),
+    "broker_account_rates_positive": Rule(
+        InvalidValue, "Let it send 1 to 10000 new orders, and 1 to 10000 messages, in a second."
+    ),
+    "broker_account_seconds_positive": Rule(
+        InvalidValue,
+        "heartbeat_seconds is 1 to 86400 (a day), stale_seconds 1 to 864000 (ten days).",
+    ),
+    "broker_account_out_of_session_known": Rule(InvalidValue, "Use QUEUE or REFUSE."),
+    "broker_account_hours_whole": Rule(
+        InvalidValue, "Give the hours' begin and end, which differ, or neither of them."
+    ),
+    "broker_account_settings_is_object": Rule(
+        InvalidValue, 'Give the settings as a JSON object, as {"port": 7500}.'
+    ),
+    "broker_account_belongs_to_user": Rule(UnknownReference, _USER),
+    "run_route_preference_positive": Rule(
+        InvalidValue, "The preferred account has preference 1, the last one at most 100."
+    ),
+    "run_route_belongs_to_run": Rule(UnknownReference, _RUN),
+    "run_route_to_account": Rule(UnknownReference, _ACCOUNT),
+    "risk_limit_symbol_format": Rule(InvalidValue, _SYMBOL),
+    "risk_limit_kind_known": Rule(InvalidValue, "The table limit_kind lists the kinds of limits."),
+    "risk_limit_has_what_its_kind_needs": Rule(
+        InvalidValue,
+        "Most kinds need a value, 0 or more; ..._SYMBOL a symbol alone; WASH_TRADE and "
+        "TRADING_HOURS no value.",
+    ),
+    "risk_limit_window_in_range": Rule(
+        InvalidValue,
+        "ORDER_RATE_MAX needs a window of up to 86400 seconds, DUPLICATE_INTENT has its value "
+        "for one, no other kind has any.",
+    ),
+    "risk_limit_days_in_range": Rule(
+        InvalidValue, "Only RESTRICTED_SYMBOL has days; the first is not after the last."
+    ),
+    "risk_limit_of_account": Rule(UnknownReference, _ACCOUNT),
+    "risk_limit_belongs_to_run": Rule(UnknownReference, _RUN),
+    "risk_limit_belongs_to_user": Rule(UnknownReference, _USER),
+    "circuit_breaker_kind_known": Rule(
+        InvalidValue, "The table breaker_kind lists the kinds of breakers."
+    ),
+    "circuit_breaker_threshold_in_range": Rule(
+        InvalidValue,
+        "A threshold is 0 or more, below 10^20, in its kind's unit; without one it is off.",
+    ),
+    "circuit_breaker_seconds_in_range": Rule(InvalidValue, "A window is 1 to 86400 seconds."),
+    "circuit_breaker_heartbeat_of_account": Rule(
+        InvalidValue, "How long a broker may be silent is heartbeat_seconds of its account."
+    ),
+    "circuit_breaker_of_account": Rule(UnknownReference, _ACCOUNT),
+    "circuit_breaker_belongs_to_user": Rule(UnknownReference, _USER),
+    "trading_halt_of_account": Rule(UnknownReference, _ACCOUNT),
+    "trading_halt_of_run": Rule(UnknownReference, _RUN),
+    "trading_halt_belongs_to_user": Rule(UnknownReference, _USER),
+    "flatten_request_of_account": Rule(UnknownReference, _ACCOUNT),
+    "flatten_request_of_run": Rule(UnknownReference, _RUN),
+    "flatten_request_belongs_to_user": Rule(UnknownReference, _USER),
+    "orders_to_account": Rule(UnknownReference, _ACCOUNT),
     **dict.fromkeys(
         (
             "alert_code_format",
             "app_user_name_printable",
-            "broker_account_account_format",
-            "broker_account_broker_format",
-            "broker_account_currency_format",
-            "broker_account_time_zone_known",
             "reconciliation_why_format",
             "broker_event_kind_format",
             "execution_commission_known_currency",
@@ -219,7 +293,6 @@ RULES: dict[str, Rule] = {
             "position_symbol_format",
             "sip_plan_plan_format",
             "strategy_run_currency_format",
-            "risk_limit_symbol_format",
             "strategy_run_broker_format",
         ),
         Rule(InvalidValue, _TEXT),
@@ -261,15 +334,10 @@ RULES: dict[str, Rule] = {
     ),
     **dict.fromkeys(
         (
-            "broker_account_opening_cash_in_range",
-            "broker_account_rates_positive",
-            "broker_account_seconds_positive",
             "broker_event_number_positive",
             "reconciliation_counts_not_negative",
             "corporate_action_ratio_positive",
             "breaker_kind_threshold_in_range",
-            "circuit_breaker_seconds_in_range",
-            "circuit_breaker_threshold_in_range",
             "equity_peak_equity_in_range",
             "engine_status_lag_in_range",
             "execution_commission_amount_in_range",
@@ -287,7 +355,6 @@ RULES: dict[str, Rule] = {
             "orders_trail_positive_unless_rejected",
             "position_mark_price_in_range",
             "position_quantity_in_range",
-            "run_route_preference_positive",
             "price_bar_high_is_highest",
             "price_bar_low_is_lowest",
             "price_bar_prices_finite",
@@ -305,7 +372,6 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         (
             "app_user_kind_known",
-            "broker_account_out_of_session_known",
             "reconciliation_difference_action_known",
             "reconciliation_difference_class_known",
             "broker_command_kind_known",
@@ -313,7 +379,6 @@ RULES: dict[str, Rule] = {
             "broker_command_priority_known",
             "broker_event_finding_known",
             "broker_event_priority_known",
-            "circuit_breaker_kind_known",
             "flatten_request_scope_known",
             "flatten_request_status_known",
             "system_halt_state_known",
@@ -324,7 +389,6 @@ RULES: dict[str, Rule] = {
             "orders_purpose_known",
             "orders_side_known",
             "orders_time_in_force_known",
-            "risk_limit_kind_known",
             "sip_plan_missed_policy_known",
             "sip_plan_status_known",
             "strategy_run_account_type_known",
@@ -337,8 +401,6 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         (
             "alert_acknowledged_by_somebody",
-            "broker_account_hours_whole",
-            "broker_account_settings_is_object",
             "broker_command_claimed_before_sent",
             "broker_command_done_has_outcome",
             "broker_command_names_its_order",
@@ -348,12 +410,9 @@ RULES: dict[str, Rule] = {
             "broker_event_applied_has_finding",
             "broker_event_payload_is_object",
             "calendar_session_open_before_close",
-            "circuit_breaker_heartbeat_of_account",
             "flatten_request_finished_has_summary",
             "flatten_request_names_its_scope",
             "flatten_request_summary_is_object",
-            "risk_limit_days_in_range",
-            "risk_limit_window_in_range",
             "system_halt_lifted_by_somebody",
             "trading_halt_lifted_by_somebody",
             "trading_halt_names_its_scope",
@@ -367,7 +426,6 @@ RULES: dict[str, Rule] = {
             "position_holding_has_mark",
             "position_mark_has_time",
             "price_bar_starts_before_it_ends",
-            "risk_limit_has_what_its_kind_needs",
             "sip_plan_ends_after_it_starts",
             "strategy_run_paper_is_object",
             "strategy_run_parameters_is_object",
@@ -379,7 +437,6 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(
         (
             "alert_belongs_to_user",
-            "broker_account_belongs_to_user",
             "broker_command_belongs_to_run",
             "broker_command_of_account",
             "reconciliation_difference_of_reconciliation",
@@ -388,16 +445,7 @@ RULES: dict[str, Rule] = {
             "broker_event_of_account",
             "broker_lease_of_account",
             "corporate_action_symbol_known",
-            "circuit_breaker_belongs_to_user",
-            "circuit_breaker_of_account",
             "equity_peak_belongs_to_run",
-            "flatten_request_belongs_to_user",
-            "flatten_request_of_account",
-            "flatten_request_of_run",
-            "risk_limit_of_account",
-            "trading_halt_belongs_to_user",
-            "trading_halt_of_account",
-            "trading_halt_of_run",
             "engine_state_belongs_to_run",
             "engine_status_belongs_to_run",
             "event_ledger_belongs_to_run",
@@ -414,13 +462,8 @@ RULES: dict[str, Rule] = {
             "order_transition_to_known",
             "orders_account_is_routed",
             "orders_belongs_to_run",
-            "orders_to_account",
             "position_belongs_to_run",
             "price_bar_symbol_known",
-            "risk_limit_belongs_to_run",
-            "risk_limit_belongs_to_user",
-            "run_route_belongs_to_run",
-            "run_route_to_account",
             "run_transition_from_known",
             "run_transition_to_known",
             "sip_plan_belongs_to_run",
@@ -448,7 +491,7 @@ GENERATED: dict[str, str] = {
 # The views that show paper runs only, and take rows of them only.
 PAPER_VIEWS = ("paper_order", "paper_trade", "paper_position", "paper_equity_curve")
 
-_RETRYABLE = ("40001", "40P01", "55P03")
+_RETRYABLE = ("40001", "40P01", "55P03", "57014")
 
 
 def typed(error: psycopg.Error) -> EngineError | None:

@@ -30,6 +30,9 @@ from engine.safety import raise_alert, record, require_scope
 # How long cancels, and answers about the margin, are waited for before positions are closed anyway.
 CANCEL_WAIT = timedelta(seconds=30)
 CHECK_WAIT = timedelta(seconds=10)
+# How long after it was asked for a flatten may have orders at brokers that are not over, until a
+# person is told. Those of a paper run wait for its next price by design.
+CLOSE_WAIT = timedelta(minutes=5)
 # The newest events of an account, among which the answers about the margin are.
 EVENTS_SEEN_MAX = 10_000
 
@@ -385,7 +388,9 @@ def _finish_if_done(conn: Connection, asked: Flatten, runs: Sequence[UUID], now:
                  AND starts_with(client_order_id, %s) ORDER BY run_id, symbol, account""",
             [asked.user_id, list(runs), f"FLATTEN-{asked.flatten_id}-"],
         ).fetchall()
-    if any(order["status"] not in _OVER for order in orders):
+    if waiting := [order for order in orders if order["status"] not in _OVER]:
+        if now - asked.asked_at >= CLOSE_WAIT:
+            _tell_stuck(conn, asked, runs, [order for order in waiting if order["account"]])
         return
     for order in orders:
         mark_post_market(conn, asked.user_id, order["run_id"], order["order_id"])
@@ -407,6 +412,24 @@ def _finish_if_done(conn: Connection, asked: Flatten, runs: Sequence[UUID], now:
                 **facts,
             )
     _summarise(conn, asked, runs, orders, now)
+
+
+def _tell_stuck(
+    conn: Connection, asked: Flatten, runs: Sequence[UUID], waiting: Sequence[Mapping[str, Any]]
+) -> None:
+    """Raise a person once, whatever has become of the alert since."""
+    told = conn.execute(
+        "SELECT FROM alert WHERE user_id = %s AND code = 'FLATTEN_STUCK' AND subject = %s LIMIT 1",
+        [asked.user_id, str(asked.flatten_id)],
+    ).fetchone()
+    if told is not None or not waiting:
+        return
+    names = ("order_id", "symbol", "account", "status")
+    facts = {"orders": [{name: str(order[name]) for name in names} for order in waiting]}
+    listed = ", ".join(f"{o['side']} {o['symbol']} {o['order_id']} {o['status']}" for o in waiting)
+    words = f"flatten waits for what does not end: {listed}"
+    _report(conn, asked, runs, "FLATTEN_STUCK", facts)
+    _alert(conn, asked, "FLATTEN_STUCK", words, facts)
 
 
 def _summarise(

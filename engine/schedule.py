@@ -28,6 +28,7 @@ from engine.errors import (
     translated,
 )
 from engine.feeds import StoredPrices, symbols_of
+from engine.log import tell
 from engine.market.calendar import ensure_sessions
 from engine.strategies.sip import ON_TIME_HOURS_MAX
 from engine.tick import Planned, run_ticks
@@ -37,8 +38,6 @@ CATCH_UP_TICKS_MAX = 500
 # Runs that are read together, and whose ticks are sent together: the last one of them is ticked on
 # what was read some milliseconds before.
 BATCH_RUNS_MAX = 32
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +158,13 @@ def _others_go_on(planned: Due, done: Round) -> Iterator[None]:
         raise
     except Exception as error:  # whatever it is, the other runs go on
         done.stuck[planned.run_id] = str(error)
-        log.error("run %s can't tick at %s: %r", planned.run_id, planned.planned_at, error)
+        tell(
+            "TICK_FAILED",
+            level=logging.ERROR,
+            run_id=planned.run_id,
+            planned_at=planned.planned_at,
+            error=repr(error),
+        )
 
 
 def _ready(
@@ -232,7 +237,7 @@ def serve(
             with translated(), pooled(connections) as conn:
                 report(drive(conn, clock, share))
         except EngineError as error:
-            log.error("this round failed, the next one tries again: %s", error)
+            tell("SCHEDULE_WAITS", level=logging.ERROR, error=str(error))
 
     scheduler = BackgroundScheduler(timezone="UTC")
     scheduler.add_job(

@@ -16,7 +16,7 @@ from engine import schedule, worker
 from engine.brokers.connector import Connector, Ended, connect
 from engine.brokers.sessions import prepare
 from engine.clock import utc_now
-from engine.db.connect import connected
+from engine.db.connect import ANSWER_SECONDS_MAX, connected
 from engine.errors import EngineError, translated
 from engine.log import tell
 from engine.schedule import Round
@@ -24,6 +24,8 @@ from engine.schedule import Round
 # Between two looks at which accounts there are, and before one that ended is tried again.
 LOOK_SECONDS = 10.0
 _STOP_SECONDS = 0.2
+# How long connectors have to end before the worker is told to end, too.
+LEAVE_SECONDS_MAX = 60.0
 
 Key = tuple[UUID, str]
 
@@ -31,20 +33,24 @@ Key = tuple[UUID, str]
 def serve(
     dsn: str, *, every_seconds: int, report: Callable[[Round], None] = lambda done: None
 ) -> None:
-    """Serve until SIGINT or SIGTERM; what is under way is finished first."""
-    stopped = threading.Event()
-    threads = [
-        threading.Thread(target=worker.serve, args=(dsn, stopped), name="oms-work"),
-        threading.Thread(target=_run_connectors, args=(dsn, stopped), name="oms-connect"),
-    ]
-    for thread in threads:
-        thread.start()
+    """Serve until SIGINT or SIGTERM; what is under way is finished first.
+
+    The connectors end before the worker, which takes in what their brokers said last.
+    """
+    connecting_ends, working_ends = threading.Event(), threading.Event()
+    connectors = threading.Thread(
+        target=_run_connectors, args=(dsn, connecting_ends), name="oms-connect"
+    )
+    work = threading.Thread(target=worker.serve, args=(dsn, working_ends), name="oms-work")
+    connectors.start()
+    work.start()
     try:
         schedule.serve(dsn, every_seconds=every_seconds, report=report)
     finally:
-        stopped.set()
-        for thread in threads:
-            thread.join()
+        connecting_ends.set()
+        connectors.join(LEAVE_SECONDS_MAX)
+        working_ends.set()
+        work.join()
 
 
 def _run_connectors(dsn: str, stopped: threading.Event) -> None:
@@ -107,7 +113,7 @@ class _Connectors:
 
     def _accounts(self) -> list[Key]:
         """The accounts that there are, their calendars stored."""
-        with translated(), connected(self._dsn) as conn:
+        with translated(), connected(self._dsn, answer_seconds=ANSWER_SECONDS_MAX) as conn:
             keys: list[Key] = conn.execute(
                 "SELECT user_id, account FROM broker_account ORDER BY user_id, account"
             ).fetchall()

@@ -73,6 +73,10 @@ BEGIN
         RAISE EXCEPTION 'paper order % is %, so it can not trade', o.order_id, o.status
             USING ERRCODE = '23T05', CONSTRAINT = 'execution_order_is_open', TABLE = 'execution',
                   HINT = 'Only an open order trades; place another.';
+    ELSIF o.broker = 'paper' AND NEW.reverses IS NOT NULL THEN
+        RAISE EXCEPTION 'execution % is on paper, where nothing is taken back', NEW.reverses
+            USING ERRCODE = '23T08', CONSTRAINT = 'execution_said_by_broker', TABLE = 'execution',
+                  COLUMN = 'reverses', HINT = 'Only a broker takes back what it said.';
     END IF;
     NEW.symbol := o.symbol;
     NEW.side := o.side;

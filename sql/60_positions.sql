@@ -96,8 +96,12 @@ BEGIN
         SELECT * INTO due FROM position p
         WHERE p.user_id = NEW.user_id AND p.run_id = NEW.run_id AND p.symbol = NEW.symbol;
     END IF;
-    due := position_after_events(due, NEW.user_id, NEW.run_id, NEW.symbol, run.books_seq,
-                                 run.account_type);
+    IF run.broker = 'paper' THEN
+        due := position_after_events(due, NEW.user_id, NEW.run_id, NEW.symbol, run.books_seq,
+                                     run.account_type);
+    ELSE
+        due := position_after_news(due, NEW.user_id, NEW.run_id, NEW.symbol, run.books_seq);
+    END IF;
     IF NEW.quantity IS NULL THEN
         NEW.quantity := coalesce(due.quantity, 0);
         NEW.cost_basis := coalesce(due.cost_basis, 0);

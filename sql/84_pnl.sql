@@ -1,7 +1,93 @@
 -- Profit and loss: what executions opened, matched with what closed it. Two methods: first in,
 -- first out, where each execution opens a lot of its own; and average cost, where one lot takes up
--- all. Both give the same sum of realised and unrealised. An execution that was taken back and the
--- one that takes it back are as if they had never been.
+-- all. Both give the same sum of realised and unrealised.
+
+-- What a broker took back never was: the pair is left out, as long as both sides of it count in
+-- the same units. Behind a split that came in between, the taking back is a trade like any other.
+CREATE FUNCTION ledger_standing(of_user uuid, of_run uuid, of_symbol text DEFAULT NULL,
+                                upto_seq bigint DEFAULT 9223372036854775807)
+RETURNS TABLE (event event_ledger, splits_so_far bigint)
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT s.event, s.splits_so_far
+    FROM (SELECT t.event, t.symbol, t.splits_so_far,
+                 count(*) OVER (PARTITION BY t.symbol, t.splits_so_far, (t.event).event_type,
+                     coalesce((t.event).payload ->> 'reverses', substr((t.event).subject, 38))) = 1
+                     AS stands
+          FROM (SELECT l AS event, l.payload ->> 'symbol' AS symbol,
+                       count(*) FILTER (WHERE l.event_type = 'SPLIT_APPLIED')
+                           OVER (PARTITION BY l.payload ->> 'symbol' ORDER BY l.seq)
+                           AS splits_so_far
+                FROM event_ledger l
+                WHERE l.user_id = of_user AND l.run_id = of_run AND l.seq <= upto_seq
+                  AND l.event_type IN ('EXECUTION', 'SPLIT_APPLIED')
+                  AND (l.payload ->> 'symbol' = of_symbol OR of_symbol IS NULL)) t) s
+    WHERE s.stands
+    ORDER BY s.symbol, (s.event).seq
+$$;
+
+COMMENT ON FUNCTION ledger_standing IS
+    'The events that make a run''s positions, of one symbol or all, without what was taken back.';
+
+-- One step of the fold of 82_books.sql for runs at brokers, where executions are taken back: what
+-- such a one had done to cost and profit is undone, its price is no news of the market.
+CREATE FUNCTION position_after_told(p public.position, event event_ledger) RETURNS public.position
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+DECLARE
+    told     public.position := position_after_event(p, event);
+    standing public.position;
+    e        event_ledger;
+BEGIN
+    IF event.payload ->> 'reverses' IS NULL THEN
+        RETURN told;
+    END IF;
+    FOR e IN SELECT (s.event).* FROM ledger_standing(event.user_id, event.run_id, p.symbol,
+                                                     event.seq) s
+    LOOP
+        standing := position_after_event(standing, e);
+    END LOOP;
+    told.cost_basis := coalesce(standing.cost_basis, 0);
+    told.realized_pnl := coalesce(standing.realized_pnl, 0);
+    told.mark_price := p.mark_price;
+    told.marked_at := p.marked_at;
+    RETURN told;
+END $$;
+
+COMMENT ON FUNCTION position_after_told IS
+    'A position after an event of its symbol; an execution that is taken back never was.';
+
+-- Of several that are taken back at once the last one tells of all.
+CREATE FUNCTION position_after_news(p public.position, of_user uuid, of_run uuid, of_symbol text,
+                                    books_seq bigint)
+RETURNS public.position
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+DECLARE
+    news record;
+    next public.position;
+BEGIN
+    FOR news IN SELECT l AS event, l.payload ->> 'reverses' IS NOT NULL AS reverses,
+                       max(l.seq) FILTER (WHERE l.payload ->> 'reverses' IS NOT NULL) OVER ()
+                           AS last_reversal
+                FROM event_ledger l
+                WHERE l.user_id = of_user AND l.run_id = of_run
+                  AND l.seq > position_after_news.books_seq
+                  AND l.event_type IN ('EXECUTION', 'SPLIT_APPLIED')
+                  AND l.payload ->> 'symbol' = of_symbol
+                ORDER BY l.seq
+    LOOP
+        IF news.reverses AND (news.event).seq < news.last_reversal THEN
+            next := position_after_event(p, news.event);
+            next.mark_price := p.mark_price;
+            next.marked_at := p.marked_at;
+            p := next;
+        ELSE
+            p := position_after_told(p, news.event);
+        END IF;
+    END LOOP;
+    RETURN p;
+END $$;
+
+COMMENT ON FUNCTION position_after_news IS
+    'What the ledger makes of a position of a run at a broker: what was taken back never was.';
 
 -- The executions that stand, in the order in which profits are reckoned: by the broker's time,
 -- whatever our clock said and whenever the news came. A split is where units change, so what the
@@ -13,26 +99,16 @@ LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
     SELECT s.execution_id, s.event_at, s.delta, s.price, s.numerator, s.denominator,
            s.quantity_after
     FROM (
-        SELECT substr(l.subject, 38) AS execution_id,
-               (l.payload ->> 'event_at')::timestamptz AS event_at,
-               (l.payload ->> 'quantity')::numeric
-               * CASE WHEN l.payload ->> 'side' = 'BUY' THEN 1 ELSE -1 END AS delta,
-               (l.payload ->> 'price')::numeric AS price,
-               (l.payload ->> 'numerator')::numeric AS numerator,
-               (l.payload ->> 'denominator')::numeric AS denominator,
-               (l.payload ->> 'quantity_after')::numeric AS quantity_after,
-               l.seq, l.event_type = 'SPLIT_APPLIED' AS is_split,
-               count(*) FILTER (WHERE l.event_type = 'SPLIT_APPLIED') OVER (ORDER BY l.seq)
-                   AS splits_so_far
-        FROM event_ledger l
-        WHERE l.user_id = of_user AND l.run_id = of_run
-          AND l.event_type IN ('EXECUTION', 'SPLIT_APPLIED')
-          AND l.payload ->> 'symbol' = of_symbol
-          AND l.payload ->> 'reverses' IS NULL
-          AND NOT EXISTS (SELECT FROM execution r
-                          WHERE r.user_id = of_user AND r.run_id = of_run
-                            AND r.reverses = substr(l.subject, 38) COLLATE "default"
-                            AND l.event_type = 'EXECUTION')) s
+        SELECT substr((l.event).subject, 38) AS execution_id,
+               ((l.event).payload ->> 'event_at')::timestamptz AS event_at,
+               ((l.event).payload ->> 'quantity')::numeric
+               * CASE WHEN (l.event).payload ->> 'side' = 'BUY' THEN 1 ELSE -1 END AS delta,
+               ((l.event).payload ->> 'price')::numeric AS price,
+               ((l.event).payload ->> 'numerator')::numeric AS numerator,
+               ((l.event).payload ->> 'denominator')::numeric AS denominator,
+               ((l.event).payload ->> 'quantity_after')::numeric AS quantity_after,
+               (l.event).seq, (l.event).event_type = 'SPLIT_APPLIED' AS is_split, l.splits_so_far
+        FROM ledger_standing(of_user, of_run, of_symbol) l) s
     ORDER BY s.splits_so_far, s.is_split DESC, s.event_at, s.seq
 $$;
 

@@ -715,10 +715,16 @@ BEGIN
     wanted.stop_price := coalesce(new_stop, was.stop_price);
     refusal := order_modify_refusal(was, wanted);
     IF refusal IS NOT NULL THEN
+        -- Told once, as a cancel of nothing is, however often it is asked for.
         INSERT INTO event_ledger (user_id, run_id, logical_time, event_type, subject, payload)
-        VALUES (of_user, of_run, run_last_time(of_user, of_run), 'MODIFY_REFUSED',
-                of_order || '@' || was.version, jsonb_build_object('reason', refusal))
-        ON CONFLICT DO NOTHING;
+        SELECT of_user, of_run, t.at, 'MODIFY_REFUSED', t.subject,
+               jsonb_build_object('reason', refusal)
+        FROM (SELECT run_last_time(of_user, of_run), of_order || '@' || was.version)
+             AS t (at, subject)
+        WHERE NOT EXISTS (SELECT FROM event_ledger l
+                          WHERE l.user_id = of_user AND l.run_id = of_run
+                            AND l.logical_time = t.at AND l.event_type = 'MODIFY_REFUSED'
+                            AND l.subject = t.subject);
         RETURN refusal;
     END IF;
     IF orders_may_change_unsent(was, wanted) THEN

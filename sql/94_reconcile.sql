@@ -884,6 +884,33 @@ $$;
 COMMENT ON FUNCTION orders_to_reroute IS
     'Orders that never reached their account, and the account that takes them over.';
 
+-- Orders that their broker's adapter refused to send, and why, as their connector says.
+CREATE FUNCTION orders_send_refused(of_user uuid)
+RETURNS TABLE (run_id uuid, order_id uuid, account text, error text)
+LANGUAGE sql STABLE ROWS 10 SET search_path = public, pg_temp AS $$
+    SELECT o.run_id, o.order_id, o.account,
+           (SELECT e.payload ->> 'error' FROM broker_event e
+            WHERE e.user_id = of_user AND e.account = o.account
+              AND e.order_ref = o.order_id::text AND e.kind = 'SEND_FAILED'
+              AND e.payload ->> 'command_id' = c.command_id::text
+            ORDER BY e.number DESC LIMIT 1)
+    FROM strategy_run r
+    JOIN orders o ON o.user_id = of_user AND o.run_id = r.run_id
+    JOIN broker_command c ON c.user_id = of_user AND c.account = o.account
+                         AND c.order_id = o.order_id AND c.kind = 'SUBMIT'
+    WHERE r.user_id = of_user AND r.status IN ('RUNNING', 'STOPPING') AND r.broker <> 'paper'
+      AND o.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED') AND o.filled_quantity = 0
+      AND c.outcome = 'REFUSED'
+      -- Whatever a connector says: what the broker speaks of, it has.
+      AND NOT EXISTS (SELECT FROM broker_event e
+                      WHERE e.user_id = of_user AND e.account = o.account
+                        AND e.order_ref = o.order_id::text AND broker_event_shows_order(e))
+    ORDER BY o.order_id
+$$;
+
+COMMENT ON FUNCTION orders_send_refused IS
+    'Open orders that certainly never went out: their broker''s adapter refused to send them.';
+
 -- The next account is sent what the first never had.
 CREATE FUNCTION orders_send_rerouted() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
@@ -949,13 +976,18 @@ BEGIN
                    WHERE b.user_id = o.user_id AND b.account = o.account
                      AND b.order_ref = o.order_id::text
                      AND broker_event_ends_order(b.kind, b.payload))
+        OR o.reject_code = 'SEND_REFUSED' AND EXISTS (
+                   SELECT FROM broker_command c
+                   WHERE c.user_id = o.user_id AND c.account = o.account
+                     AND c.order_id = o.order_id AND c.kind = 'SUBMIT' AND c.outcome = 'REFUSED')
         OR EXISTS (SELECT FROM execution e
                    WHERE e.user_id = o.user_id AND e.run_id = o.run_id
                      AND e.order_id = o.order_id AND e.reverses IS NOT NULL);
 END $$;
 
 COMMENT ON FUNCTION order_end_is_said IS
-    'Whether an order''s broker has said, by our own reference, that it is over.';
+    'Whether an order''s broker has said, by our own reference, that it is over, or its adapter '
+    'that it can not be sent.';
 
 -- Since when a broker may have an order; NULL where it certainly has not.
 CREATE FUNCTION order_at_broker_since(o orders, OUT since timestamptz, OUT is_heard boolean)
@@ -980,7 +1012,7 @@ COMMENT ON FUNCTION order_at_broker_since IS
     'Since when a broker may have an order, or NULL, and whether it has spoken of it.';
 
 -- What the broker never spoke of may be on its way while a snapshot is taken: it must have been
--- asked afterwards.
+-- asked afterwards. What never went out is over when we say so, but not in the broker's name.
 CREATE FUNCTION orders_prove_end() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 DECLARE
@@ -998,7 +1030,7 @@ BEGIN
                        AND w.order_id = n.order_id AND w.status <> n.status
         CROSS JOIN LATERAL order_at_broker_since(n) h
         WHERE n.broker <> 'paper' AND n.status IN ('CANCELED', 'EXPIRED', 'REJECTED')
-          AND h.since IS NOT NULL AND NOT order_end_is_said(n)
+          AND (h.since IS NOT NULL OR n.reject_source = 'BROKER') AND NOT order_end_is_said(n)
     ), shown AS MATERIALIZED (
         SELECT a.user_id, a.account, s.snapshot_id, s.received_at, s.asked_at
         FROM (SELECT DISTINCT user_id, account FROM ended) a
@@ -1035,7 +1067,8 @@ BEGIN
 END $$;
 
 COMMENT ON FUNCTION orders_prove_end IS
-    'Trigger: an order that a broker may have is over when the broker''s words show it.';
+    'Trigger: an order that a broker may have is over when the broker''s words show it, and one is '
+    'rejected by a broker only if it, or its adapter, has said so.';
 
 CREATE TRIGGER orders_m_prove_end AFTER UPDATE ON orders
     REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows

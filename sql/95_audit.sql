@@ -124,11 +124,7 @@ DECLARE
     event event_ledger;
     p     public.position;
 BEGIN
-    FOR event IN SELECT * FROM event_ledger l
-                 WHERE l.user_id = of_user AND l.run_id = of_run
-                   AND l.event_type IN ('EXECUTION', 'SPLIT_APPLIED')
-                 ORDER BY l.payload ->> 'symbol', l.seq
-    LOOP
+    FOR event IN SELECT (s.event).* FROM ledger_standing(of_user, of_run) s LOOP
         IF p.symbol <> event.payload ->> 'symbol' THEN
             RETURN QUERY SELECT p.symbol, p.quantity, p.cost_basis, p.realized_pnl;
             p := NULL;
@@ -397,36 +393,51 @@ COMMENT ON FUNCTION broker_event_is_booked IS
     'Whether an execution, bust or commission that a broker told is in a run''s books.';
 
 -- Inbox and outbox are kept, so that they still bear out what is in the books. A run that was made
--- anew from an export has neither: they are its account's.
+-- anew from an export has neither: they are its account's. Written for a planner without statistics
+-- (docs/decisions/0014): whatever it joins in which order, each row is proven once, since that is
+-- done in what it must materialize, and each other row is found by its key.
 CREATE VIEW audit_broker AS
-    WITH traded AS (
+    WITH named AS MATERIALIZED (
+        SELECT DISTINCT b.user_id, b.account, b.order_ref FROM broker_event b
+        WHERE b.order_ref IS NOT NULL
+    ), traded AS MATERIALIZED (
         SELECT c.user_id, c.run_id FROM broker_command c WHERE c.run_id IS NOT NULL
         UNION
         SELECT o.user_id, o.run_id FROM orders o
-        JOIN broker_event b ON b.user_id = o.user_id AND b.account = o.account
-                           AND b.order_ref = o.order_id::text
+        JOIN named n ON n.user_id = o.user_id AND n.account = o.account
+                    AND n.order_ref = o.order_id::text
         WHERE o.recovered
+    ), executed AS MATERIALIZED (
+        SELECT e, execution_said_by_broker(e) AS is_said
+        FROM traded t
+        JOIN strategy_run r ON r.user_id = t.user_id AND r.run_id = t.run_id
+        JOIN execution e ON e.user_id = t.user_id AND e.run_id = t.run_id
+        WHERE r.broker <> 'paper'
+    ), charged AS MATERIALIZED (
+        SELECT c, execution_commission_is_said(c) AS is_said
+        FROM traded t
+        JOIN execution_commission c ON c.user_id = t.user_id AND c.run_id = t.run_id
     )
-    SELECT e.user_id, e.run_id, 'execution ' || e.execution_id AS subject,
-           CASE WHEN e.reverses IS NULL THEN format('no broker said %s of %s at %s', e.side,
-                                                    e.quantity, e.price)
-                ELSE format('no broker took back %s', e.reverses) END AS finding
-    FROM orders o
-    JOIN execution e ON e.user_id = o.user_id AND e.run_id = o.run_id AND e.order_id = o.order_id
-    JOIN traded t ON t.user_id = o.user_id AND t.run_id = o.run_id
-    WHERE o.broker <> 'paper' AND NOT coalesce(execution_said_by_broker(e), false)
+    SELECT (x.e).user_id, (x.e).run_id, 'execution ' || (x.e).execution_id AS subject,
+           CASE WHEN (x.e).reverses IS NULL
+                THEN format('no broker said %s of %s at %s', (x.e).side, (x.e).quantity,
+                            (x.e).price)
+                ELSE format('no broker took back %s', (x.e).reverses) END AS finding
+    FROM executed x
+    WHERE x.is_said IS NOT TRUE
     UNION ALL
-    SELECT c.user_id, c.run_id, 'commission of ' || c.execution_id,
-           format('no broker said %s %s', c.amount, c.currency)
-    FROM execution_commission c
-    JOIN traded t ON t.user_id = c.user_id AND t.run_id = c.run_id
-    WHERE NOT coalesce(execution_commission_is_said(c), false)
+    SELECT (x.c).user_id, (x.c).run_id, 'commission of ' || (x.c).execution_id,
+           format('no broker said %s %s', (x.c).amount, (x.c).currency)
+    FROM charged x
+    WHERE x.is_said IS NOT TRUE
     UNION ALL
     SELECT c.user_id, c.run_id, 'broker_command ' || c.command_id,
            format('is a %s that its order, %s at %s, does not bear out', c.kind, o.status,
                   o.account)
     FROM broker_command c
-    JOIN orders o ON o.user_id = c.user_id AND o.run_id = c.run_id AND o.order_id = c.order_id
+    CROSS JOIN LATERAL (SELECT * FROM orders w
+                        WHERE w.user_id = c.user_id AND w.run_id = c.run_id
+                          AND w.order_id = c.order_id ORDER BY w.order_id LIMIT 1) o
     WHERE c.kind IN ('SUBMIT', 'MODIFY', 'CANCEL')
       AND (c.payload ->> 'order_ref', c.payload ->> 'symbol', c.payload ->> 'side',
            c.payload ->> 'order_type', c.payload ->> 'time_in_force')
@@ -435,7 +446,7 @@ CREATE VIEW audit_broker AS
        OR c.kind = 'SUBMIT' AND c.claimed_by IS NULL AND c.done_at IS NULL
           AND (o.status IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
                OR c.account <> o.account
-               OR c.payload <> orders_command_payload(o))
+               OR c.payload <> orders_command_payload(o::orders))
     UNION ALL
     SELECT o.user_id, o.run_id, 'order ' || o.order_id,
            format('is %s at %s and no command sent it there', o.status, o.account)
@@ -443,18 +454,18 @@ CREATE VIEW audit_broker AS
     JOIN traded t ON t.user_id = o.user_id AND t.run_id = o.run_id
     WHERE o.broker <> 'paper' AND NOT o.recovered
       AND (o.status <> 'REJECTED' OR o.reject_source = 'BROKER')
-      AND NOT EXISTS (SELECT FROM broker_command c
-                      WHERE c.user_id = o.user_id AND c.account = o.account
-                        AND c.order_id = o.order_id AND c.kind = 'SUBMIT')
+      AND (SELECT true FROM broker_command c
+           WHERE c.user_id = o.user_id AND c.account = o.account AND c.order_id = o.order_id
+             AND c.kind = 'SUBMIT' ORDER BY c.order_id LIMIT 1) IS NULL
     UNION ALL
     SELECT o.user_id, o.run_id, 'order ' || o.order_id,
            format('is %s and no command asks for it', o.status)
     FROM orders o
     JOIN traded t ON t.user_id = o.user_id AND t.run_id = o.run_id
     WHERE o.broker <> 'paper' AND o.status IN ('PENDING_CANCEL', 'PENDING_MODIFY')
-      AND NOT EXISTS (SELECT FROM broker_command c
-                      WHERE c.user_id = o.user_id AND c.run_id = o.run_id
-                        AND c.order_id = o.order_id AND 'PENDING_' || c.kind = o.status)
+      AND (SELECT true FROM broker_command c
+           WHERE c.user_id = o.user_id AND c.run_id = o.run_id AND c.order_id = o.order_id
+             AND 'PENDING_' || c.kind = o.status ORDER BY c.order_id LIMIT 1) IS NULL
     UNION ALL
     SELECT o.user_id, o.run_id, 'order ' || o.order_id,
            format('of a run at %s is at %s, which is at %s', o.broker, a.account, a.broker)
@@ -466,14 +477,14 @@ CREATE VIEW audit_broker AS
            format('has the ids %s and %s, under which no broker knows it', o.broker_order_id,
                   o.perm_id)
     FROM orders o
-    WHERE (o.broker_order_id IS NOT NULL AND NOT EXISTS (
-               SELECT FROM order_broker_id m
+    WHERE (o.broker_order_id IS NOT NULL AND (
+               SELECT true FROM order_broker_id m
                WHERE m.user_id = o.user_id AND m.run_id = o.run_id AND m.order_id = o.order_id
-                 AND m.broker_order_id = o.broker_order_id))
-       OR (o.perm_id IS NOT NULL AND NOT EXISTS (
-               SELECT FROM order_broker_id m
+                 AND m.broker_order_id = o.broker_order_id ORDER BY m.order_id LIMIT 1) IS NULL)
+       OR (o.perm_id IS NOT NULL AND (
+               SELECT true FROM order_broker_id m
                WHERE m.user_id = o.user_id AND m.run_id = o.run_id AND m.order_id = o.order_id
-                 AND m.perm_id = o.perm_id))
+                 AND m.perm_id = o.perm_id ORDER BY m.order_id LIMIT 1) IS NULL)
     UNION ALL
     SELECT b.user_id, NULL, format('broker_event %s of %s', b.number, b.account),
            format('is a %s that was found %s, and no book has it', b.kind, b.finding)

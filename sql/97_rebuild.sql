@@ -148,7 +148,7 @@ BEGIN
             ORDER BY l.seq
         LOOP
             IF event.event_type <> 'TICK' THEN
-                p := position_after_event(p, event);
+                p := position_after_told(p, event);
             ELSIF p.quantity <> 0 THEN
                 p.mark_price := (event.payload #>> ARRAY['prices', part.symbol])::numeric;
                 p.marked_at := coalesce(

@@ -22,13 +22,16 @@ from psycopg.rows import class_row
 from psycopg.types.json import Jsonb, set_json_loads
 
 from engine.brokers.hours import Span, daily_spans
-from engine.db.connect import CONNECTOR_ROLE, AsyncConnection, open_async_connection
+from engine.db.connect import (
+    ANSWER_SECONDS_MAX,
+    CONNECTOR_ROLE,
+    AsyncConnection,
+    open_async_connection,
+)
 from engine.errors import BadInput, ConfigurationError, DatabaseUnavailable, translated
 
 COMMAND_CHANNEL = "oms_command"
 EVENT_CHANNEL = "oms_event"
-# After this long without an answer the database counts as gone.
-ANSWER_SECONDS_MAX = 60.0
 # Sessions of a calendar that are read at once: the next ones, over any holidays.
 SPANS_MAX = 5
 

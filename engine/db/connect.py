@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import time
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,10 @@ LOCK_TIMEOUT_MS = 30_000
 # A machine that is gone says nothing: so long until we notice, when we wait and when we send.
 KEEPALIVE_IDLE_SECONDS, KEEPALIVE_SECONDS, KEEPALIVES_MAX = 10, 5, 4
 TCP_USER_TIMEOUT_MS = 30_000
+# A server that hangs keeps its connections alive: after this long without an answer it counts as
+# gone. It ends a statement itself before that, so that nothing goes on that nobody waits for.
+ANSWER_SECONDS_MAX = 60.0
+STATEMENT_SHARE = 0.8
 POOL_SIZE_MAX = 5
 _SETTINGS: dict[str, Any] = {
     "application_name": "oms",
@@ -37,16 +42,56 @@ _SETTINGS: dict[str, Any] = {
 }
 
 
-def open_connection(dsn: str, *, role: str | None = None) -> Connection:
+class _Impatient(psycopg.Connection[TupleRow]):
+    """A connection that waits for an answer for so long and no longer."""
+
+    answer_seconds: float
+
+    def wait(self, gen: Generator[Any, Any, Any], *args: Any, **kwargs: Any) -> Any:
+        # psycopg comes by several times a second while it waits, whether there is news or not.
+        return super().wait(self._in_time(gen), *args, **kwargs)
+
+    def _in_time(self, gen: Generator[Any, Any, Any]) -> Generator[Any, Any, Any]:
+        ends_at = time.monotonic() + self.answer_seconds
+        ready = None
+        while True:
+            try:
+                awaited = gen.send(ready)
+            except StopIteration as done:
+                return done.value
+            ready = yield awaited
+            if not ready and time.monotonic() >= ends_at:
+                # Whatever it still says would be taken for the answer to another question.
+                self.close()
+                raise psycopg.OperationalError(
+                    f"the server has not answered for {self.answer_seconds:g} s"
+                )
+
+
+def open_connection(
+    dsn: str, *, role: str | None = None, answer_seconds: float | None = None
+) -> Connection:
     """A connection in autocommit: every write names its own transaction.
 
-    ``role`` is what it acts as, where the login may. Raises ConfigurationError in one
-    sentence where the server can't be reached.
+    ``role`` is what it acts as, where the login may. With ``answer_seconds`` a server that does
+    not answer for that long counts as gone. Raises ConfigurationError in one sentence where the
+    server can't be reached.
     """
     with _told_in_one_sentence():
-        conn = psycopg.connect(dsn, autocommit=True, **_SETTINGS)
+        if answer_seconds is None:
+            conn = psycopg.connect(dsn, autocommit=True, **_SETTINGS)
+        else:
+            conn = _open_impatient(dsn, answer_seconds)
     if role is not None:
         _act_as(conn, role)
+    return conn
+
+
+def _open_impatient(dsn: str, answer_seconds: float) -> Connection:
+    statement_ms = round(answer_seconds * 1000 * STATEMENT_SHARE)
+    options = f"{_SETTINGS['options']} -c statement_timeout={statement_ms}"
+    conn = _Impatient.connect(dsn, autocommit=True, **{**_SETTINGS, "options": options})
+    conn.answer_seconds = answer_seconds
     return conn
 
 
@@ -93,9 +138,11 @@ def _act_as(conn: Connection, role: str) -> None:
 
 
 @contextmanager
-def connected(dsn: str, *, role: str | None = ENGINE_ROLE) -> Iterator[Connection]:
+def connected(
+    dsn: str, *, role: str | None = ENGINE_ROLE, answer_seconds: float | None = None
+) -> Iterator[Connection]:
     """A connection for the length of a block, as the engine's role."""
-    with open_connection(dsn, role=role) as conn:
+    with open_connection(dsn, role=role, answer_seconds=answer_seconds) as conn:
         yield conn
 
 
@@ -115,7 +162,7 @@ def pool(dsn: str, *, role: str | None = ENGINE_ROLE) -> sqlalchemy.Engine:
 
     return sqlalchemy.create_engine(
         "postgresql+psycopg://",
-        creator=lambda: open_connection(dsn, role=role),
+        creator=lambda: open_connection(dsn, role=role, answer_seconds=ANSWER_SECONDS_MAX),
         isolation_level="AUTOCOMMIT",
         pool_pre_ping=True,
         pool_size=POOL_SIZE_MAX,

@@ -160,6 +160,10 @@ def cancel_order(
     return str(row[0])
 
 
+# What order_modify returns unless it refuses.
+MODIFIED = ("MODIFIED", "PENDING_MODIFY")
+
+
 def modify_order(
     conn: Connection,
     run: Run,

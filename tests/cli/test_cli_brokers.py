@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
 import pytest
 from cli_cases import Result, oms, started
+from waits import wait_until
 
 from engine.brokers.protocol import KINDS
 from engine.brokers.registry import ADAPTERS
@@ -82,7 +87,7 @@ def test_without_accounts_it_says_how_to_add_one(dsn: str) -> None:
         (("--cash", "lots"), "The cash 'lots' isn't a number"),
         (("--currency", "dollar"), "broker_account_currency_format"),
         (("--out-of-session", "MAYBE"), "broker_account_out_of_session_known"),
-        (("--orders-per-second", "0"), "broker_account_rates_positive"),
+        (("--orders-per-second", "0"), "Let it send 1 to 10000 new orders"),
         (("--settings", "[]"), "is no JSON object"),
         (("--settings", "{"), "isn't JSON"),
     ],
@@ -232,3 +237,102 @@ def test_a_part_that_is_none_is_refused(dsn: str, part: str) -> None:
     refused = oms(dsn, "work", "--once", "--part", part)
     assert refused.code == 2
     assert f"{part!r} is no part of a whole" in refused.sentence
+
+
+# --- What a person asks of the orders, and of the broker ----------------------------------------
+
+
+def _orders(dsn: str) -> dict[str, str]:
+    listed = oms(dsn, "order", "list", "--run-id", "live", "--json").json["orders"]
+    return {order["order_id"]: order["status"] for order in listed}
+
+
+def test_a_modification_that_the_gate_refuses_is_a_refusal(dsn: str) -> None:
+    _live(dsn)
+    order_id = _place(dsn).json["order_id"]
+    refused = oms(dsn, "order", "modify", order_id, "--quantity", "1000")
+    assert refused.code == 1
+    assert refused.sentence.startswith(f"order {order_id} keeps its terms: INSUFFICIENT_CASH")
+    told = oms(dsn, "order", "modify", order_id, "--quantity", "1000", "--json")
+    assert (told.code, told.error["type"]) == (1, "BadInput")
+    order = oms(dsn, "order", "show", order_id, "--json").json
+    assert (order["quantity"], order["status"]) == ("2", "NEW")
+    assert "MODIFY_REFUSED" in [event["event_type"] for event in order["events"]]
+
+
+def test_all_open_orders_of_a_run_are_cancelled(dsn: str) -> None:
+    _live(dsn)
+    assert oms(dsn, "order", "cancel-all", "--run-id", "live").out == "No order is open.\n"
+    over, *wanted = [_place(dsn).json["order_id"] for _ in range(3)]
+    assert oms(dsn, "order", "cancel", over).code == 0
+    done = oms(dsn, "order", "cancel-all", "--run-id", "live", "--json")
+    assert done.code == 0
+    assert done.json == {
+        "orders": [{"order_id": each, "result": "CANCELED"} for each in sorted(wanted)]
+    }
+    assert set(_orders(dsn).values()) == {"CANCELED"}
+    again = _place(dsn).json["order_id"]
+    said = oms(dsn, "order", "cancel-all", "--run-id", "live").out
+    assert said == f"Order {again}: CANCELED.\n"
+    assert "there is no run 'nope'" in oms(dsn, "order", "cancel-all", "--run-id", "nope").sentence
+
+
+_ANSWER = """
+    WITH asked AS (
+        UPDATE broker_command SET claimed_by = gen_random_uuid(), outcome = 'SENT',
+               claimed_at = clock_timestamp(), sent_at = clock_timestamp(),
+               done_at = clock_timestamp()
+        WHERE kind = 'SNAPSHOT' AND done_at IS NULL
+        RETURNING user_id, account, claimed_by, payload ->> 'snapshot_id' AS snapshot_id)
+    INSERT INTO broker_event (user_id, account, number, holder, kind, payload, event_at,
+                              received_at)
+    SELECT a.user_id, a.account,
+           (SELECT coalesce(max(number), 0) + 1 FROM broker_event e WHERE e.user_id = a.user_id),
+           a.claimed_by, 'SNAPSHOT',
+           jsonb_build_object('snapshot_id', a.snapshot_id, 'part', 1, 'parts', 1,
+               'taken_at', clock_timestamp(), 'open_orders', '[]'::jsonb, 'executions',
+               '[]'::jsonb, 'positions', %s::jsonb, 'cash', '{"USD": "50000"}'::jsonb),
+           clock_timestamp(), clock_timestamp()
+    FROM asked a RETURNING number"""
+
+
+@contextmanager
+def _a_broker_that_answers(dsn: str, positions: str) -> Iterator[None]:
+    """What a connector would do with one question: answer it as soon as it is asked."""
+    with ThreadPoolExecutor(1) as other, open_connection(dsn) as conn:
+        answer = other.submit(
+            wait_until, lambda: conn.execute(_ANSWER, [positions]).fetchall(), "a question"
+        )
+        yield
+        answer.result()
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+@pytest.mark.parametrize(
+    ("positions", "code", "classes"),
+    [("[]", 0, []), ('[{"symbol": "AAPL", "quantity": "3"}]', 1, ["POSITION_DIFFERS"])],
+)
+def test_books_are_compared_on_demand(
+    dsn: str, dry: tuple[str, ...], positions: str, code: int, classes: list[str]
+) -> None:
+    _live(dsn)
+    words = ("reconcile", "--account", "DU1", "--user", "alice", *dry)
+    with _a_broker_that_answers(dsn, positions):
+        done = oms(dsn, *words, "--json")
+    assert done.code == code, done.err
+    assert [each["class"] for each in done.json["differences"]] == classes
+    assert (done.json["account"], done.json["dry_run"]) == ("DU1", bool(dry))
+    with _a_broker_that_answers(dsn, positions):
+        said = oms(dsn, *words).out
+    assert ("Nothing differs." in said) == (code == 0)
+    assert ("This was a dry run" in said) == bool(dry)
+    with open_connection(dsn) as conn:
+        stored = conn.execute("SELECT count(*) FROM reconciliation").fetchone()
+    assert stored == (0 if dry else 2,)
+
+
+def test_a_broker_that_does_not_answer_is_one_sentence(dsn: str) -> None:
+    _live(dsn)
+    refused = oms(dsn, "reconcile", "--account", "DU1", "--user", "alice", "--wait", "0")
+    assert refused.code in (1, 2)
+    assert refused.sentence.startswith("no snapshot of DU1 within 0 s; see that `oms connect`")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 from cli_cases import bought, oms, started, tick
 
 from engine.db.connect import open_connection
@@ -91,3 +92,79 @@ def test_an_alert_is_listed_and_acknowledged(dsn: str) -> None:
     told = oms(dsn, "alert", "list", "--all", "--json").json["alerts"]
     assert "ann" in {alert["acknowledged_by"] for alert in told}
     assert "no open alert" in oms(dsn, "alert", "ack", "HEARTBEAT_LOST").sentence
+
+
+# --- Accounts that there are not ----------------------------------------------------------------
+
+NO_ACCOUNT = "the user has no account 'DU9'; `oms account list` shows them."
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("halt", "--reason", "odd"),
+        ("flatten", "--reason", "odd"),
+        ("limit", "add", "MAX_POSITION", "--value", "1"),
+        ("breaker", "set", "LATENCY", "--value", "1"),
+        ("reconcile", "--wait", "0"),
+    ],
+)
+def test_an_account_that_there_is_not_is_told_in_one_sentence(
+    dsn: str, words: tuple[str, ...]
+) -> None:
+    started(dsn, "alice")
+    refused = oms(dsn, *words, "--user", "alice", "--account", "DU9")
+    assert (refused.code, refused.sentence) == (1, NO_ACCOUNT)
+    assert oms(dsn, "halt", "list", "--json").json["halts"] == []
+
+
+# --- Circuit breakers ---------------------------------------------------------------------------
+
+
+def _breakers(dsn: str) -> list[tuple[str, str | None, str | None, int | None]]:
+    """Kind, account, threshold and window of what is set at all."""
+    listed = oms(dsn, "breaker", "list", "--user", "alice", "--json").json["breakers"]
+    return [
+        (each["kind"], each["account"], each["threshold"], each["seconds"])
+        for each in listed
+        if each["user_id"] is not None
+    ]
+
+
+def test_a_breaker_is_set_for_a_user_or_an_account_and_set_back(dsn: str) -> None:
+    started(dsn, "alice")
+    assert oms(dsn, "account", "add", "DU1", "--user", "alice").code == 0
+    whose = ("--user", "alice")
+    assert _breakers(dsn) == []
+    assert "by default" in oms(dsn, "breaker", "list").out
+    told = oms(dsn, "breaker", "set", "daily_loss", *whose, "--value", "500").out
+    assert told == "DAILY_LOSS trips at 500 currency.\n"
+    of_account = ("breaker", "set", "LATENCY", *whose, "--account", "DU1")
+    assert oms(dsn, *of_account, "--value", "100", "--seconds", "60").code == 0
+    assert oms(dsn, *of_account, "--off").out == "LATENCY is off.\n"
+    assert _breakers(dsn) == [("DAILY_LOSS", None, "500", None), ("LATENCY", "DU1", None, 300)]
+    back = oms(dsn, *of_account, "--default", "--json").json
+    assert (back["threshold"], back["account"]) == ("5000", None)
+    assert _breakers(dsn) == [("DAILY_LOSS", None, "500", None)]
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (("LATENCY",), "give one of --value, --off and --default."),
+        (("LATENCY", "--off", "--value", "1"), "give one of --value, --off and --default."),
+        (("NOPE", "--off"), "The table breaker_kind lists the kinds of breakers."),
+        (("NOPE", "--default"), "there is no breaker 'NOPE'; `oms breaker list` shows them."),
+        (("HEARTBEAT", "--value", "5"), "silent is heartbeat_seconds of its account."),
+        (("LATENCY", "--value", "-1"), "without one it is off."),
+        (("LATENCY", "--value", "1", "--seconds", "0"), "A window is 1 to 86400 seconds."),
+    ],
+)
+def test_a_breaker_that_cannot_be_is_one_sentence(
+    dsn: str, words: tuple[str, ...], sentence: str
+) -> None:
+    started(dsn, "alice")
+    refused = oms(dsn, "breaker", "set", *words, "--user", "alice")
+    assert refused.code == 1
+    assert refused.sentence.endswith(sentence)
+    assert _breakers(dsn) == []

@@ -198,11 +198,11 @@ def test_a_run_that_can_not_go_on_is_a_finding(dsn: str) -> None:
     assert "on purpose" in done.out
 
 
-def _scheduled(dsn: str, number: signal.Signals) -> Result:
+def _scheduled(dsn: str, number: signal.Signals, **env: str) -> Result:
     """Run the schedule until it has told of a round, then end it by a signal."""
     with subprocess.Popen(
         [SCRIPT, "schedule", "--every", "1", "--dsn", dsn, "--json"],
-        env=environment({}),
+        env=environment(env),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -224,6 +224,19 @@ def test_the_schedule_runs_until_it_is_told_to_end(dsn: str) -> None:
     assert (by_service.code, by_service.err) == (0, "")
     assert json.loads(by_hand.out.splitlines()[0])["ticks"] >= 2
     assert json.loads(by_service.out.splitlines()[0])["ticks"] == 0
+
+
+def test_what_the_schedule_tells_is_on_stderr_and_in_its_log(dsn: str, tmp_path: Path) -> None:
+    run_id = _behind(dsn, "--strategy", "cli_strategies:FailsLater")
+    modules = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
+
+    done = _scheduled(dsn, signal.SIGTERM, OMS_LOG=str(tmp_path), PYTHONPATH=modules)
+
+    logged = (tmp_path / "schedule.log").read_text(encoding="utf-8").splitlines()
+    first = json.loads(logged[0])
+    assert (first["event"], first["level"], first["run_id"]) == ("TICK_FAILED", "ERROR", run_id)
+    assert "on purpose" in first["error"]
+    assert logged[0] in done.err.splitlines()
 
 
 def test_the_schedule_tells_of_rounds_in_which_something_happened(

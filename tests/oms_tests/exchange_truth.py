@@ -78,7 +78,7 @@ def _of_orders(
 
 def _not_there(order: Mapping[str, Any]) -> Iterator[str]:
     """An order that the exchange doesn't have: it has lost it, or never had it."""
-    kept = order["status"] == "NEW" and order["submit"] in ("NEVER_ARRIVED", "REFUSED")
+    kept = order["status"] == "NEW" and order["submit"] == "NEVER_ARRIVED"
     if order["status"] not in _OVER and not kept:
         yield f"{order['ref']} is {order['status']} here ({order['submit']}), and not there"
 

@@ -299,13 +299,14 @@ def test_the_schedule_outlives_a_database_that_is_away(dsn: str) -> None:
             "-W",
             "ignore",
             "-c",
+            "from cli.output import log_to_stderr; log_to_stderr();"
             "from engine.schedule import serve; serve('host=/nowhere', every_seconds=1)",
         ],
         stderr=subprocess.PIPE,
     )
     assert serving.stderr is not None
     for _ in range(2):
-        assert b"the next one tries again" in serving.stderr.readline()
+        assert b"SCHEDULE_WAITS" in serving.stderr.readline()
     serving.send_signal(signal.SIGTERM)
     _, rest = serving.communicate(timeout=WAIT_SECONDS_MAX)
     assert b"Traceback" not in rest

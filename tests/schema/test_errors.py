@@ -134,6 +134,16 @@ def test_every_rule_has_a_hint_here_or_there(conn: Connection) -> None:
     assert {name for name, rule in RULES.items() if not rule.hint} <= with_hint
 
 
+def test_what_people_set_up_has_hints_of_its_own() -> None:
+    """A hint that fits everything helps nobody with an account, a limit or a breaker."""
+    general = {errors._TEXT, errors._SHORT, errors._RANGE, errors._WORD, errors._ROW}
+    general.add("The row's values don't fit together.")
+    typed_in = re.compile("^(broker_account|run_route|risk_limit|circuit_breaker)_")
+    assert [
+        name for name, rule in RULES.items() if typed_in.match(name) and rule.hint in general
+    ] == []
+
+
 def test_the_tree_is_drawn_as_it_is() -> None:
     def below(kind: type[BaseException]) -> Iterator[str]:
         for child in kind.__subclasses__():

@@ -319,6 +319,10 @@ def test_up_does_it_all_in_one_process(
         house.wait_status(rests, "ROUTED")
         house.wait_settled()
         assert up.stop() == 0
+        assert (
+            house.rows("SELECT kind FROM broker_event WHERE user_id = %s AND applied_at IS NULL")
+            == []
+        ), "the connector's last words are taken in"
         assert "Traceback" not in up.said()
         assert house.heard("LOGOUT") == [{"reason": "SHUTDOWN"}]
         assert not _holds_lease(house)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from datetime import date, timedelta
 from decimal import Decimal
 from uuid import UUID, uuid4
@@ -14,6 +15,7 @@ from safety_cases import ACCOUNT, Live
 from engine.clock import utc_now
 from engine.db.connect import Connection, open_connection
 from engine.errors import AlreadyHappened, UnknownReference
+from engine.flatten import CLOSE_WAIT, Scope, advance, flatten
 from engine.market.calendar import ensure_sessions
 from engine.safety import (
     HaltOrder,
@@ -27,6 +29,7 @@ from engine.safety import (
     place_halt,
 )
 from engine.tick import run_tick
+from engine.worker import serve
 
 STOP = HaltOrder("something is wrong", "ann")
 REDUCE = HaltOrder("something is wrong", "ann", trading_state="REDUCING")
@@ -247,6 +250,18 @@ def test_tick_that_is_written_at_once_meets_the_halt(paper: Live, how: str) -> N
     ).fetchall() == [("FILLED", None), ("REJECTED", "HALTED")]
 
 
+def test_flatten_on_paper_waits_for_a_price_in_silence(paper: Live) -> None:
+    run_tick(
+        paper.engine, paper.user, paper.run, close_on(MON), at_price("100"), intents=[buy("2")]
+    )
+    now = utc_now()
+    flatten(paper.engine, paper.user, Scope(run_id=paper.run), "test", "ann", now)
+    asked = advance(paper.engine, paper.user, now + 10 * CLOSE_WAIT)
+    assert asked is not None
+    assert asked.status == "CLOSING"
+    assert paper.alerts() == []
+
+
 def test_tick_under_reducing_may_sell(paper: Live) -> None:
     run_tick(
         paper.engine, paper.user, paper.run, close_on(MON), at_price("100"), intents=[buy("2")]
@@ -321,6 +336,17 @@ def test_fill_that_breaks_a_limit_cancels_the_rest(live: Live) -> None:
     assert (live.status(order), live.status(other)) == ("PENDING_CANCEL", "ROUTED")
     assert live.commands("CANCEL")[0][1] == 0
     assert cancel_breaches(live.engine, live.user, live.run) == []
+
+
+def test_worker_that_begins_cancels_what_the_one_before_left(live: Live, dsn: str) -> None:
+    """It may have died between the fill and what follows from it."""
+    order = live.work(quantity=10)
+    live.limit("MAX_POSITION", 5)
+    live.fill(order, 4)
+    assert live.status(order) == "PARTIALLY_FILLED"
+    ended = threading.Event()
+    serve(dsn, ended, watches=(lambda *_: ended.set(),))
+    assert live.status(order) == "PENDING_CANCEL"
 
 
 def test_fill_within_the_limits_cancels_nothing(live: Live) -> None:

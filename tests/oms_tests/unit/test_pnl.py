@@ -6,6 +6,7 @@ from collections import deque
 from datetime import UTC, datetime, timedelta
 from decimal import ROUND_HALF_UP, Decimal, localcontext
 from pathlib import Path
+from typing import Any
 
 import psycopg
 import pytest
@@ -150,6 +151,115 @@ def test_what_a_broker_takes_back_never_was(conn: Connection, method: str) -> No
     book.trade("-10", "110")
     assert book.pnl("quantity, cost_basis, realized_pnl, total_pnl") == (0, 0, 100, 100)
     assert book.one("SELECT cash FROM strategy_run WHERE run_id = %s", book.run_id) == (100100,)
+
+
+_BOOKED = """SELECT p.quantity, p.avg_cost, p.cost_basis, p.realized_pnl
+             FROM {} p WHERE p.user_id = %s AND p.run_id = %s"""
+
+
+def _agreed(book: Book) -> tuple[Any, ...]:
+    """Quantity, average cost, cost and profit, of which books and reckoning say the same."""
+    told = [book.one(_BOOKED.format(each), *book.key) for each in ("position", "position_pnl")]
+    assert told[0] == told[1]
+    assert_sound(book.conn)
+    return told[0]
+
+
+def test_the_books_forget_what_a_broker_takes_back(conn: Connection) -> None:
+    book = Book(conn, broker="dummy")
+    book.trade("10", "100")
+    before = _agreed(book)
+    assert before == (10, 100, 1000, 0)
+    wrong = book.trade("10", "200")
+    assert _agreed(book) == (20, 150, 3000, 0)
+    book.bust(wrong, "10", "200")
+    assert _agreed(book) == before
+    # A sale that was none: its profit is none, and the cost is what it was.
+    sold = book.trade("-4", "130")
+    assert _agreed(book) == (6, 100, 600, 120)
+    book.bust(sold, "4", "130")
+    assert _agreed(book) == before
+    # All of it, and what comes afterwards begins anew.
+    first = book.trade("-10", "90")
+    book.bust(first, "10", "90")
+    assert _agreed(book) == before
+    book.trade("-15", "110")
+    assert _agreed(book) == (-5, 110, -550, 100)
+
+
+def _split(book: Book) -> None:
+    """Two for one, the day after Monday."""
+    book.conn.execute(
+        """INSERT INTO corporate_action (symbol, ex_date, numerator, denominator)
+           VALUES ('AAPL', '2024-01-09', 2, 1)"""
+    )
+    book.at = datetime(2024, 1, 9, 15, tzinfo=UTC)
+    book.conn.execute(
+        """INSERT INTO split_applied (user_id, run_id, symbol, ex_date, logical_time)
+           VALUES (%s, %s, 'AAPL', '2024-01-09', %s)""",
+        [*book.key, book.at],
+    )
+
+
+def test_nothing_is_taken_back_on_paper(conn: Connection) -> None:
+    book = Book(conn)
+    order_id = book.order("10", "AAPL")
+    filled = book.fill(order_id, "5", "100")
+    with pytest.raises(psycopg.errors.IntegrityError) as refused, conn.transaction():
+        book.execute(order_id, "back", D(-5), "100", reverses=filled)
+    assert refused.value.diag.constraint_name == "execution_said_by_broker"
+
+
+def test_what_is_taken_back_after_others_have_traded_never_was_for_them(conn: Connection) -> None:
+    book = Book(conn, broker="dummy")
+    wrong = book.trade("10", "200")
+    book.trade("10", "100")
+    book.trade("-5", "150")
+    assert _agreed(book) == (15, 150, 2250, 0)
+    book.bust(wrong, "10", "200")
+    assert _agreed(book) == (5, 100, 500, 250)
+
+
+def test_several_that_are_taken_back_at_once_never_were(conn: Connection) -> None:
+    book = Book(conn, broker="dummy")
+    book.trade("10", "100")
+    wrong = [book.trade("10", price) for price in ("200", "300")]
+    book.trade("10", "110")
+    for each in wrong:
+        book.heard("BUST", book.at, {}, order_ref=each.split(".")[0], execution_id=each)
+    conn.execute(
+        """INSERT INTO execution (user_id, run_id, order_id, execution_id, quantity, price,
+                                  event_at, reverses)
+           SELECT user_id, run_id, order_id, execution_id || '-bust', -quantity, price, event_at,
+                  execution_id
+           FROM execution WHERE user_id = %s AND execution_id = ANY (%s)""",
+        [book.user_id, wrong],
+    )
+    assert _agreed(book) == (20, 105, 2100, 0)
+
+
+def test_what_is_taken_back_after_a_split_is_a_trade(conn: Connection) -> None:
+    """Both sides of it count in other units, so nobody can say what it would have been."""
+    book = Book(conn, broker="dummy")
+    book.trade("10", "100")
+    wrong = book.trade("10", "120")
+    _split(book)
+    book.bust(wrong, "10", "120")
+    assert _agreed(book)[0] == 30
+    later = book.trade("2", "70")
+    before_bust = _agreed(book)
+    book.bust(later, "2", "70")
+    assert _agreed(book)[0] == before_bust[0] - 2
+
+
+def test_the_price_of_what_is_taken_back_marks_nothing(conn: Connection) -> None:
+    book = Book(conn, broker="dummy")
+    book.trade("10", "100")
+    wrong = book.trade("10", "200")
+    book.mark("101")
+    book.at += MINUTE
+    book.bust(wrong, "10", "200")
+    assert book.one("SELECT mark_price FROM position WHERE run_id = %s", book.run_id) == (101,)
 
 
 def test_lots_follow_the_brokers_time(conn: Connection) -> None:

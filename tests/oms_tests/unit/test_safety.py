@@ -373,6 +373,32 @@ def test_flatten_does_not_wait_for_a_cancel_for_ever(live: Live) -> None:
     ).fetchall() == [(6,)]
 
 
+def test_flatten_whose_orders_do_not_end_raises_a_person_once(live: Live) -> None:
+    live.hold(10)
+    live.hold(5, symbol="IBM")
+    now = utc_now()
+    late = now + flattening.CLOSE_WAIT
+    flatten(live.engine, live.user, Scope(), "test", "ann", now)
+    apple, ibm = live.safety_orders()
+    for order in (apple, ibm):
+        live.send(order)
+    live.fill(apple, 10)
+    assert _status(live, late - timedelta(seconds=1)) == "CLOSING"
+    assert live.alerts() == []
+    assert [_status(live, late) for _ in range(3)] == ["CLOSING"] * 3
+    assert live.alerts() == ["FLATTEN_STUCK"]
+    ((words,),) = live.owner.execute("SELECT message FROM alert").fetchall()
+    assert words == f"flatten waits for what does not end: SELL IBM {ibm} NEW"
+    (told,) = live.events("FLATTEN_STUCK")
+    assert [order["order_id"] for order in told["orders"]] == [str(ibm)]
+    # Who has acknowledged it knows it.
+    live.owner.execute("UPDATE alert SET acknowledged_at = now(), acknowledged_by = 'ann'")
+    assert _status(live, late + timedelta(hours=1)) == "CLOSING"
+    assert len(live.events("FLATTEN_STUCK")) == 1
+    live.fill(ibm, 5)
+    assert _status(live, late + timedelta(hours=2)) == "DONE"
+
+
 def test_flatten_reports_what_one_refused_order_left(live: Live) -> None:
     live.hold(10)
     live.hold(5, symbol="IBM")
