@@ -103,7 +103,6 @@ class Stand(Settling):
 
     dsn: str
     owner: Connection
-    conn: Connection
     wire: Wire
     loop: Loop
     plan: Plan
@@ -166,7 +165,7 @@ class Stand(Settling):
     def use(self, conn: Connection) -> None:
         """Go on with another connection."""
         self.conn.close()
-        self.conn = self.wire.conn = conn
+        self.wire.conn = conn
 
     def place_one(self) -> UUID:
         """An order that the exchange may take at once."""
@@ -240,7 +239,7 @@ def a_stand(
                WHERE user_id = %s""",
             [Jsonb({"port": port}), OPENING_CASH, run.user_id],
         )
-        yield Stand(dsn, owner, engine, Wire(engine, run), loop, plan, control, port)
+        yield Stand(dsn, owner, Wire(engine, run), loop, plan, control, port)
 
 
 # --- A busy session -------------------------------------------------------------------------
