@@ -80,10 +80,8 @@ def test_stale_working_order_triggers_openorders_reconcile(
             house.wait_event("STATUS_STALE")
             order = house.wire.order(order_id)
             assert (order["status"], order["pending_reconcile"]) == ("ROUTED", True)
-            assert ("STALE", None) in house.rows(
-                """SELECT payload ->> 'why', outcome FROM broker_command
-                   WHERE user_id = %s AND kind = 'SNAPSHOT'"""
-            )
+            # Asked in a transaction after the one that marked it.
+            wait_until(lambda: ("STALE", None) in _questions(house), "the broker to be asked")
         house.wait_status(order_id, "FILLED")
         house.wait_settled()
         wait_until(
@@ -93,6 +91,14 @@ def test_stale_working_order_triggers_openorders_reconcile(
         assert house.wire.kinds(order_id) == ["SUBMIT"], "it is asked about, not sent again"
         assert [each["order_ref"] for each in house.exchange.books()["orders"]] == [str(order_id)]
         assert house.programs["work"].codes().count("STATUS_STALE") == 1
+
+
+def _questions(house: House) -> list[tuple[Any, ...]]:
+    """Why the broker was asked, and what became of it."""
+    return house.rows(
+        """SELECT payload ->> 'why', outcome FROM broker_command
+           WHERE user_id = %s AND kind = 'SNAPSHOT'"""
+    )
 
 
 @pytest.mark.scenario("HEART-01")

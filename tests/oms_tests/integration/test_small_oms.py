@@ -20,9 +20,10 @@ from engine.db.connect import Connection
 
 pytestmark = pytest.mark.slow
 
-# From when a session is stored until it opens, and how long it is.
-BEFORE_OPEN = timedelta(seconds=5)
-SESSION = timedelta(seconds=7)
+# From when a session is stored until it opens, and how long it is: on a busy machine, too, there is
+# time for what is to happen before and in it.
+BEFORE_OPEN = timedelta(seconds=8)
+SESSION = timedelta(seconds=10)
 
 
 def _close_for_now(house: House) -> None:
@@ -112,7 +113,7 @@ def test_a_queue_survives_a_restart_and_what_waits_in_it_can_be_changed(
     with a_house(dsn, owner_conn, tmp_path) as house:
         house.set_account(orders_per_second=1)
         house.staff()
-        orders = [house.place(limit_price=f"{90 + number}") for number in range(6)]
+        orders = [house.place(limit_price=f"{90 + number}") for number in range(8)]
         house.wait_status(orders[0], "ROUTED")
         assert [house.programs[name].stop() for name in ("connect", "work")] == [0, 0]
         *kept, taken_back, changed = orders
@@ -134,7 +135,7 @@ def test_a_queue_survives_a_restart_and_what_waits_in_it_can_be_changed(
                WHERE user_id = %s AND kind = 'SUBMIT' AND sent_at IS NOT NULL ORDER BY sent_at"""
         )
         gaps = [later[0] - earlier[0] for earlier, later in pairwise(sent)]
-        assert len(sent) == 5
+        assert len(sent) == len(kept) + 1
         assert min(gaps) >= timedelta(seconds=1)
 
 
