@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psycopg
 import pytest
+from hypothesis import HealthCheck, settings
 from psycopg import sql
 from psycopg.rows import tuple_row
 from pytest_postgresql import factories
@@ -53,6 +54,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+# How long an example takes, or to think of one, says how busy the machine is, and nothing more; and
+# what an example does to a database the test itself rolls back.
+settings.register_profile(
+    "oms",
+    settings.default,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("oms")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: while scenarios wait for processes, others work."""
+    return 1 + (os.cpu_count() or 1)
+
+
 def pytest_configure(config: pytest.Config) -> None:
     """Start the worker's server and tell pytest-postgresql where it is."""
     if config.option.collectonly or config.option.help:
@@ -75,6 +92,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.postgresql_host = host
     config.option.postgresql_port = port
     config.option.postgresql_user = "postgres"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what asks for the server: nothing else can differ from one server to another."""
+    for item in items:
+        if {"server", "postgresql"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("database")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
