@@ -21,6 +21,7 @@ from uuid import UUID, uuid4
 from broker_cases import Wire, a_broker_run
 from psycopg.types.json import Jsonb
 from settling import Settling
+from waits import SECONDS_MAX
 
 from engine.brokers.connector import Connector, Pace
 from engine.brokers.dummy.adapter import DummyBroker
@@ -62,7 +63,7 @@ class Loop:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
 
-    def run(self, call: Coroutine[Any, Any, Got], seconds: float = 30.0) -> Got:
+    def run(self, call: Coroutine[Any, Any, Got], seconds: float = SECONDS_MAX) -> Got:
         """Run a coroutine there, and wait for what it returns."""
         return asyncio.run_coroutine_threadsafe(call, self._loop).result(seconds)
 
@@ -71,7 +72,7 @@ class Loop:
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(30)
+        self._thread.join(SECONDS_MAX)
         self._loop.close()
 
 
