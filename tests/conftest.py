@@ -13,17 +13,24 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
 import psycopg
 import pytest
+from hypothesis import HealthCheck, settings
 from psycopg import sql
+from psycopg.rows import tuple_row
 from pytest_postgresql import factories
 
+import engine.journal
+import engine.tick
 from engine.db.connect import ENGINE_ROLE, Connection, open_connection
 from engine.db.embedded import Server, reachable_programs
 from engine.db.install import OWNER_ROLE, load_schema
+
+Lend = Callable[[str], AbstractContextManager[Connection]]
 
 _SETTINGS = {
     "fsync": "off",
@@ -45,6 +52,22 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="18",
         help="which Postgres to test on: 18 or 16 (the wheel's), or a folder of programs",
     )
+
+
+# How long an example takes, or to think of one, says how busy the machine is, and nothing more; and
+# what an example does to a database the test itself rolls back.
+settings.register_profile(
+    "oms",
+    settings.default,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("oms")
+
+
+def pytest_xdist_auto_num_workers() -> int:
+    """One more than there are cores: while scenarios wait for processes, others work."""
+    return 1 + (os.cpu_count() or 1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -69,6 +92,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.option.postgresql_host = host
     config.option.postgresql_port = port
     config.option.postgresql_user = "postgres"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark what asks for the server: nothing else can differ from one server to another."""
+    for item in items:
+        if {"server", "postgresql"} & set(getattr(item, "fixturenames", ())):
+            item.add_marker("database")
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
@@ -128,8 +158,38 @@ def shared_dsn(server: Server, postgresql_noproc: object) -> str:
     return psycopg.conninfo.make_conninfo(server.dsn("shared"), user=OWNER_ROLE)
 
 
+@pytest.fixture(scope="session")
+def lend() -> Iterator[Lend]:
+    """Lend the owner's connection to a database, in a transaction that is rolled back.
+
+    One connection serves every test of a worker, as one serves a program all day: a new one reads
+    the catalog and every function anew, which took longer than most tests.
+    """
+    kept: dict[str, Connection] = {}
+
+    @contextmanager
+    def lent(dsn: str) -> Iterator[Connection]:
+        if dsn not in kept or kept[dsn].closed:
+            kept[dsn] = open_connection(dsn)
+        owner = kept[dsn]
+        try:
+            with owner.transaction(force_rollback=True):
+                yield owner
+        finally:
+            # What the engine remembers of a connection is of books that never were.
+            engine.tick._kept.pop(owner, None)
+            engine.journal._has_prepared.discard(owner)
+            owner.row_factory = tuple_row
+            if not owner.closed:
+                owner.execute("DEALLOCATE ALL")
+
+    yield lent
+    for owner in kept.values():
+        owner.close()
+
+
 @pytest.fixture
-def conn(shared_dsn: str) -> Iterator[Connection]:
+def conn(shared_dsn: str, lend: Lend) -> Iterator[Connection]:
     """The owner's connection, in a transaction that is rolled back after the test."""
-    with open_connection(shared_dsn) as owner, owner.transaction(force_rollback=True):
+    with lend(shared_dsn) as owner:
         yield owner

@@ -14,7 +14,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-SECONDS_MAX = 120
+SECONDS_MAX = 300
 
 
 @pytest.fixture

@@ -4,19 +4,24 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 from engine.db.connect import Connection
 
-SECONDS_MAX = 30.0
-POLL_SECONDS = 0.005
+# How long anything may take until a test gives up on it: it costs only who fails.
+SECONDS_MAX = 90.0
+POLL_SECONDS = 0.01
+
+Got = TypeVar("Got")
 
 
-def wait_until(true: Callable[[], object], what: str) -> None:
-    """Poll until ``true`` says so; the pause only spares the processor."""
+def wait_until(look: Callable[[], Got], what: str) -> Got:
+    """Look until there is something, and return it; the pause only spares the processor."""
     ends_at = time.monotonic() + SECONDS_MAX
-    while not true():
-        assert time.monotonic() < ends_at, f"waited {SECONDS_MAX} s for {what}"
+    while not (found := look()):
+        assert time.monotonic() < ends_at, f"waited {SECONDS_MAX:g} s for {what}: {found!r}"
         time.sleep(POLL_SECONDS)
+    return found
 
 
 def wait_until_blocked(watch: Connection, waiting: Connection, *, by: Connection) -> None:

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import typer.main
+from programs import as_migrated
 from psycopg import sql
 
 from cli.main import app, main
 from engine.db.connect import ENGINE_ROLE, open_connection
-from engine.db.install import grant_roles, head, revision
 from engine.market.store import add_instrument
 from engine.runs import add_user
 
@@ -104,10 +104,7 @@ def stamp(dsn: str) -> None:
         return
     _stamped.add(key)
     with open_connection(dsn) as owner:
-        if revision(owner) is None:
-            owner.execute("CREATE TABLE alembic_version (version_num text PRIMARY KEY)")
-            owner.execute("INSERT INTO alembic_version VALUES (%s)", [head()])
-            grant_roles(owner)
+        as_migrated(owner)
 
 
 def started(dsn: str, user: str = "alice", *options: str) -> str:

@@ -210,7 +210,7 @@ def _scheduled(dsn: str, number: signal.Signals, **env: str) -> Result:
         assert running.stdout is not None
         first = running.stdout.readline()
         os.kill(running.pid, number)
-        out, err = running.communicate(timeout=30)
+        out, err = running.communicate(timeout=90)
     return Result(running.returncode, first + out, err)
 
 

@@ -26,7 +26,7 @@ from engine.db import embedded
 from engine.db.embedded import Server
 from engine.errors import ConfigurationError
 
-WAIT_SECONDS_MAX = 20.0
+WAIT_SECONDS_MAX = 90.0
 FAST = MappingProxyType({"fsync": "off", "shared_buffers": "8MB", "max_connections": "20"})
 CHECKOUT = Path(engine.__file__).parent.parent
 STRANGER_UID = 54321  # a user of nothing

@@ -14,7 +14,7 @@ from engine.db.connect import open_connection
 from engine.db.embedded import Server
 from engine.errors import ConfigurationError
 
-WAIT_SECONDS_MAX = 30
+WAIT_SECONDS_MAX = 90
 
 
 def test_a_database_is_made_once_however_many_ask(server: Server) -> None:

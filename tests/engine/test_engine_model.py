@@ -14,7 +14,7 @@ from itertools import groupby
 from typing import Any
 from uuid import UUID
 
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from market_days import MON, a_run, assert_sound, fresh, open_on, rows
 
@@ -236,11 +236,7 @@ A_STEP = st.one_of(
 )
 
 
-@settings(
-    max_examples=20,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@settings(max_examples=20)
 @given(steps=st.lists(A_STEP, min_size=8, max_size=24))
 def test_whatever_is_done_the_books_are_the_models(
     conn: Connection, steps: list[tuple[Any, ...]]

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from uuid import UUID
 
 import pytest
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from market_days import MON, a_run, audited, open_on, rows
 from psycopg import sql
@@ -25,9 +25,7 @@ from engine.tick import _whole_or_nothing, run_tick
 __all__ = ["audited"]
 
 # A connection lives longer than one example; every example asks it anew.
-ASKING = settings(
-    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+ASKING = settings(max_examples=60)
 USERS = count(1)
 
 

@@ -12,7 +12,7 @@ from decimal import Decimal, localcontext
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.errors import BadInput
@@ -664,7 +664,7 @@ def as_csv(bars: list[Bar]) -> bytes:
     return out.getvalue().encode()
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40)
 @given(bars_of_sessions().filter(bool), st.booleans())
 def test_what_is_written_is_read_back(tmp_path: Path, bars: list[Bar], packed: bool) -> None:
     path = tmp_path / ("file.csv.gz" if packed else "file.csv")
@@ -673,7 +673,7 @@ def test_what_is_written_is_read_back(tmp_path: Path, bars: list[Bar], packed: b
     assert read(path) == bars
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150)
 @given(st.binary(max_size=200), st.booleans())
 def test_whatever_a_file_holds_the_answer_is_bars_or_one_sentence(
     tmp_path: Path, content: bytes, with_header: bool

@@ -53,7 +53,7 @@ def race(dsn: str, first: Callable[[Conn], Any], second: Callable[[Conn], Any]) 
             first(one)
             work = pool.submit(second, two)
             wait_until_blocked(watch, two.info.backend_pid, work)
-        return work.result(timeout=30)
+        return work.result(timeout=90)
 
 
 def test_of_two_imports_at_once_the_second_sees_the_prices_of_the_first(dsn: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from psycopg.rows import dict_row
 
@@ -337,7 +337,7 @@ def test_a_walk_goes_on_over_commits_and_other_row_factories(market: Conn) -> No
     assert data_of(market, "ZZC") is not None
 
 
-@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 @given(
     days=st.dictionaries(
         st.sampled_from(["ZZA", "ZZB", "ZZC", "ZZD"]), st.sets(st.integers(0, 12), min_size=1)

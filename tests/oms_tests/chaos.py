@@ -21,6 +21,7 @@ from uuid import UUID, uuid4
 from broker_cases import Wire, a_broker_run
 from psycopg.types.json import Jsonb
 from settling import Settling
+from waits import SECONDS_MAX
 
 from engine.brokers.connector import Connector, Pace
 from engine.brokers.dummy.adapter import DummyBroker
@@ -62,7 +63,7 @@ class Loop:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
 
-    def run(self, call: Coroutine[Any, Any, Got], seconds: float = 30.0) -> Got:
+    def run(self, call: Coroutine[Any, Any, Got], seconds: float = SECONDS_MAX) -> Got:
         """Run a coroutine there, and wait for what it returns."""
         return asyncio.run_coroutine_threadsafe(call, self._loop).result(seconds)
 
@@ -71,7 +72,7 @@ class Loop:
 
     def close(self) -> None:
         self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(30)
+        self._thread.join(SECONDS_MAX)
         self._loop.close()
 
 
@@ -103,7 +104,6 @@ class Stand(Settling):
 
     dsn: str
     owner: Connection
-    conn: Connection
     wire: Wire
     loop: Loop
     plan: Plan
@@ -166,7 +166,7 @@ class Stand(Settling):
     def use(self, conn: Connection) -> None:
         """Go on with another connection."""
         self.conn.close()
-        self.conn = self.wire.conn = conn
+        self.wire.conn = conn
 
     def place_one(self) -> UUID:
         """An order that the exchange may take at once."""
@@ -240,7 +240,7 @@ def a_stand(
                WHERE user_id = %s""",
             [Jsonb({"port": port}), OPENING_CASH, run.user_id],
         )
-        yield Stand(dsn, owner, engine, Wire(engine, run), loop, plan, control, port)
+        yield Stand(dsn, owner, Wire(engine, run), loop, plan, control, port)
 
 
 # --- A busy session -------------------------------------------------------------------------

@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -15,14 +14,11 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+from programs import END_SECONDS_MAX, environment, oms_process
+
 from engine.brokers.dummy.adapter import DummyBroker
 from engine.brokers.dummy.control import Control
 from engine.brokers.protocol import BrokerOrder
-
-ROOT = Path(__file__).resolve().parents[2]
-START_SECONDS_MAX = 60
-END_SECONDS_MAX = 30
-_PROGRAM = "import sys; from cli.main import main; sys.exit(main(sys.argv[1:]))"
 
 
 @dataclass
@@ -40,15 +36,15 @@ class ExchangeProcess:
     def start(self) -> None:
         """Start the process and wait until it listens; the port stays the same from then on."""
         process = subprocess.Popen(
-            [sys.executable, "-c", _PROGRAM, "broker", "dummy", *self._words(), "--json"],
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            oms_process("broker", "dummy", *self._words(), "--json"),
+            env=environment(),
             stdout=subprocess.PIPE,
             text=True,
         )
         self._process = process
         assert process.stdout is not None
         said = process.stdout.readline()
-        assert said, f"the exchange did not start: exit code {process.wait(START_SECONDS_MAX)}"
+        assert said, f"the exchange did not start: exit code {process.wait(END_SECONDS_MAX)}"
         self.port = int(json.loads(said)["port"])
 
     def _words(self) -> Sequence[str]:

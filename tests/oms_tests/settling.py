@@ -9,7 +9,7 @@ from uuid import UUID
 
 from broker_cases import Wire
 from exchange_truth import disagreements
-from live import until
+from waits import wait_until
 
 from engine.audit import audit
 from engine.brokers.dummy.control import Control
@@ -25,9 +25,12 @@ SETTLE_ROUNDS_MAX = 12
 class Settling:
     """One run at one exchange, whoever runs connector and worker."""
 
-    conn: Connection
     wire: Wire
     control: Control
+
+    @property
+    def conn(self) -> Connection:
+        return self.wire.conn
 
     @property
     def user_id(self) -> UUID:
@@ -62,7 +65,7 @@ class Settling:
 
     def wait_quiet(self) -> None:
         """Wait until no command waits or is on its way."""
-        until(lambda: self._one(_WAITING) == 0, "end of every command")
+        wait_until(lambda: self._one(_WAITING) == 0, "end of every command")
         # The exchange answers a ping behind what it has got before, and acts by its own timers.
         threading.Event().wait(2 * self.latency)
 
@@ -70,7 +73,7 @@ class Settling:
         """Break the connection, and wait for the next one."""
         last = self._one(_CONNECTED)
         self.control.drop()
-        until(lambda: self._one(_CONNECTED) > last, "new connection")
+        wait_until(lambda: self._one(_CONNECTED) > last, "new connection")
 
     def reconcile(self) -> Reconciliation:
         """Have the broker asked, as often as it takes to get an answer, and compare."""
@@ -84,7 +87,7 @@ class Settling:
             done = reconcile(self.conn, *whose, utc_now(), snapshot_id=asked[-1])
             return done or stored(self.conn, *whose, asked[-1])
 
-        found = until(look, "reconciliation")
+        found = wait_until(look, "reconciliation")
         assert found is not None
         return found
 

@@ -22,18 +22,18 @@ from typing import TypeVar
 from uuid import UUID
 
 import psycopg
-from broker_cases import ACCOUNT, Wire, a_broker_run
-from exchange import ExchangeProcess
-from live import PATIENCE_SECONDS, Program, until
-from psycopg.types.json import Jsonb
+from broker_cases import Wire
+from house import House, open_house
+from programs import as_migrated
 from settling import Settling
+from waits import SECONDS_MAX, wait_until
 
 from engine.brokers.dummy.control import Control
 from engine.brokers.protocol import BrokerUnavailable
 from engine.clock import utc_now
-from engine.db.connect import Connection, open_connection
+from engine.db.connect import open_connection
 from engine.db.embedded import Server
-from engine.db.install import OWNER_ROLE, head, load_schema
+from engine.db.install import OWNER_ROLE, load_schema
 from engine.errors import (
     AlreadyHappened,
     BadInput,
@@ -106,7 +106,7 @@ def make_synchronous(primary: Server) -> None:
     with psycopg.connect(primary.dsn(), autocommit=True) as admin:
         admin.execute("ALTER SYSTEM SET synchronous_standby_names = '*'")
         admin.execute("SELECT pg_reload_conf()")
-        until(
+        wait_until(
             lambda: admin.execute(
                 "SELECT 1 FROM pg_stat_replication WHERE sync_state = 'sync'"
             ).fetchone(),
@@ -146,24 +146,18 @@ def install(server: Server) -> str:
     dsn = psycopg.conninfo.make_conninfo(server.dsn(), user=OWNER_ROLE)
     with open_connection(dsn) as owner:
         load_schema(owner)
-        # The commands want a database that migrations have made; this one is like it.
-        owner.execute("CREATE TABLE alembic_version (version_num text)")
-        owner.execute("INSERT INTO alembic_version VALUES (%s)", [head()])
-        owner.execute("SELECT grant_roles()")
+        as_migrated(owner)
     return dsn
 
 
 @dataclass
 class Siege(Settling):
-    """One user, one account, one run, and every process that they need."""
+    """A house whose processes somebody kills and somebody starts again, and its client."""
 
-    dsn: str
-    conn: Connection
     wire: Wire
-    exchange: ExchangeProcess
+    house: House
     lot: Random
     control: Control
-    programs: dict[str, Program] = field(default_factory=dict)
     # Whether somebody starts again what has ended.
     has_manager: bool = True
     ticks: list[datetime] = field(default_factory=list)
@@ -178,60 +172,50 @@ class Siege(Settling):
 
     def keep_up(self) -> None:
         """Start what has ended, as a service manager does."""
-        words = {
-            "work": ["work"],
-            "connect": ["connect", "--user", "ann", "--account", self.wire.account],
-        }
-        for name, command in words.items():
-            program = self.programs.get(name)
+        for name, start in (("work", self.house.work), ("connect", self.house.start_connector)):
+            program = self.house.programs.get(name)
             if program is None or (self.has_manager and program.has_ended):
-                if program is not None:
-                    program.forget()
-                self.programs[name] = Program(command, self.dsn)
+                start()
 
     def kill_program(self, name: str) -> None:
-        self.programs[name].kill()
+        self.house.programs[name].kill()
         if name == "connect":
             # What the seconds do that its lease still runs.
-            self.insist(
-                lambda: self.conn.execute(
-                    "UPDATE broker_lease SET expires_at = now() WHERE user_id = %s", [self.user_id]
-                )
-            )
+            self.insist(self.house.end_lease)
         self.keep_up()
 
     def kill_exchange(self) -> None:
-        self.exchange.kill()
-        self.exchange.start()
+        self.house.exchange.kill()
+        self.house.exchange.start()
         self.control.close()
-        self.control = self.exchange.control()
+        self.control = self.house.exchange.control()
 
     def wait_until_up(self) -> None:
         """Wait until connector and worker are at work, started again where that is needed."""
 
         def look() -> bool:
             self.keep_up()
-            return bool(self.insist(lambda: self.conn.execute(_IS_UP, [self.user_id]).fetchone()))
+            return self.insist(self.house.is_connected)
 
-        until(look, "connection", 2 * PATIENCE_SECONDS)
+        wait_until(look, "connection")
 
     def end(self) -> None:
-        for program in self.programs.values():
-            program.kill()
-            program.forget()
-        self.exchange.stop()
+        self.house.end()
         self.control.close()
         self.conn.close()
+
+    def story(self) -> str:
+        return f"{self.house.story()}\n{super().story()}"
 
     # --- A client that doesn't give up ------------------------------------------------------
 
     def insist(self, act: Callable[[], Got]) -> Got:
         """Do it until it is done, on a new connection where the old one broke."""
-        ends_at = time.monotonic() + 2 * PATIENCE_SECONDS
+        ends_at = time.monotonic() + SECONDS_MAX
         while True:
             try:
                 if self.conn.closed:
-                    self.conn = self.wire.conn = open_connection(self.dsn)
+                    self.wire.conn = open_connection(self.house.dsn)
                 return act()
             except AWAY:
                 assert time.monotonic() < ends_at, "the database does not come back"
@@ -345,23 +329,11 @@ class Siege(Settling):
         return {name for (name,) in rows}
 
 
-_IS_UP = """SELECT 1 FROM broker_lease WHERE user_id = %s AND connected AND expires_at > now()"""
-
-
 @contextmanager
 def a_siege(dsn: str, folder: Path, seed: int) -> Iterator[Siege]:
     """A house that is up, with an exchange that doesn't err; the kills are the test's."""
-    conn = open_connection(dsn)
-    exchange = ExchangeProcess(folder / "exchange")
-    exchange.start()
-    run = a_broker_run(conn, initial_cash=OPENING_CASH)
-    conn.execute(
-        "UPDATE broker_account SET settings = %s, opening_cash = %s WHERE user_id = %s",
-        [Jsonb({"port": exchange.port, "client_id": 7}), OPENING_CASH, run.user_id],
-    )
-    siege = Siege(
-        dsn, conn, Wire(conn, run, ACCOUNT), exchange, Random(f"siege/{seed}"), exchange.control()
-    )
+    house = open_house(dsn, open_connection(dsn), folder, initial_cash=OPENING_CASH)
+    siege = Siege(house.wire, house, Random(f"siege/{seed}"), house.exchange.control())
     try:
         siege.wait_until_up()
         yield siege

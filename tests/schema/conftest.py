@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 
 import psycopg
 import pytest
@@ -13,6 +14,8 @@ from schema_cases import build_world
 from engine.db.connect import Connection, open_connection
 from engine.db.embedded import Server
 from engine.db.install import OWNER_ROLE
+
+Lend = Callable[[str], AbstractContextManager[Connection]]
 
 
 def copy_database(server: Server, template: str, name: str) -> str:
@@ -27,42 +30,49 @@ def copy_database(server: Server, template: str, name: str) -> str:
 
 
 @pytest.fixture(scope="session")
-def world_dsn(server: Server, postgresql_noproc: object) -> str:
-    """The owner's DSN of the filled database; nobody commits to it."""
-    dsn = copy_database(server, f"{postgresql_noproc.template_dbname}", "world")  # type: ignore[attr-defined]
-    with open_connection(dsn) as conn:
+def filled(server: Server, postgresql_noproc: object) -> str:
+    """The name of a filled database to copy; nobody is connected to it."""
+    name = "filled"
+    empty = f"{postgresql_noproc.template_dbname}"  # type: ignore[attr-defined]
+    with open_connection(copy_database(server, empty, name)) as conn:
         build_world(conn)
-    return dsn
+    return name
+
+
+@pytest.fixture(scope="session")
+def world_dsn(server: Server, filled: str) -> str:
+    """The owner's DSN of the filled database; nobody commits to it."""
+    return copy_database(server, filled, "world")
 
 
 @pytest.fixture
-def world(world_dsn: str) -> Iterator[Connection]:
+def world(world_dsn: str, lend: Lend) -> Iterator[Connection]:
     """The owner's connection to the filled database, in a transaction that is rolled back."""
-    with open_connection(world_dsn) as conn, conn.transaction(force_rollback=True):
+    with lend(world_dsn) as conn:
         yield conn
 
 
 @pytest.fixture(scope="session")
-def market_dsn(server: Server, world_dsn: str) -> str:
+def market_dsn(server: Server, filled: str) -> str:
     """The owner's DSN of the filled database with orders at brokers; nobody commits to it."""
-    dsn = copy_database(server, "world", "market")
+    dsn = copy_database(server, filled, "market")
     with open_connection(dsn) as conn:
         build_broker_world(conn)
     return dsn
 
 
 @pytest.fixture
-def market(market_dsn: str) -> Iterator[Connection]:
+def market(market_dsn: str, lend: Lend) -> Iterator[Connection]:
     """The owner's connection to orders at brokers, in a transaction that is rolled back."""
-    with open_connection(market_dsn) as conn, conn.transaction(force_rollback=True):
+    with lend(market_dsn) as conn:
         yield conn
 
 
 @pytest.fixture
-def scratch(server: Server, world_dsn: str) -> Iterator[Connection]:
+def scratch(server: Server, filled: str) -> Iterator[Connection]:
     """The owner's connection to a filled database of its own, in autocommit."""
     name = "scratch"
-    with open_connection(copy_database(server, "world", name)) as conn:
+    with open_connection(copy_database(server, filled, name)) as conn:
         yield conn
     with psycopg.connect(server.dsn(), autocommit=True) as admin:
         admin.execute(sql.SQL("DROP DATABASE {} WITH (FORCE)").format(sql.Identifier(name)))

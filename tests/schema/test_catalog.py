@@ -10,7 +10,7 @@ from decimal import Decimal, localcontext
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from schema_cases import ACCOUNT_TABLES, BROKER_TABLES, LOOKUPS, RUN_TABLES
 
@@ -267,9 +267,7 @@ _QUANTITY = st.decimals(0, 10**12, places=8, allow_nan=False).filter(lambda d: d
 _PRICE = st.decimals(0, 10**6, places=8, allow_nan=False).filter(lambda d: d > 0)
 
 
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=60)
 @given(fills=st.lists(st.tuples(_QUANTITY, _PRICE), min_size=1, max_size=5))
 def test_cash_is_exact_to_the_last_digit(conn: Connection, fills: list[tuple[Any, Any]]) -> None:
     """Eight decimals of a quantity times eight of a price fit, and no sum is rounded.

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import signal
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,16 +13,14 @@ from typing import Any
 
 import pytest
 from connector_cases import Desk
-from exchange import ROOT, ExchangeProcess, running_exchange
+from exchange import ExchangeProcess, running_exchange
+from programs import as_migrated, environment, oms_process
 from psycopg.types.json import Jsonb
 from waits import SECONDS_MAX, wait_until
 
 from engine.db.connect import Connection
-from engine.db.install import grant_roles, head
 
 pytestmark = pytest.mark.slow
-
-_PROGRAM = "import sys; from cli.main import main; sys.exit(main(sys.argv[1:]))"
 
 
 @pytest.fixture
@@ -36,17 +32,14 @@ def exchange(tmp_path: Path) -> Iterator[ExchangeProcess]:
 @pytest.fixture
 def desk(owner_conn: Connection, exchange: ExchangeProcess) -> Desk:
     """An account at the dummy broker, in a database that the commands take for migrated."""
-    owner_conn.execute("CREATE TABLE IF NOT EXISTS alembic_version (version_num text PRIMARY KEY)")
-    owner_conn.execute("INSERT INTO alembic_version VALUES (%s) ON CONFLICT DO NOTHING", [head()])
-    grant_roles(owner_conn)
+    as_migrated(owner_conn)
     desk = Desk(owner_conn, broker="dummy", settings=Jsonb({"port": exchange.port, "client_id": 7}))
     owner_conn.execute("UPDATE app_user SET name = 'ann' WHERE user_id = %s", [desk.user_id])
     return desk
 
 
 def _arguments(dsn: str, account: str) -> list[str]:
-    words = ["connect", "--account", account, "--user", "ann", "--dsn", dsn, "--json"]
-    return [sys.executable, "-c", _PROGRAM, *words]
+    return oms_process("connect", "--account", account, "--user", "ann", "--dsn", dsn, "--json")
 
 
 @contextmanager
@@ -54,7 +47,7 @@ def connecting(dsn: str, desk: Desk) -> Iterator[subprocess.Popen[str]]:
     """The command, connected; killed at the end if it still runs."""
     child = subprocess.Popen(
         _arguments(dsn, desk.account),
-        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        env=environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -118,7 +111,7 @@ def test_a_second_one_is_told_who_holds_the_account(dsn: str, desk: Desk) -> Non
     with connecting(dsn, desk) as first:
         second = subprocess.run(
             _arguments(dsn, desk.account),
-            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            env=environment(),
             capture_output=True,
             text=True,
             check=False,
@@ -177,8 +170,6 @@ def test_what_is_not_there_is_said_at_once(
 ) -> None:
     words = _arguments(dsn, account)
     words[words.index("ann")] = user
-    done = subprocess.run(
-        words, capture_output=True, text=True, check=False, env=os.environ, cwd=ROOT
-    )
+    done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment())
     assert done.returncode == 1
     assert message in json.loads(done.stderr)["error"]["message"]

@@ -9,8 +9,9 @@ from typing import Any
 
 import pytest
 from exchange import order as an_order
-from live import EXCHANGE_CASH, House, a_house, until
+from house import EXCHANGE_CASH, House, a_house
 from psycopg.types.json import Jsonb
+from waits import wait_until
 
 from engine.brokers.connector import Ended
 from engine.clock import utc_now
@@ -52,7 +53,7 @@ def test_double_connect_same_clientid_shuts_down_first_process(
         house.wait_status(before, "ROUTED")
         asyncio.run(take_the_session())
         house.wait_alert("CONNECTION_STOLEN")
-        until(lambda: _heard(house, "STOLEN"), "the broker's word")
+        wait_until(lambda: _heard(house, "STOLEN"), "the broker's word")
         assert first.codes().count("CONNECTION_STOLEN") == 1
         assert first.codes()[-1] == "CONNECTOR_ENDED"
         assert not house.is_connected()
@@ -78,7 +79,7 @@ def test_foreign_orders_detected_and_ignored(
         order_id = house.place(quantity="10")
         house.wait_status(order_id, "FILLED")
         house.wait_alert("FOREIGN_ORDER")
-        until(lambda: len(_heard(house, "EXECUTION")) == 2, "execution of the other order")
+        wait_until(lambda: len(_heard(house, "EXECUTION")) == 2, "execution of the other order")
         house.wait_settled()
         (ours,) = house.rows("SELECT order_id FROM orders WHERE user_id = %s")
         assert ours == (order_id,)
@@ -147,7 +148,10 @@ def test_permid_change_mid_order_retains_correct_tracking(
         perm_ids = []
         with house.exchange.control() as control:
             for filled in (4, 8):
-                until(lambda: house.wire.order(order_id)["filled_quantity"] == filled, "a fill")  # noqa: B023
+                wait_until(
+                    lambda: house.wire.order(order_id)["filled_quantity"] == filled,  # noqa: B023
+                    "a fill",
+                )
                 house.wait_settled()
                 perm_ids.append(house.wire.order(order_id)["perm_id"])
                 control.set_price("AAPL", "100")

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from live import House, a_house, until
+from house import House, a_house
+from waits import wait_until
 
 from engine.clock import utc_now
 from engine.db.connect import Connection
@@ -43,8 +44,8 @@ def test_mid_submit_disconnect_keeps_order_new_and_reconciles(
         house.wait_status(reached, "ROUTED")
         assert house.wire.order(reached)["perm_id"] is not None
         lost = house.place(limit_price="91")
-        until(lambda: len(house.wire.events("SUBMIT_PENDING")) == 2, "second SUBMIT_PENDING")
-        until(
+        wait_until(lambda: len(house.wire.events("SUBMIT_PENDING")) == 2, "second SUBMIT_PENDING")
+        wait_until(
             lambda: (
                 ("NEVER_ARRIVED",)
                 in owner_conn.execute(
@@ -79,17 +80,25 @@ def test_stale_working_order_triggers_openorders_reconcile(
             house.wait_event("STATUS_STALE")
             order = house.wire.order(order_id)
             assert (order["status"], order["pending_reconcile"]) == ("ROUTED", True)
-            assert ("STALE", None) in house.rows(
-                """SELECT payload ->> 'why', outcome FROM broker_command
-                   WHERE user_id = %s AND kind = 'SNAPSHOT'"""
-            )
+            # Asked in a transaction after the one that marked it.
+            wait_until(lambda: ("STALE", None) in _questions(house), "the broker to be asked")
         house.wait_status(order_id, "FILLED")
         house.wait_settled()
-        until(lambda: not house.wire.order(order_id)["pending_reconcile"], "end of the question")
+        wait_until(
+            lambda: not house.wire.order(order_id)["pending_reconcile"], "end of the question"
+        )
         assert house.wire.position() == 10
         assert house.wire.kinds(order_id) == ["SUBMIT"], "it is asked about, not sent again"
         assert [each["order_ref"] for each in house.exchange.books()["orders"]] == [str(order_id)]
         assert house.programs["work"].codes().count("STATUS_STALE") == 1
+
+
+def _questions(house: House) -> list[tuple[Any, ...]]:
+    """Why the broker was asked, and what became of it."""
+    return house.rows(
+        """SELECT payload ->> 'why', outcome FROM broker_command
+           WHERE user_id = %s AND kind = 'SNAPSHOT'"""
+    )
 
 
 @pytest.mark.scenario("HEART-01")
@@ -100,7 +109,7 @@ def test_heartbeat_failure_blocks_new_submissions_and_alerts(
         house.set_account(heartbeat_seconds=4)
         house.staff()
         before = house.place(limit_price="90")
-        until(lambda: house.exchange.books()["orders"], "order at the exchange")
+        wait_until(lambda: house.exchange.books()["orders"], "order at the exchange")
         # Whoever connects anew isn't answered either.
         with house.exchange.paused():
             house.wait_alert("HEARTBEAT_LOST")
@@ -111,7 +120,9 @@ def test_heartbeat_failure_blocks_new_submissions_and_alerts(
             assert (order["status"], order["reject_code"]) == ("REJECTED", "HALTED")
             assert house.wire.kinds(refused) == []
             assert house.wire.kinds(before) == ["SUBMIT"], "what works isn't cancelled for silence"
-        until(lambda: _halts(house) == [("HEARTBEAT-DU1", "ACCOUNT", False)], "end of the halt")
+        wait_until(
+            lambda: _halts(house) == [("HEARTBEAT-DU1", "ACCOUNT", False)], "end of the halt"
+        )
         after = house.place()
         house.wait_status(after, "FILLED")
         house.wait_status(before, "ROUTED")
@@ -144,7 +155,7 @@ def _flattened(house: House) -> tuple[str, Any]:
                WHERE user_id = %s AND finished_at IS NOT NULL"""
         )
 
-    ((status, summary),) = until(finished, "end of the flatten")
+    ((status, summary),) = wait_until(finished, "end of the flatten")
     return status, summary
 
 

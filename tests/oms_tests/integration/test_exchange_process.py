@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import subprocess
-import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import replace
@@ -15,8 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from exchange import ROOT, ExchangeProcess, order, running_exchange
+from exchange import ExchangeProcess, order, running_exchange
 from floor import Floor, explained
+from programs import environment, oms_process
 
 from engine.brokers.dummy.adapter import DummyBroker
 from engine.brokers.dummy.control import Control
@@ -374,10 +374,9 @@ def test_plans_are_listed_and_a_wrong_one_is_told(tmp_path: Path) -> None:
 
 
 def command(*words: str) -> subprocess.CompletedProcess[str]:
-    program = "import sys; from cli.main import main; sys.exit(main(sys.argv[1:]))"
     return subprocess.run(
-        [sys.executable, "-c", program, *words],
-        cwd=ROOT,
+        oms_process(*words),
+        env=environment(),
         capture_output=True,
         text=True,
         timeout=SECONDS_MAX,

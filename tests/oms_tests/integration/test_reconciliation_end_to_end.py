@@ -2,111 +2,98 @@
 
 from __future__ import annotations
 
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from broker_cases import ACCOUNT
-from office import PLANS, Office, an_office
+from house import a_house
 from waits import wait_until
 
 from engine.db.connect import Connection
 
-
-@pytest.fixture
-def office(
-    owner_conn: Connection, dsn: str, tmp_path: Path, request: pytest.FixtureRequest
-) -> Iterator[Office]:
-    plan = PLANS / f"{request.param}.toml" if request.param else None
-    with an_office(owner_conn, dsn, tmp_path, {ACCOUNT: plan}) as made:
-        yield made
-
-
-with_plan = pytest.mark.parametrize
+pytestmark = pytest.mark.slow
 
 
 @pytest.mark.scenario("CONN-02")
-@with_plan("office", ["CONN-02"], indirect=True)
-def test_orphan_fill_on_startup_creates_recovered_orderstate(office: Office) -> None:
-    office.work()
-    office.connect()
-    wait_until(
-        lambda: (
-            office.conn.execute("SELECT FROM orders WHERE status = 'FILLED'").fetchone() is not None
-        ),
-        "the fill of an order that nobody knew",
-    )
-    ((order_id, recovered, filled),) = office.conn.execute(
-        "SELECT order_id, recovered, filled_quantity FROM orders"
-    ).fetchall()
-    assert (recovered, filled) == (True, 10)
-    assert len(office.wire.events("ORPHAN_FILL")) == 1
-    assert "ORPHAN_FILL" in office.wire.alerts()
-    (theirs,) = office.exchange.books()["orders"]
-    assert theirs["order_ref"] == str(order_id)
-    assert office.wire.commands(order_id) == 0
-    office.agrees()
+def test_orphan_fill_on_startup_creates_recovered_orderstate(
+    dsn: str, owner_conn: Connection, tmp_path: Path
+) -> None:
+    with a_house(dsn, owner_conn, tmp_path, faults="CONN-02") as house:
+        house.staff()
+        wait_until(
+            lambda: house.rows("SELECT 1 FROM orders WHERE user_id = %s AND status = 'FILLED'"),
+            "the fill of an order that nobody knew",
+        )
+        ((order_id, recovered, filled),) = house.rows(
+            "SELECT order_id, recovered, filled_quantity FROM orders WHERE user_id = %s"
+        )
+        assert (recovered, filled) == (True, 10)
+        assert len(house.wire.events("ORPHAN_FILL")) == 1
+        assert "ORPHAN_FILL" in house.wire.alerts()
+        assert house.sent_refs() == [str(order_id)]
+        assert house.wire.commands(order_id) == 0
+        house.agrees()
 
 
 @pytest.mark.scenario("FAIL-04")
-@with_plan("office", ["FAIL-04"], indirect=True)
-def test_reconcile_broker_wins_on_missing_order_marks_canceled(office: Office) -> None:
-    office.work()
-    office.connect()
-    order_id = office.wire.place(limit_price="90")
-    office.becomes(order_id, "ROUTED", "CANCELED")
-    if office.wire.order(order_id)["status"] == "ROUTED":
-        told = office.reconcile("--dry-run")
-        assert [(d["class"], d["action"]) for d in told["differences"]] in (
-            [("MISSING_AT_BROKER", "CANCELED")],
-            [],  # the worker was quicker
-        )
-        office.reconcile()
-    order = office.becomes(order_id, "CANCELED")
-    assert order["status_reason"] == "RECONCILE_MISMATCH"
-    (event,) = office.wire.events("RECONCILE_MISMATCH")
-    assert event[1]["class"] == "MISSING_AT_BROKER"
-    assert "RECONCILE_MISMATCH" in office.wire.alerts()
-    assert office.wire.kinds(order_id) == ["SUBMIT"]
-    office.agrees()
+def test_reconcile_broker_wins_on_missing_order_marks_canceled(
+    dsn: str, owner_conn: Connection, tmp_path: Path
+) -> None:
+    with a_house(dsn, owner_conn, tmp_path, faults="FAIL-04") as house:
+        house.staff()
+        order_id = house.place(limit_price="90")
+        if house.wait_status(order_id, "ROUTED", "CANCELED") == "ROUTED":
+            told = house.reconcile("--dry-run")
+            assert [(d["class"], d["action"]) for d in told["differences"]] in (
+                [("MISSING_AT_BROKER", "CANCELED")],
+                [],  # the worker was quicker
+            )
+            house.reconcile()
+        house.wait_status(order_id, "CANCELED")
+        assert house.wire.order(order_id)["status_reason"] == "RECONCILE_MISMATCH"
+        (event,) = house.wire.events("RECONCILE_MISMATCH")
+        assert event[1]["class"] == "MISSING_AT_BROKER"
+        assert "RECONCILE_MISMATCH" in house.wire.alerts()
+        assert house.wire.kinds(order_id) == ["SUBMIT"]
+        house.agrees()
 
 
 @pytest.mark.scenario("FAIL-06")
-@with_plan("office", ["FAIL-06"], indirect=True)
-def test_gtc_order_recovered_after_weekend_reconcile(office: Office) -> None:
+def test_gtc_order_recovered_after_weekend_reconcile(
+    dsn: str, owner_conn: Connection, tmp_path: Path
+) -> None:
     """Friday: the broker takes the order, and nobody here lives to hear of it. Monday: restart."""
-    office.connect()
-    office.is_up()
-    order_id = office.wire.place(limit_price="90")
-    wait_until(lambda: office.exchange.books()["orders"], "the exchange to have it")
-    office.end(ACCOUNT, signal.SIGKILL)
-    office.exchange.stop()
-    office.conn.execute("UPDATE broker_lease SET expires_at = now()")  # the weekend passes
-    office.exchange.start()
-    office.work()
-    office.connect()
-    order = office.becomes(order_id, "ROUTED")
-    (theirs,) = office.exchange.books()["orders"]
-    assert (theirs["order_ref"], theirs["status"]) == (str(order_id), "ROUTED")
-    assert (order["broker_order_id"], order["perm_id"]) == (
-        theirs["broker_order_id"],
-        theirs["perm_id"],
-    )
-    assert office.wire.kinds(order_id) == ["SUBMIT"]
-    office.agrees()
+    with a_house(dsn, owner_conn, tmp_path, faults="FAIL-06") as house:
+        friday = house.connect()
+        order_id = house.place(limit_price="90")
+        wait_until(house.sent_refs, "the exchange to have it")
+        friday.kill()
+        house.exchange.stop()
+        house.end_lease()  # the weekend passes
+        house.exchange.start()
+        house.staff()
+        house.wait_status(order_id, "ROUTED")
+        order = house.wire.order(order_id)
+        (theirs,) = house.exchange.books()["orders"]
+        assert (theirs["order_ref"], theirs["status"]) == (str(order_id), "ROUTED")
+        assert (order["broker_order_id"], order["perm_id"]) == (
+            theirs["broker_order_id"],
+            theirs["perm_id"],
+        )
+        assert house.wire.kinds(order_id) == ["SUBMIT"]
+        house.agrees()
 
 
 @pytest.mark.scenario("EDGE-02")
-@with_plan("office", ["EDGE-02"], indirect=True)
-def test_symbol_change_marks_old_orders_canceled(office: Office) -> None:
-    office.work()
-    office.connect()
-    first = office.wire.place(limit_price="90")
-    office.becomes(first, "ROUTED")
-    second = office.wire.place(limit_price="91")
-    for order_id in (first, second):
-        office.becomes(order_id, "CANCELED")
-    wait_until(lambda: "CONTRACT_CHANGED" in office.wire.alerts(), "people to be told")
-    assert office.wire.events("CONTRACT_CHANGED") != []
-    office.agrees()
+def test_symbol_change_marks_old_orders_canceled(
+    dsn: str, owner_conn: Connection, tmp_path: Path
+) -> None:
+    with a_house(dsn, owner_conn, tmp_path, faults="EDGE-02") as house:
+        house.staff()
+        first = house.place(limit_price="90")
+        house.wait_status(first, "ROUTED")
+        second = house.place(limit_price="91")
+        for order_id in (first, second):
+            house.wait_status(order_id, "CANCELED")
+        house.wait_alert("CONTRACT_CHANGED")
+        assert house.wire.events("CONTRACT_CHANGED") != []
+        house.agrees()

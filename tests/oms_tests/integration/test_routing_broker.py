@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from office import PLANS, an_office
+from house import a_house
 from waits import wait_until
 
 from engine.clock import utc_now
@@ -19,35 +19,33 @@ FIRST, SECOND = "DU1", "DU2"
 def test_ibkr_down_routes_to_secondary_broker(
     owner_conn: Connection, dsn: str, tmp_path: Path
 ) -> None:
-    plans = {FIRST: PLANS / "ROUTE-01.toml", SECOND: None}
-    with an_office(owner_conn, dsn, tmp_path, plans) as office:
-        office.work()
-        office.connect(FIRST)
-        office.connect(SECOND)
-        office.is_up(SECOND)
-        order_id = office.wire.place(limit_price="90")
-        assert office.wire.order(order_id)["account"] == FIRST
+    with a_house(dsn, owner_conn, tmp_path, faults="ROUTE-01", accounts=(FIRST, SECOND)) as house:
+        house.work()
+        house.start_connector(FIRST)
+        house.connect(SECOND)
+        order_id = house.wire.place(limit_price="90")
+        assert house.wire.order(order_id)["account"] == FIRST
         # The worker does the same, once the first has been down for long enough.
         with open_connection(dsn, role="oms_engine") as engine:
             moved: list[Rerouted] = []
 
             def taken_over() -> bool:
-                moved.extend(reroute(engine, office.wire.run.user_id, utc_now(), down_seconds=1))
-                return bool(office.wire.order(order_id)["account"] == SECOND)
+                moved.extend(reroute(engine, house.wire.run.user_id, utc_now(), down_seconds=1))
+                return bool(house.wire.order(order_id)["account"] == SECOND)
 
             wait_until(
                 taken_over,
                 "the second account to take it over",
             )
-        order = office.becomes(order_id, "ROUTED")
-        assert order["account"] == SECOND
-        (theirs,) = office.exchanges[SECOND].books(SECOND)["orders"]
+        house.wait_status(order_id, "ROUTED")
+        assert house.wire.order(order_id)["account"] == SECOND
+        (theirs,) = house.exchanges[SECOND].books(SECOND)["orders"]
         assert (theirs["order_ref"], theirs["status"]) == (str(order_id), "ROUTED")
-        assert office.exchanges[FIRST].books(FIRST)["orders"] == []
-        ((_, told),) = office.wire.events("ROUTE_FAILOVER")
+        assert house.exchanges[FIRST].books(FIRST)["orders"] == []
+        ((_, told),) = house.wire.events("ROUTE_FAILOVER")
         assert (told["from"], told["to"], told["why"]) == (FIRST, SECOND, "ACCOUNT_DOWN")
-        assert "ROUTE_FAILOVER" in office.wire.alerts()
+        assert "ROUTE_FAILOVER" in house.wire.alerts()
         assert owner_conn.execute(
             "SELECT account, outcome FROM broker_command WHERE kind = 'SUBMIT' ORDER BY account"
         ).fetchall() == [(FIRST, "WITHDRAWN"), (SECOND, "SENT")]
-        office.agrees(SECOND)
+        house.agrees(SECOND)

@@ -11,7 +11,8 @@ from typing import Any
 from uuid import UUID
 
 import pytest
-from live import EXCHANGE_CASH, House, a_house, until
+from house import EXCHANGE_CASH, House, a_house
+from waits import wait_until
 
 from engine.brokers.sessions import prepare
 from engine.clock import utc_now
@@ -19,9 +20,10 @@ from engine.db.connect import Connection
 
 pytestmark = pytest.mark.slow
 
-# From when a session is stored until it opens, and how long it is.
-BEFORE_OPEN = timedelta(seconds=5)
-SESSION = timedelta(seconds=7)
+# From when a session is stored until it opens, and how long it is: on a busy machine, too, there is
+# time for what is to happen before and in it.
+BEFORE_OPEN = timedelta(seconds=8)
+SESSION = timedelta(seconds=10)
 
 
 def _close_for_now(house: House) -> None:
@@ -66,7 +68,7 @@ def test_orders_wait_for_the_session_and_can_be_changed_meanwhile(
         _close_for_now(house)
         house.work()
         house.start("connect", "connect", "--user", "ann", "--account", "DU1")
-        until(lambda: _holds_lease(house), "connector that waits for the session")
+        wait_until(lambda: _holds_lease(house), "connector that waits for the session")
         house.set_account(out_of_session="REFUSE")
         refused = house.wire.order(house.place(limit_price="90"))
         assert (refused["status"], refused["reject_source"], refused["reject_code"]) == (
@@ -90,9 +92,9 @@ def test_orders_wait_for_the_session_and_can_be_changed_meanwhile(
         )
         assert opens <= logged_on <= sent
         assert _terms_at_exchange(house) == {str(kept): 90, str(changed): 80}
-        until(lambda: house.heard("LOGOUT"), "close")
+        wait_until(lambda: house.heard("LOGOUT"), "close")
         assert house.heard("LOGOUT") == [{"reason": "SESSION"}]
-        until(lambda: not house.is_connected(), "end of the connection")
+        wait_until(lambda: not house.is_connected(), "end of the connection")
         assert utc_now() >= opens + SESSION
         late = house.place(limit_price="93")
         assert (house.status(late), house.wire.order(late)["status_reason"]) == (
@@ -111,7 +113,7 @@ def test_a_queue_survives_a_restart_and_what_waits_in_it_can_be_changed(
     with a_house(dsn, owner_conn, tmp_path) as house:
         house.set_account(orders_per_second=1)
         house.staff()
-        orders = [house.place(limit_price=f"{90 + number}") for number in range(6)]
+        orders = [house.place(limit_price=f"{90 + number}") for number in range(8)]
         house.wait_status(orders[0], "ROUTED")
         assert [house.programs[name].stop() for name in ("connect", "work")] == [0, 0]
         *kept, taken_back, changed = orders
@@ -133,7 +135,7 @@ def test_a_queue_survives_a_restart_and_what_waits_in_it_can_be_changed(
                WHERE user_id = %s AND kind = 'SUBMIT' AND sent_at IS NOT NULL ORDER BY sent_at"""
         )
         gaps = [later[0] - earlier[0] for earlier, later in pairwise(sent)]
-        assert len(sent) == 5
+        assert len(sent) == len(kept) + 1
         assert min(gaps) >= timedelta(seconds=1)
 
 
@@ -215,14 +217,14 @@ def test_killed_processes_go_on_where_they_were(
 ) -> None:
     with a_house(dsn, owner_conn, tmp_path) as house:
         orders = _start_with_a_queue(house)
-        until(lambda: len(house.heard("EXECUTION")) > 3, "some fills")
+        wait_until(lambda: len(house.heard("EXECUTION")) > 3, "some fills")
         house.programs["connect"].kill()
         house.programs["work"].kill()
         assert not _is_known(house), "they were killed in the middle of it"
         orders += [house.place(quantity="1") for _ in range(3)]
         house.end_lease()
         house.staff()
-        until(lambda: _is_known(house), "knowledge of every order")
+        wait_until(lambda: _is_known(house), "knowledge of every order")
         house.wait_settled()
         _books_agree(house)
         refs = house.sent_refs()
@@ -242,7 +244,7 @@ def test_a_signal_ends_connector_and_worker_cleanly(
 ) -> None:
     with a_house(dsn, owner_conn, tmp_path) as house:
         orders = _start_with_a_queue(house)
-        until(lambda: len(house.heard("EXECUTION")) > 3, "some fills")
+        wait_until(lambda: len(house.heard("EXECUTION")) > 3, "some fills")
         connector, worker = house.programs["connect"], house.programs["work"]
         end = {"SIGINT": lambda each: each.interrupt(), "SIGTERM": lambda each: each.stop()}
         assert [end[signal_name](each) for each in (connector, worker)] == [0, 0]
@@ -312,7 +314,7 @@ def test_up_does_it_all_in_one_process(
     monkeypatch.setenv("OMS_LOG", str(tmp_path / "log"))
     with a_house(dsn, owner_conn, tmp_path) as house:
         up = house.start("up", "up", "--every", "1")
-        until(house.is_connected, "connection")
+        wait_until(house.is_connected, "connection")
         first = house.place(quantity="10")
         house.wait_status(first, "FILLED")
         rests = house.place(limit_price="90")
@@ -330,7 +332,7 @@ def test_up_does_it_all_in_one_process(
             "SELECT count(*) FROM broker_command WHERE user_id = %s AND done_at IS NULL"
         ) == [(0,)]
         up = house.start("up", "up", "--every", "1")
-        until(house.is_connected, "connection")
+        wait_until(house.is_connected, "connection")
         second = house.place(quantity="5")
         house.wait_status(second, "FILLED")
         up.kill()

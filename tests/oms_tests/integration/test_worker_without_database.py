@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import psycopg
 import pytest
 from broker_cases import Wire, a_broker_run, an_account
-from waits import wait_until
+from waits import SECONDS_MAX, wait_until
 
 from engine import worker
 from engine.db.connect import Connection, open_connection
@@ -37,7 +37,7 @@ def a_worker(dsn: str) -> Iterator[list[BaseException]]:
         yield ended_by
     finally:
         stopped.set()
-        thread.join(30)
+        thread.join(SECONDS_MAX)
 
 
 _WAITS = """SELECT pid FROM pg_stat_activity

@@ -10,11 +10,10 @@ import psycopg
 import pytest
 from broker_cases import ACCOUNT, Wire, a_broker_run
 from chaos import Session, Stand, a_loop, a_stand
-from live import until
 from siege import a_server, a_siege, copy_of, install, open_folder
 from snapshot_cases import Books
 from traded_books import Book, a_life
-from waits import wait_until_blocked
+from waits import wait_until, wait_until_blocked
 
 from engine.brokers.dummy.random_plans import random_plan
 from engine.db.connect import ENGINE_ROLE, Connection, open_connection
@@ -273,7 +272,7 @@ def test_partial_write_detected_and_recovered_from_backup_or_reconcile(
             with stand.connected():
                 Session(stand, seed).run()
                 stand.place_one()
-                until(lambda: rows_waiting(stand), "words of the exchange")
+                wait_until(lambda: rows_waiting(stand), "words of the exchange")
                 a_torn_batch(stand, monkeypatch)
                 stand.settle()
             stand.must_agree()

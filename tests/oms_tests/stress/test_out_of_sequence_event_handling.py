@@ -12,7 +12,7 @@ from uuid import UUID
 
 import pytest
 from broker_cases import NOW, SECOND, Wire, a_broker_run
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.audit import audit
@@ -204,11 +204,7 @@ def assert_so(wire: Wire, order_id: UUID, life: Life) -> None:
 
 
 @pytest.mark.slow
-@settings(
-    max_examples=150,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
-)
+@settings(max_examples=150)
 @given(arrival=arrivals())
 def test_any_sequence_of_arrival_leads_to_the_same_books(
     conn: Connection, arrival: tuple[Life, list[list[Word]], int]

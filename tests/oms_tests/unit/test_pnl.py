@@ -10,7 +10,7 @@ from typing import Any
 
 import psycopg
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from market_days import assert_sound
 from traded_books import MONDAY, Book
@@ -395,11 +395,7 @@ TRADES = st.lists(
 )
 
 
-@settings(
-    max_examples=60,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
+@settings(max_examples=60)
 @given(trades=TRADES, mark=st.decimals("0.01", "500", places=2))
 def test_both_methods_agree_with_their_models_and_in_their_sum(
     conn: Connection, trades: list[tuple[Decimal, Decimal]], mark: Decimal

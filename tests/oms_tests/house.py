@@ -1,49 +1,35 @@
-"""The whole house as real processes: exchange, connector and worker, around one database."""
+"""The whole house as real processes: exchanges, connectors and worker, around one database."""
 
 from __future__ import annotations
 
 import io
 import json
-import os
 import signal
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
+from decimal import Decimal
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 from uuid import UUID
 
 from broker_cases import ACCOUNT, Wire, a_broker_run
-from exchange import END_SECONDS_MAX, ROOT, ExchangeProcess
+from exchange import ExchangeProcess
+from programs import END_SECONDS_MAX, as_migrated, environment, oms_process
 from psycopg.types.json import Jsonb
+from waits import SECONDS_MAX, wait_until
 
 from cli.main import main
 from engine.db.connect import Connection
-from engine.db.install import head
+from engine.orders.by_hand import place_order
+from engine.orders.model import OrderType, Side
 from engine.strategies.base import PlaceOrder
 
-_PROGRAM = "import sys; from cli.main import main; sys.exit(main(sys.argv[1:]))"
 # What the exchange opens an account with.
-EXCHANGE_CASH = 1_000_000
-# How long something may take until a test gives up on it.
-PATIENCE_SECONDS = 30.0
-
-Got = TypeVar("Got")
-
-
-def until(look: Callable[[], Got], what: str, seconds: float = PATIENCE_SECONDS) -> Got:
-    """Look until there is something; it is polled because other processes bring it about."""
-    ends_at = time.monotonic() + seconds
-    while True:
-        found = look()
-        if found:
-            return found
-        assert time.monotonic() < ends_at, f"in {seconds:g} s there was no {what}: {found!r}"
-        time.sleep(0.02)
+EXCHANGE_CASH = Decimal(1_000_000)
 
 
 class Program:
@@ -54,8 +40,8 @@ class Program:
         # A file: a pipe that nobody reads would stop the process.
         with tempfile.NamedTemporaryFile("w", prefix="oms-", delete=False) as self._output:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", _PROGRAM, *self.words],
-                env=os.environ | {"PYTHONPATH": str(ROOT), "DB_DSN": dsn},
+                oms_process(*self.words),
+                env=environment(DB_DSN=dsn),
                 stdout=self._output,
                 stderr=subprocess.STDOUT,
             )
@@ -84,7 +70,7 @@ class Program:
 
     def wait(self) -> int:
         """Wait until it ends by itself; its exit code."""
-        return self._process.wait(PATIENCE_SECONDS)
+        return self._process.wait(SECONDS_MAX)
 
     @property
     def has_ended(self) -> bool:
@@ -106,18 +92,28 @@ class Program:
 
 @dataclass
 class House:
-    """One user, one account, one run; what is started is ended with it."""
+    """One user with one run and its accounts, each at an exchange; what is started ends with it."""
 
     dsn: str
     wire: Wire
-    exchange: ExchangeProcess
+    exchanges: dict[str, ExchangeProcess]
     programs: dict[str, Program] = field(default_factory=dict)
 
-    def connect(self) -> Program:
-        """Start the account's connector and wait until it is logged on."""
-        connector = self.start("connect", "connect", "--user", "ann", "--account", ACCOUNT)
-        until(self.is_connected, "connection")
+    @property
+    def exchange(self) -> ExchangeProcess:
+        """Where the run trades first."""
+        return self.exchanges[self.wire.account]
+
+    def connect(self, account: str = ACCOUNT) -> Program:
+        """Start an account's connector and wait until it is logged on."""
+        connector = self.start_connector(account)
+        wait_until(lambda: self.is_connected(account), f"connection of {account}")
         return connector
+
+    def start_connector(self, account: str = ACCOUNT) -> Program:
+        """Start an account's connector; the first account's is called just that."""
+        name = "connect" if account == self.wire.account else f"connect {account}"
+        return self.start(name, "connect", "--user", "ann", "--account", account)
 
     def start(self, name: str, *words: str) -> Program:
         """Start an `oms` command."""
@@ -131,7 +127,7 @@ class House:
         before = self.reconciled()
         self.work()
         self.connect()
-        until(lambda: self.reconciled() > before, "first comparison")
+        wait_until(lambda: self.reconciled() > before, "first comparison")
 
     def set_account(self, **columns: Any) -> None:
         """Change how the account may be traded; its connector reads that when it starts."""
@@ -175,21 +171,16 @@ class House:
         """Start a worker."""
         return self.start(name, "work")
 
-    def is_connected(self) -> bool:
+    def is_connected(self, account: str = ACCOUNT) -> bool:
         row = self.wire.conn.execute(
             """SELECT connected AND expires_at > now() FROM broker_lease
                WHERE user_id = %s AND account = %s""",
-            [self.wire.run.user_id, self.wire.account],
+            [self.wire.run.user_id, account],
         ).fetchone()
         return bool(row and row[0])
 
     def place(self, side: str = "BUY", quantity: str = "10", **terms: Any) -> UUID:
         """Place an order as `oms order place` does."""
-        from decimal import Decimal
-
-        from engine.orders.by_hand import place_order
-        from engine.orders.model import OrderType, Side
-
         limit = terms.pop("limit_price", None)
         wanted = PlaceOrder(
             terms.pop("symbol", "AAPL"),
@@ -206,15 +197,15 @@ class House:
 
     def wait_status(self, order_id: UUID, *wanted: str) -> str:
         """Wait until an order is in one of these statuses."""
-        until(lambda: self.status(order_id) in wanted, f"{wanted} of {order_id}")
+        wait_until(lambda: self.status(order_id) in wanted, f"{wanted} of {order_id}")
         return self.status(order_id)
 
     def wait_event(self, code: str) -> Any:
         """Wait for an event of the run; its payload."""
-        return until(lambda: self.wire.events(code), code)[-1][1]
+        return wait_until(lambda: self.wire.events(code), code)[-1][1]
 
     def wait_alert(self, code: str) -> None:
-        until(lambda: code in self.wire.alerts(), f"alert {code}")
+        wait_until(lambda: code in self.wire.alerts(), f"alert {code}")
 
     def settled(self) -> bool:
         """Whether nothing waits in outbox or inbox."""
@@ -228,7 +219,7 @@ class House:
         return bool(row and row[0] == 0)
 
     def wait_settled(self) -> None:
-        until(self.settled, "quiet outbox and inbox")
+        wait_until(self.settled, "quiet outbox and inbox")
 
     def reconciled(self) -> int:
         """How many reconciliations were stored."""
@@ -237,10 +228,28 @@ class House:
         ).fetchone()
         return int(row[0]) if row else 0
 
+    def reconcile(self, *words: str, account: str = ACCOUNT) -> Any:
+        """What `oms reconcile` says."""
+        _, printed = self.oms("reconcile", "--user", "ann", "--account", account, *words, "--json")
+        return json.loads(printed)
+
+    def agrees(self, account: str = ACCOUNT) -> None:
+        """Once all is settled, `oms reconcile` finds nothing that differs."""
+        done = self.reconcile(account=account)
+        assert (done["differences"], done["undecided"]) == ([], 0)
+
+    def story(self) -> str:
+        """What its programs printed and what was asked, said and done, for who reads a failure."""
+        parts = [f"--- {name}\n{each.said()[-4000:]}" for name, each in self.programs.items()]
+        parts += [" ".join(map(str, row)) for query in _STORY for row in self.rows(query)]
+        return "\n".join(parts)
+
     def end(self) -> None:
         for program in self.programs.values():
             program.kill()
             program.forget()
+        for exchange in self.exchanges.values():
+            exchange.stop()
 
 
 # What a test that failed shows besides.
@@ -266,36 +275,43 @@ def audit_findings(conn: Connection) -> list[tuple[Any, ...]]:
     ]
 
 
+def open_house(
+    dsn: str,
+    conn: Connection,
+    folder: Path,
+    *,
+    faults: str | None = None,
+    accounts: tuple[str, ...] = (ACCOUNT,),
+    **terms: Any,
+) -> House:
+    """A house whose exchanges run: one for each account, of which the first has the faults."""
+    run = a_broker_run(conn, accounts=accounts, **terms)
+    house = House(dsn, Wire(conn, run, accounts[0]), {})
+    for account in accounts:
+        exchange = ExchangeProcess(folder / account, faults if account == accounts[0] else None)
+        house.exchanges[account] = exchange
+        exchange.start()
+        conn.execute(
+            "UPDATE broker_account SET settings = %s, opening_cash = %s"
+            " WHERE user_id = %s AND account = %s",
+            [Jsonb({"port": exchange.port, "client_id": 7}), EXCHANGE_CASH, run.user_id, account],
+        )
+    return house
+
+
 @contextmanager
-def a_house(
-    dsn: str, conn: Connection, folder: Path, *, account: str = ACCOUNT, **exchange: Any
-) -> Iterator[House]:
-    """A house with its exchange running; connector and worker are started by the test.
+def a_house(dsn: str, conn: Connection, folder: Path, **how: Any) -> Iterator[House]:
+    """An open house; connectors and worker are started by the test. ``how`` as in open_house.
 
     ``conn`` is an autocommit connection of the owner. At the end the audit must find nothing.
     """
-    # The commands want a database that migrations have made; this one is like it.
-    conn.execute("CREATE TABLE alembic_version (version_num text)")
-    conn.execute("INSERT INTO alembic_version VALUES (%s)", [head()])
-    conn.execute("SELECT grant_roles()")
-    broker = ExchangeProcess(folder, **exchange)
-    broker.start()
-    run = a_broker_run(conn, accounts=(account,))
-    conn.execute(
-        "UPDATE broker_account SET settings = %s, opening_cash = %s WHERE user_id = %s",
-        [Jsonb({"port": broker.port, "client_id": 7}), EXCHANGE_CASH, run.user_id],
-    )
-    house = House(dsn, Wire(conn, run, account), broker)
+    as_migrated(conn)
+    house = open_house(dsn, conn, folder, **how)
     try:
         yield house
     except BaseException:
-        for name, program in house.programs.items():
-            sys.stderr.write(f"--- {name}\n{program.said()[-4000:]}\n")
-        for query in _STORY:
-            for row in conn.execute(query, [run.user_id]).fetchall():
-                sys.stderr.write(f"{row}\n")
+        sys.stderr.write(house.story())
         raise
     finally:
         house.end()
-        broker.stop()
     assert audit_findings(conn) == []
