@@ -157,7 +157,7 @@ DECLARE
     cash      numeric;
     limited   boolean;             -- has limits
     waiting   boolean;             -- has open orders
-    reserved  numeric := 0;
+    reserved  numeric;             -- by them; NULL: not asked for yet
     symbols   text[];              -- the holdings: parallel arrays
     held      numeric[];
     marks     numeric[];
@@ -200,9 +200,6 @@ BEGIN
                  array_agg(h.mark_price) AS marks, array_agg(h.marked_at) AS marked
           FROM position h WHERE h.user_id = of_user AND h.run_id = of_run) p
     LEFT JOIN event_ledger l ON l.user_id = of_user AND l.run_id = of_run AND l.seq = first_seq - 1;
-    IF waiting THEN
-        reserved := run_reserved_cash(of_user, of_run);
-    END IF;
 
     -- Beside the event the row that it tells of: there is none unless the row is as the event says.
     FOR e IN
@@ -308,8 +305,11 @@ BEGIN
 
         ELSIF e.event_type = 'ORDER_PLACED' THEN
             IF (e.o).status = 'FILLED' THEN
+                IF waiting AND reserved IS NULL THEN
+                    reserved := run_reserved_cash(of_user, of_run);
+                END IF;
                 refusal := orders_gate(
-                    e.o, run.account_type, limited, cash - reserved,
+                    e.o, run.account_type, limited, cash - coalesce(reserved, 0),
                     coalesce(held[array_position(symbols, (e.o).symbol)], 0)
                     + CASE WHEN waiting THEN orders_open_quantity(e.o) ELSE 0 END,
                     cash, symbols, held, marks);

@@ -738,7 +738,7 @@ COMMENT ON FUNCTION order_modify IS
     'of a refusal. Raises unless at_version is the order''s.';
 
 CREATE FUNCTION order_modify_refusal(was orders, wanted orders) RETURNS text
-LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 DECLARE
     run     record;
     held    numeric;
