@@ -128,11 +128,11 @@ END $$;
 COMMENT ON FUNCTION orders_forget_sums IS
     'Trigger: what an order''s bucket comes to is not known when what it holds back changes.';
 
--- After every other trigger that may change the row. Acknowledgements change nothing here.
-CREATE TRIGGER orders_y_forget_sums_insert BEFORE INSERT ON orders
+-- After the gate and whatever else changes what is asked for. Acknowledgements change nothing here.
+CREATE TRIGGER orders_c_forget_insert BEFORE INSERT ON orders
     FOR EACH ROW WHEN (NEW.status <> ALL ('{REJECTED,FILLED}'))
     EXECUTE FUNCTION orders_forget_sums();
-CREATE TRIGGER orders_y_forget_sums_update BEFORE UPDATE ON orders
+CREATE TRIGGER orders_c_forget_update BEFORE UPDATE ON orders
     FOR EACH ROW WHEN (
         (NEW.status = ANY ('{FILLED,CANCELED,REJECTED,EXPIRED}'))
             <> (OLD.status = ANY ('{FILLED,CANCELED,REJECTED,EXPIRED}'))

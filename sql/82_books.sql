@@ -311,7 +311,10 @@ BEGIN
                 refusal := orders_gate(
                     e.o, run.account_type, limited, cash - coalesce(reserved, 0),
                     coalesce(held[array_position(symbols, (e.o).symbol)], 0)
-                    + CASE WHEN waiting THEN orders_open_quantity(e.o) ELSE 0 END,
+                    -- A purchase of cash alone asks for no holding.
+                    + CASE WHEN waiting AND (limited OR (e.o).side = 'SELL'
+                                             OR (e.o).purpose IS NOT NULL)
+                           THEN orders_open_quantity(e.o) ELSE 0 END,
                     cash, symbols, held, marks);
                 IF refusal.code IS NOT NULL OR (e.o).broker <> run.broker
                    -- A broker fills what was sent to it; nothing is born filled there.
