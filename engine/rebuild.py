@@ -36,6 +36,8 @@ _FROM_LEDGER = (
 )
 # A connector's work, which belongs to its account and goes on there.
 _NOT_THE_RUNS = ("broker_command",)
+# What the database makes of the rows again when it is asked for.
+_MADE_AGAIN = ("open_order_sum",)
 
 # What nobody tells the ledger, since it is no history: by table, the columns beside the key.
 _BESIDE = {
@@ -140,7 +142,7 @@ def _tables(conn: Connection, *, all_of_them: bool = False) -> list[str]:
                                  'execution'::regclass)
            ORDER BY 1"""
     )
-    left_out = () if all_of_them else (*_FROM_LEDGER, *_NOT_THE_RUNS)
+    left_out = () if all_of_them else (*_FROM_LEDGER, *_NOT_THE_RUNS, *_MADE_AGAIN)
     return [name for (name,) in rows if name not in left_out]
 
 

@@ -157,7 +157,7 @@ DECLARE
     cash      numeric;
     limited   boolean;             -- has limits
     waiting   boolean;             -- has open orders
-    reserved  numeric := 0;
+    reserved  numeric;             -- by them; NULL: not asked for yet
     symbols   text[];              -- the holdings: parallel arrays; the first so many are rows
     known     integer;
     held      numeric[];
@@ -202,9 +202,6 @@ BEGIN
           FROM position h WHERE h.user_id = of_user AND h.run_id = of_run) p
     LEFT JOIN event_ledger l ON l.user_id = of_user AND l.run_id = of_run AND l.seq = first_seq - 1;
     known := cardinality(symbols);
-    IF waiting THEN
-        reserved := run_reserved_cash(of_user, of_run);
-    END IF;
 
     -- Beside the event the row that it tells of: there is none unless the row is as the event says.
     FOR e IN
@@ -310,10 +307,16 @@ BEGIN
 
         ELSIF e.event_type = 'ORDER_PLACED' THEN
             IF (e.o).status = 'FILLED' THEN
+                IF waiting AND reserved IS NULL THEN
+                    reserved := run_reserved_cash(of_user, of_run);
+                END IF;
                 refusal := orders_gate(
-                    e.o, run.account_type, limited, cash - reserved,
+                    e.o, run.account_type, limited, cash - coalesce(reserved, 0),
                     coalesce(held[array_position(symbols, (e.o).symbol)], 0)
-                    + CASE WHEN waiting THEN orders_open_quantity(e.o) ELSE 0 END,
+                    -- A purchase of cash alone asks for no holding.
+                    + CASE WHEN waiting AND (limited OR (e.o).side = 'SELL'
+                                             OR (e.o).purpose IS NOT NULL)
+                           THEN orders_open_quantity(e.o) ELSE 0 END,
                     cash, symbols, held, marks);
                 IF refusal.code IS NOT NULL OR (e.o).broker <> run.broker
                    -- A broker fills what was sent to it; nothing is born filled there.

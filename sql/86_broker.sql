@@ -497,7 +497,7 @@ COMMENT ON FUNCTION orders_may_reroute IS
 -- The outbox says what the orders say, whoever writes it: a SUBMIT is of an order that waits to be
 -- sent, a CANCEL of one that has moved so, a MODIFY of one that the gate lets have its new terms.
 CREATE FUNCTION broker_command_is_true(c broker_command) RETURNS boolean
-LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 DECLARE
     o      orders;
     wanted orders;
@@ -744,7 +744,7 @@ COMMENT ON FUNCTION order_modify IS
     'of a refusal. Raises unless at_version is the order''s.';
 
 CREATE FUNCTION order_modify_refusal(was orders, wanted orders) RETURNS text
-LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 DECLARE
     run     record;
     held    numeric;

@@ -182,31 +182,6 @@ $$;
 
 COMMENT ON FUNCTION orders_price_code IS 'Why an order''s prices can not be, or NULL.';
 
--- What open orders of an order's side would add to its run's holding.
-CREATE FUNCTION orders_open_quantity(o orders) RETURNS numeric
-LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
-BEGIN
-    RETURN coalesce((SELECT sum(w.quantity - w.filled_quantity) FROM orders w
-                     WHERE w.user_id = o.user_id AND w.run_id = o.run_id AND w.symbol = o.symbol
-                       AND w.side = o.side
-                       AND w.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')), 0)
-           * CASE WHEN o.side = 'BUY' THEN 1 ELSE -1 END;
-END $$;
-
-COMMENT ON FUNCTION orders_open_quantity IS
-    'Units that open orders of an order''s symbol and side would add; negative for sells.';
-
--- The cash that open buy orders of a run hold back.
-CREATE FUNCTION run_reserved_cash(of_user uuid, of_run uuid) RETURNS numeric
-LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
-BEGIN
-    RETURN coalesce((SELECT sum(reserved_cash) FROM orders
-                     WHERE user_id = of_user AND run_id = of_run
-                       AND status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')), 0);
-END $$;
-
-COMMENT ON FUNCTION run_reserved_cash IS 'Cash held back by a run''s open buy orders.';
-
 -- What a symbol costs as far as a run can know: its own mark, else the last imported close.
 CREATE FUNCTION orders_known_price(o orders) RETURNS numeric
 LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
@@ -663,7 +638,7 @@ BEGIN
     SELECT p.quantity INTO held FROM position p
     WHERE p.user_id = NEW.user_id AND p.run_id = NEW.run_id AND p.symbol = NEW.symbol;
     limited := user_is_limited(NEW.user_id);
-    -- Each of the sums reads all open orders: only what the gate will ask for.
+    -- Only the sums that the gate will ask for.
     refusal := orders_gate(
         NEW, run.account_type, limited,
         CASE WHEN run.account_type = 'CASH' AND NEW.side = 'BUY'

@@ -7,6 +7,7 @@ CREATE VIEW audit_orphan AS
         SELECT user_id, run_id, 'engine_state' AS subject FROM engine_state
         UNION ALL SELECT user_id, run_id, 'engine_status' FROM engine_status
         UNION ALL SELECT user_id, run_id, 'orders ' || order_id FROM orders
+        UNION ALL SELECT user_id, run_id, 'open_order_sum ' || bucket FROM open_order_sum
         UNION ALL SELECT user_id, run_id, 'execution ' || execution_id FROM execution
         UNION ALL SELECT user_id, run_id, 'position ' || symbol FROM position
         UNION ALL SELECT user_id, run_id, 'mtm_ledger ' || logical_time FROM mtm_ledger
@@ -83,9 +84,25 @@ CREATE VIEW audit_order AS
     FROM orders o
     JOIN strategy_run r ON r.user_id = o.user_id AND r.run_id = o.run_id
     WHERE r.status IN ('STOPPED', 'ERROR') AND o.broker = 'paper'
-      AND o.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED');
+      AND o.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
+    UNION ALL
+    SELECT s.user_id, s.run_id, concat_ws(' ', 'open_order_sum', s.kind, s.symbol, s.bucket),
+           format('is %s, the open orders make it %s', s.amount, coalesce(o.amount, 0))
+    FROM open_order_sum s
+    LEFT JOIN (SELECT n.user_id, n.run_id, h.kind, h.symbol, order_bucket(n.order_id) AS bucket,
+                      sum(h.amount) AS amount
+               FROM orders n
+               CROSS JOIN LATERAL (VALUES ('CASH', '', n.reserved_cash),
+                                          (n.side, n.symbol, n.quantity - n.filled_quantity))
+                    h (kind, symbol, amount)
+               WHERE n.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
+               GROUP BY n.user_id, n.run_id, h.kind, h.symbol, order_bucket(n.order_id)) o
+        ON o.user_id = s.user_id AND o.run_id = s.run_id AND o.kind = s.kind
+       AND o.symbol = s.symbol AND o.bucket = s.bucket
+    WHERE s.amount <> coalesce(o.amount, 0);
 
-COMMENT ON VIEW audit_order IS 'Orders that contradict their executions or their run.';
+COMMENT ON VIEW audit_order IS
+    'Orders that contradict their executions, their run or what they are summed to.';
 
 CREATE VIEW audit_cash AS
     SELECT r.user_id, r.run_id, 'cash' AS subject,
@@ -215,7 +232,7 @@ LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
         'reconciliation_difference', 'risk_limit', 'run_route',
         'run_status', 'run_transition', 'sip_plan', 'split_applied', 'strategy_run',
         'breaker_kind', 'circuit_breaker', 'equity_peak', 'flatten_request', 'limit_kind',
-        'order_refusal', 'system_halt', 'trading_halt',
+        'open_order_sum', 'order_refusal', 'system_halt', 'trading_halt',
         'paper_order', 'paper_trade', 'paper_position', 'paper_equity_curve',
         'audit_broker', 'audit_cash', 'audit_chain', 'audit_duplicate', 'audit_event',
         'audit_guard', 'audit_mark', 'audit_order', 'audit_orphan', 'audit_position',

@@ -55,7 +55,7 @@ LANGUAGE sql IMMUTABLE SET search_path = public, pg_temp AS $$
         ('oms_engine', 'UPDATE (status, start_on) ON sip_plan'),
         ('oms_engine', 'EXECUTE ON FUNCTION ticks_write, reconcile_analyze'),
         ('oms_engine', 'EXECUTE ON FUNCTION halt_place, halt_lift, halt_enforce, system_halt_place,
-            system_halt_lift, run_equity_peak'),
+            system_halt_lift, run_equity_peak, open_orders_sum'),
         ('oms_engine', 'INSERT (user_id, flatten_id, scope, run_id, account, reason, asked_by,
             asked_at), UPDATE (status, checked_at, finished_at, summary) ON flatten_request'),
         ('oms_engine', 'INSERT, UPDATE (currency, opening_cash, calendar, time_zone, opens_at,
@@ -144,7 +144,7 @@ REVOKE EXECUTE ON FUNCTION grant_roles, ticks_write, books_follow, ledger_analyz
 REVOKE EXECUTE ON FUNCTION lease_take, lease_renew, lease_release, commands_claim,
     commands_throttled, commands_done, connector_alert, executions_unheard FROM PUBLIC;
 REVOKE EXECUTE ON FUNCTION halt_place, halt_lift, halt_enforce, system_halt_place,
-    system_halt_lift, run_equity_peak, reconcile_analyze FROM PUBLIC;
+    system_halt_lift, run_equity_peak, open_orders_sum, reconcile_analyze FROM PUBLIC;
 
 DO $$
 DECLARE

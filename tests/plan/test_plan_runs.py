@@ -289,12 +289,13 @@ def test_a_trade_of_one_run_on_the_order_of_another_violates_a_foreign_key(
     assert rows(conn, "SELECT run_id FROM execution") == [theirs.run_id]
 
 
-# Only runs that trade at a broker, or were stopped for safety, have rows here.
+# Only runs that trade at a broker, were stopped for safety or have many open orders are in these.
 AT_BROKERS = {
     "broker_command",
     "equity_peak",
     "execution_commission",
     "flatten_request",
+    "open_order_sum",
     "order_broker_id",
     "run_route",
     "trading_halt",

@@ -32,8 +32,8 @@ RUN_TABLES = (
     "sip_plan",
     "risk_limit",
 )
-# What belongs to a run at a broker, and what to a user's account there.
-BROKER_TABLES = ("run_route", "execution_commission", "order_broker_id")
+# What belongs to a run at a broker or with many open orders, and what to a user's account there.
+BROKER_TABLES = ("run_route", "execution_commission", "order_broker_id", "open_order_sum")
 ACCOUNT_TABLES = (
     "broker_account",
     "broker_lease",

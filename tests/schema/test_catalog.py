@@ -386,6 +386,8 @@ def test_few_functions_have_the_owners_rights(conn: Connection) -> None:
         ("lease_release", "void"),
         ("lease_renew", "timestamp with time zone"),
         ("lease_take", "timestamp with time zone"),
+        ("open_orders_sum", "numeric"),
+        ("orders_forget_sums", "trigger"),
         ("orders_send", "trigger"),
         ("orders_send_move", "trigger"),
         ("orders_send_rerouted", "trigger"),

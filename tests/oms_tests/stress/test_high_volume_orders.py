@@ -103,7 +103,7 @@ def waiting(conn: Connection) -> int:
 @pytest.fixture
 def wire(owner_conn: Connection) -> Wire:
     """A rich run in a database of its own."""
-    run = a_broker_run(owner_conn, initial_cash=Decimal(10**9), account_type="MARGIN")
+    run = a_broker_run(owner_conn, initial_cash=Decimal(10**9), account_type="CASH")
     return Wire(owner_conn, run)
 
 
