@@ -14,6 +14,8 @@ DROP VIEW audit_mark;
 
 DROP VIEW audit_cash;
 
+DROP VIEW audit_order;
+
 DROP VIEW audit_orphan;
 
 DROP VIEW order_refusal;
@@ -25,6 +27,12 @@ DROP VIEW position_pnl;
 DROP VIEW execution_cost;
 
 DROP TRIGGER run_route_a_check_write ON run_route;
+
+DROP TRIGGER open_order_sum_a_check_write ON open_order_sum;
+
+DROP TRIGGER orders_c_forget_insert ON orders;
+
+DROP TRIGGER orders_c_forget_update ON orders;
 
 DROP TRIGGER execution_commission_a_prepare_insert ON execution_commission;
 
@@ -104,6 +112,8 @@ ALTER TABLE risk_limit
     DROP CONSTRAINT risk_limit_days_in_range;
 
 DROP INDEX orders_id_once_at_brokers;
+
+DROP INDEX orders_open_bucket_idx;
 
 DROP INDEX execution_reversed_once;
 
@@ -848,6 +858,26 @@ BEGIN
     RETURN NEW;
 END $$;
 
+-- What open orders of an order's side would add to its run's holding.
+CREATE OR REPLACE FUNCTION orders_open_quantity(o orders) RETURNS numeric
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    RETURN coalesce((SELECT sum(w.quantity - w.filled_quantity) FROM orders w
+                     WHERE w.user_id = o.user_id AND w.run_id = o.run_id AND w.symbol = o.symbol
+                       AND w.side = o.side
+                       AND w.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')), 0)
+           * CASE WHEN o.side = 'BUY' THEN 1 ELSE -1 END;
+END $$;
+
+-- The cash that open buy orders of a run hold back.
+CREATE OR REPLACE FUNCTION run_reserved_cash(of_user uuid, of_run uuid) RETURNS numeric
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    RETURN coalesce((SELECT sum(reserved_cash) FROM orders
+                     WHERE user_id = of_user AND run_id = of_run
+                       AND status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')), 0);
+END $$;
+
 CREATE OR REPLACE FUNCTION orders_pass_gate() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 DECLARE
@@ -874,6 +904,30 @@ BEGIN
         NEW.status_reason := coalesce(refusal.reason, NEW.status_reason);
     END IF;
     RETURN NEW;
+END $$;
+
+-- Positions as the ledger alone tells them, symbol by symbol, event by event.
+CREATE OR REPLACE FUNCTION position_from_ledger(of_user uuid, of_run uuid)
+RETURNS TABLE (symbol text, quantity numeric, cost_basis numeric, realized_pnl numeric)
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+DECLARE
+    event event_ledger;
+    p     public.position;
+BEGIN
+    FOR event IN SELECT * FROM event_ledger l
+                 WHERE l.user_id = of_user AND l.run_id = of_run
+                   AND l.event_type IN ('EXECUTION', 'SPLIT_APPLIED')
+                 ORDER BY l.payload ->> 'symbol', l.seq
+    LOOP
+        IF p.symbol <> event.payload ->> 'symbol' THEN
+            RETURN QUERY SELECT p.symbol, p.quantity, p.cost_basis, p.realized_pnl;
+            p := NULL;
+        END IF;
+        p := position_after_event(p, event);
+    END LOOP;
+    -- A split of what was never held makes no position.
+    RETURN QUERY SELECT p.symbol, p.quantity, p.cost_basis, p.realized_pnl
+                 WHERE p.symbol IS NOT NULL;
 END $$;
 
 -- Named one by one, since other people's tables may be in the schema too.
@@ -970,6 +1024,8 @@ DROP FUNCTION broker_event_ends_order;
 DROP FUNCTION snapshots_whole;
 
 DROP FUNCTION orders_send_rerouted;
+
+DROP FUNCTION orders_send_refused;
 
 DROP FUNCTION orders_to_reroute;
 
@@ -1173,6 +1229,12 @@ DROP FUNCTION pnl_matches;
 
 DROP FUNCTION pnl_steps;
 
+DROP FUNCTION position_after_news;
+
+DROP FUNCTION position_after_told;
+
+DROP FUNCTION ledger_standing;
+
 DROP FUNCTION orders_event_subject;
 
 DROP FUNCTION execution_commission_apply;
@@ -1188,6 +1250,16 @@ DROP FUNCTION execution_is_newer;
 DROP FUNCTION execution_check_broker;
 
 DROP FUNCTION execution_said_by_broker;
+
+DROP FUNCTION open_orders_sum;
+
+DROP FUNCTION orders_forget_sums;
+
+DROP FUNCTION open_order_sum_check_write;
+
+DROP FUNCTION open_orders_read;
+
+DROP FUNCTION order_bucket;
 
 DROP FUNCTION orders_account;
 
@@ -1226,6 +1298,8 @@ DROP TABLE command_kind;
 DROP TABLE broker_lease;
 
 DROP TABLE execution_commission;
+
+DROP TABLE open_order_sum;
 
 DROP TABLE run_route;
 
@@ -1397,6 +1471,43 @@ CREATE VIEW audit_orphan AS
     WHERE r.run_id IS NULL;
 
 COMMENT ON VIEW audit_orphan IS 'Rows that belong to no run.';
+
+CREATE VIEW audit_order AS
+    SELECT o.user_id, o.run_id, 'order ' || o.order_id AS subject,
+           format('says %s filled for %s, its executions say %s for %s', o.filled_quantity,
+                  o.filled_notional, coalesce(e.quantity, 0), coalesce(e.notional, 0)) AS finding
+    FROM orders o
+    LEFT JOIN (SELECT user_id, run_id, order_id, sum(quantity) AS quantity,
+                      sum(quantity * price) AS notional
+               FROM execution GROUP BY user_id, run_id, order_id) e
+        ON e.user_id = o.user_id AND e.run_id = o.run_id AND e.order_id = o.order_id
+    WHERE (o.filled_quantity, o.filled_notional)
+          <> (coalesce(e.quantity, 0), coalesce(e.notional, 0))
+    UNION ALL
+    SELECT user_id, run_id, 'order ' || order_id,
+           format('is %s with %s of %s filled', status, filled_quantity, quantity)
+    FROM orders
+    WHERE CASE WHEN status = 'FILLED' THEN filled_quantity < quantity
+               WHEN status = 'PARTIALLY_FILLED'
+               THEN filled_quantity <= 0 OR filled_quantity >= quantity
+               WHEN status IN ('NEW', 'PENDING', 'PENDING_SUBMIT', 'ROUTED', 'REJECTED')
+               THEN filled_quantity <> 0
+               ELSE filled_quantity >= quantity END
+    UNION ALL
+    SELECT e.user_id, e.run_id, 'execution ' || e.execution_id,
+           format('is %s %s, its order %s %s', e.side, e.symbol, o.side, o.symbol)
+    FROM execution e
+    JOIN orders o ON o.user_id = e.user_id AND o.run_id = e.run_id AND o.order_id = e.order_id
+    WHERE (e.side, e.symbol) <> (o.side, o.symbol)
+    UNION ALL
+    SELECT o.user_id, o.run_id, 'order ' || o.order_id,
+           format('is %s in a run that is %s', o.status, r.status)
+    FROM orders o
+    JOIN strategy_run r ON r.user_id = o.user_id AND r.run_id = o.run_id
+    WHERE r.status IN ('STOPPED', 'ERROR') AND o.broker = 'paper'
+      AND o.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED');
+
+COMMENT ON VIEW audit_order IS 'Orders that contradict their executions or their run.';
 
 CREATE VIEW audit_cash AS
     SELECT r.user_id, r.run_id, 'cash' AS subject,

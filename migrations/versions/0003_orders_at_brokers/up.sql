@@ -12,6 +12,8 @@ DROP VIEW audit_mark;
 
 DROP VIEW audit_cash;
 
+DROP VIEW audit_order;
+
 DROP VIEW audit_orphan;
 
 DROP TRIGGER orders_b_pass_gate ON orders;
@@ -517,6 +519,209 @@ BEGIN
     RETURN NEW;
 END $$;
 
+-- What open orders hold back: the cash of buys, the units of either side. The gate asks for it at
+-- every new order, and must not read ten thousand open orders for an answer. So open orders are
+-- dealt into buckets by their ids, and what a bucket comes to is kept until one of its orders
+-- changes. What is not known is read from the orders themselves, so that it is never wrong; what is
+-- known was proven, whoever wrote it.
+
+-- Ids are made in more ways than one, and those of a run are much alike: only a hash deals evenly.
+-- The cost has a planner without statistics take the index of buckets, not any index of the run.
+CREATE FUNCTION order_bucket(order_id uuid) RETURNS integer
+LANGUAGE plpgsql IMMUTABLE COST 1000 SET search_path = public, pg_temp AS $$
+BEGIN
+    RETURN get_byte(sha256(uuid_send(order_id)), 0) / 2;
+END $$;
+
+COMMENT ON FUNCTION order_bucket IS 'The bucket, 0 to 127, in which an open order is summed.';
+
+-- The last condition is always true. Who does not say it, as those who only ask for open orders do
+-- not, is never given this index for another.
+CREATE INDEX orders_open_bucket_idx ON orders (user_id, run_id, order_bucket(order_id))
+    WHERE status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
+      AND order_bucket(order_id) >= 0;
+
+CREATE TABLE open_order_sum (
+    user_id  uuid    NOT NULL,
+    run_id   uuid    NOT NULL,
+    kind     text    NOT NULL,
+    symbol   text    NOT NULL DEFAULT '',
+    bucket   integer NOT NULL,
+    is_known boolean NOT NULL DEFAULT true,
+    amount   numeric,
+    CONSTRAINT open_order_sum_pkey PRIMARY KEY (user_id, run_id, kind, symbol, bucket),
+    CONSTRAINT open_order_sum_belongs_to_run FOREIGN KEY (user_id, run_id)
+        REFERENCES strategy_run (user_id, run_id) ON DELETE CASCADE,
+    CONSTRAINT open_order_sum_kind_known CHECK (kind = ANY ('{CASH,BUY,SELL}')),
+    CONSTRAINT open_order_sum_symbol_unless_cash CHECK ((kind = 'CASH') = (symbol = '')),
+    CONSTRAINT open_order_sum_bucket_in_range CHECK (bucket BETWEEN 0 AND 127),
+    CONSTRAINT open_order_sum_amount_if_known CHECK ((amount IS NOT NULL) = is_known),
+    CONSTRAINT open_order_sum_amount_in_range CHECK (abs(amount) < 1e40)
+) WITH (fillfactor = 50);
+
+COMMENT ON TABLE open_order_sum IS
+    'What the open orders of each bucket come to, where they are so many that it is worth knowing.';
+
+COMMENT ON COLUMN open_order_sum.kind IS
+    'CASH: what buys reserve, in currency. BUY, SELL: units of a symbol not yet filled.';
+
+COMMENT ON COLUMN open_order_sum.symbol IS 'The symbol of units; empty for cash.';
+
+COMMENT ON COLUMN open_order_sum.bucket IS 'That of its orders'' ids (order_bucket).';
+
+COMMENT ON COLUMN open_order_sum.is_known IS
+    'Until an order of the bucket changes, which is to be read from then on.';
+
+COMMENT ON COLUMN open_order_sum.amount IS
+    'Computed by the database, if it is known; NULL asks for it.';
+
+CREATE FUNCTION open_orders_read(of_user uuid, of_run uuid, of_kind text, of_symbol text,
+                                 of_buckets integer[], OUT amount numeric, OUT orders bigint)
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp
+SET plan_cache_mode = force_generic_plan AS $$
+BEGIN
+    IF of_buckets IS NOT NULL THEN
+        SELECT coalesce(sum(s.amount), 0), coalesce(sum(s.orders), 0) INTO amount, orders
+        FROM unnest(of_buckets) b
+        CROSS JOIN LATERAL (
+            SELECT sum(CASE WHEN of_kind = 'CASH' THEN o.reserved_cash
+                            WHEN o.symbol = of_symbol AND o.side = of_kind
+                            THEN o.quantity - o.filled_quantity END) AS amount,
+                   count(*) AS orders
+            FROM orders o
+            WHERE o.user_id = of_user AND o.run_id = of_run AND order_bucket(o.order_id) = b
+              AND order_bucket(o.order_id) >= 0
+              AND o.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')) s;
+    ELSIF of_kind = 'CASH' THEN
+        SELECT coalesce(sum(o.reserved_cash), 0), count(*) INTO amount, orders FROM orders o
+        WHERE o.user_id = of_user AND o.run_id = of_run
+          AND o.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED');
+    ELSE
+        SELECT coalesce(sum(o.quantity - o.filled_quantity) FILTER (WHERE o.side = of_kind), 0),
+               count(*)
+        INTO amount, orders FROM orders o
+        WHERE o.user_id = of_user AND o.run_id = of_run AND o.symbol = of_symbol
+          AND o.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED');
+    END IF;
+END $$;
+
+COMMENT ON FUNCTION open_orders_read IS
+    'What open orders hold back of a kind, and how many were read for it: those of some buckets, '
+    'or all (NULL).';
+
+-- The proof is read after the run is locked, so that every order of it is there to be seen; a
+-- transaction that sees an older state for as long as it lasts can prove nothing.
+CREATE FUNCTION open_order_sum_check_write() RETURNS trigger
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+DECLARE
+    due record;
+BEGIN
+    PERFORM run_lock(NEW.user_id, NEW.run_id, 'open_order_sum', 'RUNNING', 'STOPPING');
+    IF TG_OP = 'UPDATE' THEN
+        PERFORM row_check_keeps_run(OLD.user_id, OLD.run_id, NEW.user_id, NEW.run_id,
+                                    'open_order_sum');
+    END IF;
+    due := open_orders_read(NEW.user_id, NEW.run_id, NEW.kind, NEW.symbol, ARRAY[NEW.bucket]);
+    IF NEW.amount IS NULL THEN
+        NEW.amount := due.amount;
+    END IF;
+    IF NEW.amount <> due.amount
+       OR current_setting('transaction_isolation') <> 'read committed' THEN
+        RAISE EXCEPTION 'what open orders hold back follows from them: %, not %', due.amount,
+            NEW.amount
+            USING ERRCODE = '23T04', CONSTRAINT = 'open_order_sum_from_orders',
+                  TABLE = 'open_order_sum', COLUMN = 'amount',
+                  HINT = 'Leave amount NULL, in READ COMMITTED; the database computes it.';
+    END IF;
+    RETURN NEW;
+END $$;
+
+COMMENT ON FUNCTION open_order_sum_check_write IS
+    'Trigger: a sum that is known is what the open orders of its bucket come to.';
+
+-- That something is not known needs no proof.
+CREATE TRIGGER open_order_sum_a_check_write BEFORE INSERT OR UPDATE ON open_order_sum
+    FOR EACH ROW WHEN (NEW.is_known) EXECUTE FUNCTION open_order_sum_check_write();
+
+-- Before the order is there, so that the gate sees what came before it in the same statement.
+CREATE FUNCTION orders_forget_sums() RETURNS trigger
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp SET enable_seqscan = off AS $$
+BEGIN
+    UPDATE open_order_sum SET is_known = false, amount = NULL
+    WHERE user_id = NEW.user_id AND run_id = NEW.run_id
+      AND kind = ANY (ARRAY[NEW.side, CASE WHEN NEW.side = 'BUY' THEN 'CASH' END])
+      AND symbol = ANY (ARRAY[NEW.symbol, '']) AND bucket = order_bucket(NEW.order_id)
+      AND is_known;
+    RETURN NEW;
+END $$;
+
+COMMENT ON FUNCTION orders_forget_sums IS
+    'Trigger: what an order''s bucket comes to is not known when what it holds back changes.';
+
+-- After the gate and whatever else changes what is asked for. Acknowledgements change nothing here.
+CREATE TRIGGER orders_c_forget_insert BEFORE INSERT ON orders
+    FOR EACH ROW WHEN (NEW.status <> ALL ('{REJECTED,FILLED}'))
+    EXECUTE FUNCTION orders_forget_sums();
+
+CREATE TRIGGER orders_c_forget_update BEFORE UPDATE ON orders
+    FOR EACH ROW WHEN (
+        (NEW.status = ANY ('{FILLED,CANCELED,REJECTED,EXPIRED}'))
+            <> (OLD.status = ANY ('{FILLED,CANCELED,REJECTED,EXPIRED}'))
+        OR (NEW.quantity, NEW.filled_quantity, NEW.limit_price, NEW.stop_price, NEW.reference_price)
+           IS DISTINCT FROM
+           (OLD.quantity, OLD.filled_quantity, OLD.limit_price, OLD.stop_price,
+            OLD.reference_price))
+    EXECUTE FUNCTION orders_forget_sums();
+
+-- What is known is added up, the rest is read; if that were many orders, they are known from now
+-- on. So few open orders are never summed, and many changes between two questions cost one proof.
+CREATE FUNCTION open_orders_sum(of_user uuid, of_run uuid, of_kind text, of_symbol text)
+RETURNS numeric LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp
+SET enable_seqscan = off AS $$
+DECLARE
+    buckets CONSTANT integer := 128;
+    many    CONSTANT integer := 256;  -- orders
+    sums    record;
+    rest    record;
+BEGIN
+    SELECT sum(s.amount) AS known, count(*) AS buckets,
+           coalesce(array_agg(s.bucket) FILTER (WHERE NOT s.is_known), '{}') AS unknown
+    INTO sums FROM open_order_sum s
+    WHERE s.user_id = of_user AND s.run_id = of_run AND s.kind = of_kind AND s.symbol = of_symbol;
+    rest := open_orders_read(of_user, of_run, of_kind, of_symbol,
+                             CASE WHEN sums.buckets = buckets THEN sums.unknown END);
+    IF rest.orders <= many OR current_setting('transaction_isolation') <> 'read committed' THEN
+        NULL;
+    ELSIF sums.buckets = buckets THEN
+        UPDATE open_order_sum SET is_known = true
+        WHERE user_id = of_user AND run_id = of_run AND kind = of_kind AND symbol = of_symbol
+          AND bucket = ANY (sums.unknown);
+    ELSE
+        INSERT INTO open_order_sum (user_id, run_id, kind, symbol, bucket)
+        SELECT of_user, of_run, of_kind, of_symbol, b FROM generate_series(0, buckets - 1) b
+        ON CONFLICT DO NOTHING;
+    END IF;
+    RETURN CASE WHEN sums.buckets = buckets THEN coalesce(sums.known, 0) ELSE 0 END + rest.amount;
+END $$;
+
+COMMENT ON FUNCTION open_orders_sum IS
+    'What a run''s open orders hold back: CASH, or units to BUY or SELL of a symbol.';
+
+-- The cash that open buy orders of a run hold back.
+CREATE OR REPLACE FUNCTION run_reserved_cash(of_user uuid, of_run uuid) RETURNS numeric
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
+    RETURN open_orders_sum(of_user, of_run, 'CASH', '');
+END $$;
+
+-- What open orders of an order's side would add to its run's holding.
+CREATE OR REPLACE FUNCTION orders_open_quantity(o orders) RETURNS numeric
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
+    RETURN open_orders_sum(o.user_id, o.run_id, o.side, o.symbol)
+           * CASE WHEN o.side = 'BUY' THEN 1 ELSE -1 END;
+END $$;
+
 ALTER TABLE execution
     ADD COLUMN reverses text;
 
@@ -554,6 +759,10 @@ BEGIN
         RAISE EXCEPTION 'paper order % is %, so it can not trade', o.order_id, o.status
             USING ERRCODE = '23T05', CONSTRAINT = 'execution_order_is_open', TABLE = 'execution',
                   HINT = 'Only an open order trades; place another.';
+    ELSIF o.broker = 'paper' AND NEW.reverses IS NOT NULL THEN
+        RAISE EXCEPTION 'execution % is on paper, where nothing is taken back', NEW.reverses
+            USING ERRCODE = '23T08', CONSTRAINT = 'execution_said_by_broker', TABLE = 'execution',
+                  COLUMN = 'reverses', HINT = 'Only a broker takes back what it said.';
     END IF;
     NEW.symbol := o.symbol;
     NEW.side := o.side;
@@ -844,8 +1053,12 @@ BEGIN
         SELECT * INTO due FROM position p
         WHERE p.user_id = NEW.user_id AND p.run_id = NEW.run_id AND p.symbol = NEW.symbol;
     END IF;
-    due := position_after_events(due, NEW.user_id, NEW.run_id, NEW.symbol, run.books_seq,
-                                 run.account_type);
+    IF run.broker = 'paper' THEN
+        due := position_after_events(due, NEW.user_id, NEW.run_id, NEW.symbol, run.books_seq,
+                                     run.account_type);
+    ELSE
+        due := position_after_news(due, NEW.user_id, NEW.run_id, NEW.symbol, run.books_seq);
+    END IF;
     IF NEW.quantity IS NULL THEN
         NEW.quantity := coalesce(due.quantity, 0);
         NEW.cost_basis := coalesce(due.cost_basis, 0);
@@ -1073,8 +1286,9 @@ DECLARE
     cash      numeric;
     limited   boolean;             -- has limits
     waiting   boolean;             -- has open orders
-    reserved  numeric := 0;
-    symbols   text[];              -- the holdings: parallel arrays
+    reserved  numeric;             -- by them; NULL: not asked for yet
+    symbols   text[];              -- the holdings: parallel arrays; the first so many are rows
+    known     integer;
     held      numeric[];
     marks     numeric[];
     marked    timestamptz[];
@@ -1116,9 +1330,7 @@ BEGIN
                  array_agg(h.mark_price) AS marks, array_agg(h.marked_at) AS marked
           FROM position h WHERE h.user_id = of_user AND h.run_id = of_run) p
     LEFT JOIN event_ledger l ON l.user_id = of_user AND l.run_id = of_run AND l.seq = first_seq - 1;
-    IF waiting THEN
-        reserved := run_reserved_cash(of_user, of_run);
-    END IF;
+    known := cardinality(symbols);
 
     -- Beside the event the row that it tells of: there is none unless the row is as the event says.
     FOR e IN
@@ -1224,10 +1436,16 @@ BEGIN
 
         ELSIF e.event_type = 'ORDER_PLACED' THEN
             IF (e.o).status = 'FILLED' THEN
+                IF waiting AND reserved IS NULL THEN
+                    reserved := run_reserved_cash(of_user, of_run);
+                END IF;
                 refusal := orders_gate(
-                    e.o, run.account_type, limited, cash - reserved,
+                    e.o, run.account_type, limited, cash - coalesce(reserved, 0),
                     coalesce(held[array_position(symbols, (e.o).symbol)], 0)
-                    + CASE WHEN waiting THEN orders_open_quantity(e.o) ELSE 0 END,
+                    -- A purchase of cash alone asks for no holding.
+                    + CASE WHEN waiting AND (limited OR (e.o).side = 'SELL'
+                                             OR (e.o).purpose IS NOT NULL)
+                           THEN orders_open_quantity(e.o) ELSE 0 END,
                     cash, symbols, held, marks);
                 IF refusal.code IS NOT NULL OR (e.o).broker <> run.broker
                    -- A broker fills what was sent to it; nothing is born filled there.
@@ -1272,13 +1490,12 @@ BEGIN
         PERFORM mtm_ledger_refuse_time(of_run, last_mark, ticked);
     END IF;
     FOR i IN 1 .. cardinality(symbols) LOOP
-        IF traded[i] THEN
+        IF i > known THEN
+            INSERT INTO position (user_id, run_id, symbol, quantity, mark_price, marked_at)
+            VALUES (of_user, of_run, symbols[i], NULL, marks[i], marked[i]);
+        ELSIF traded[i] THEN
             UPDATE position SET quantity = NULL, mark_price = marks[i], marked_at = marked[i]
             WHERE user_id = of_user AND run_id = of_run AND symbol = symbols[i];
-            IF NOT FOUND THEN
-                INSERT INTO position (user_id, run_id, symbol, quantity, mark_price, marked_at)
-                VALUES (of_user, of_run, symbols[i], NULL, marks[i], marked[i]);
-            END IF;
         ELSIF remarked[i] THEN
             UPDATE position SET mark_price = marks[i], marked_at = marked[i]
             WHERE user_id = of_user AND run_id = of_run AND symbol = symbols[i];
@@ -1292,8 +1509,94 @@ END $$;
 
 -- Profit and loss: what executions opened, matched with what closed it. Two methods: first in,
 -- first out, where each execution opens a lot of its own; and average cost, where one lot takes up
--- all. Both give the same sum of realised and unrealised. An execution that was taken back and the
--- one that takes it back are as if they had never been.
+-- all. Both give the same sum of realised and unrealised.
+
+-- What a broker took back never was: the pair is left out, as long as both sides of it count in
+-- the same units. Behind a split that came in between, the taking back is a trade like any other.
+CREATE FUNCTION ledger_standing(of_user uuid, of_run uuid, of_symbol text DEFAULT NULL,
+                                upto_seq bigint DEFAULT 9223372036854775807)
+RETURNS TABLE (event event_ledger, splits_so_far bigint)
+LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
+    SELECT s.event, s.splits_so_far
+    FROM (SELECT t.event, t.symbol, t.splits_so_far,
+                 count(*) OVER (PARTITION BY t.symbol, t.splits_so_far, (t.event).event_type,
+                     coalesce((t.event).payload ->> 'reverses', substr((t.event).subject, 38))) = 1
+                     AS stands
+          FROM (SELECT l AS event, l.payload ->> 'symbol' AS symbol,
+                       count(*) FILTER (WHERE l.event_type = 'SPLIT_APPLIED')
+                           OVER (PARTITION BY l.payload ->> 'symbol' ORDER BY l.seq)
+                           AS splits_so_far
+                FROM event_ledger l
+                WHERE l.user_id = of_user AND l.run_id = of_run AND l.seq <= upto_seq
+                  AND l.event_type IN ('EXECUTION', 'SPLIT_APPLIED')
+                  AND (l.payload ->> 'symbol' = of_symbol OR of_symbol IS NULL)) t) s
+    WHERE s.stands
+    ORDER BY s.symbol, (s.event).seq
+$$;
+
+COMMENT ON FUNCTION ledger_standing IS
+    'The events that make a run''s positions, of one symbol or all, without what was taken back.';
+
+-- One step of the fold of 82_books.sql for runs at brokers, where executions are taken back: what
+-- such a one had done to cost and profit is undone, its price is no news of the market.
+CREATE FUNCTION position_after_told(p public.position, event event_ledger) RETURNS public.position
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+DECLARE
+    told     public.position := position_after_event(p, event);
+    standing public.position;
+    e        event_ledger;
+BEGIN
+    IF event.payload ->> 'reverses' IS NULL THEN
+        RETURN told;
+    END IF;
+    FOR e IN SELECT (s.event).* FROM ledger_standing(event.user_id, event.run_id, p.symbol,
+                                                     event.seq) s
+    LOOP
+        standing := position_after_event(standing, e);
+    END LOOP;
+    told.cost_basis := coalesce(standing.cost_basis, 0);
+    told.realized_pnl := coalesce(standing.realized_pnl, 0);
+    told.mark_price := p.mark_price;
+    told.marked_at := p.marked_at;
+    RETURN told;
+END $$;
+
+COMMENT ON FUNCTION position_after_told IS
+    'A position after an event of its symbol; an execution that is taken back never was.';
+
+-- Of several that are taken back at once the last one tells of all.
+CREATE FUNCTION position_after_news(p public.position, of_user uuid, of_run uuid, of_symbol text,
+                                    books_seq bigint)
+RETURNS public.position
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+DECLARE
+    news record;
+    next public.position;
+BEGIN
+    FOR news IN SELECT l AS event, l.payload ->> 'reverses' IS NOT NULL AS reverses,
+                       max(l.seq) FILTER (WHERE l.payload ->> 'reverses' IS NOT NULL) OVER ()
+                           AS last_reversal
+                FROM event_ledger l
+                WHERE l.user_id = of_user AND l.run_id = of_run
+                  AND l.seq > position_after_news.books_seq
+                  AND l.event_type IN ('EXECUTION', 'SPLIT_APPLIED')
+                  AND l.payload ->> 'symbol' = of_symbol
+                ORDER BY l.seq
+    LOOP
+        IF news.reverses AND (news.event).seq < news.last_reversal THEN
+            next := position_after_event(p, news.event);
+            next.mark_price := p.mark_price;
+            next.marked_at := p.marked_at;
+            p := next;
+        ELSE
+            p := position_after_told(p, news.event);
+        END IF;
+    END LOOP;
+    RETURN p;
+END $$;
+
+COMMENT ON FUNCTION position_after_news IS
+    'What the ledger makes of a position of a run at a broker: what was taken back never was.';
 
 -- The executions that stand, in the order in which profits are reckoned: by the broker's time,
 -- whatever our clock said and whenever the news came. A split is where units change, so what the
@@ -1305,26 +1608,16 @@ LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
     SELECT s.execution_id, s.event_at, s.delta, s.price, s.numerator, s.denominator,
            s.quantity_after
     FROM (
-        SELECT substr(l.subject, 38) AS execution_id,
-               (l.payload ->> 'event_at')::timestamptz AS event_at,
-               (l.payload ->> 'quantity')::numeric
-               * CASE WHEN l.payload ->> 'side' = 'BUY' THEN 1 ELSE -1 END AS delta,
-               (l.payload ->> 'price')::numeric AS price,
-               (l.payload ->> 'numerator')::numeric AS numerator,
-               (l.payload ->> 'denominator')::numeric AS denominator,
-               (l.payload ->> 'quantity_after')::numeric AS quantity_after,
-               l.seq, l.event_type = 'SPLIT_APPLIED' AS is_split,
-               count(*) FILTER (WHERE l.event_type = 'SPLIT_APPLIED') OVER (ORDER BY l.seq)
-                   AS splits_so_far
-        FROM event_ledger l
-        WHERE l.user_id = of_user AND l.run_id = of_run
-          AND l.event_type IN ('EXECUTION', 'SPLIT_APPLIED')
-          AND l.payload ->> 'symbol' = of_symbol
-          AND l.payload ->> 'reverses' IS NULL
-          AND NOT EXISTS (SELECT FROM execution r
-                          WHERE r.user_id = of_user AND r.run_id = of_run
-                            AND r.reverses = substr(l.subject, 38) COLLATE "default"
-                            AND l.event_type = 'EXECUTION')) s
+        SELECT substr((l.event).subject, 38) AS execution_id,
+               ((l.event).payload ->> 'event_at')::timestamptz AS event_at,
+               ((l.event).payload ->> 'quantity')::numeric
+               * CASE WHEN (l.event).payload ->> 'side' = 'BUY' THEN 1 ELSE -1 END AS delta,
+               ((l.event).payload ->> 'price')::numeric AS price,
+               ((l.event).payload ->> 'numerator')::numeric AS numerator,
+               ((l.event).payload ->> 'denominator')::numeric AS denominator,
+               ((l.event).payload ->> 'quantity_after')::numeric AS quantity_after,
+               (l.event).seq, (l.event).event_type = 'SPLIT_APPLIED' AS is_split, l.splits_so_far
+        FROM ledger_standing(of_user, of_run, of_symbol) l) s
     ORDER BY s.splits_so_far, s.is_split DESC, s.event_at, s.seq
 $$;
 
@@ -2028,7 +2321,7 @@ COMMENT ON FUNCTION orders_may_reroute IS
 -- The outbox says what the orders say, whoever writes it: a SUBMIT is of an order that waits to be
 -- sent, a CANCEL of one that has moved so, a MODIFY of one that the gate lets have its new terms.
 CREATE FUNCTION broker_command_is_true(c broker_command) RETURNS boolean
-LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 DECLARE
     o      orders;
     wanted orders;
@@ -2247,10 +2540,16 @@ BEGIN
     wanted.stop_price := coalesce(new_stop, was.stop_price);
     refusal := order_modify_refusal(was, wanted);
     IF refusal IS NOT NULL THEN
+        -- Told once, as a cancel of nothing is, however often it is asked for.
         INSERT INTO event_ledger (user_id, run_id, logical_time, event_type, subject, payload)
-        VALUES (of_user, of_run, run_last_time(of_user, of_run), 'MODIFY_REFUSED',
-                of_order || '@' || was.version, jsonb_build_object('reason', refusal))
-        ON CONFLICT DO NOTHING;
+        SELECT of_user, of_run, t.at, 'MODIFY_REFUSED', t.subject,
+               jsonb_build_object('reason', refusal)
+        FROM (SELECT run_last_time(of_user, of_run), of_order || '@' || was.version)
+             AS t (at, subject)
+        WHERE NOT EXISTS (SELECT FROM event_ledger l
+                          WHERE l.user_id = of_user AND l.run_id = of_run
+                            AND l.logical_time = t.at AND l.event_type = 'MODIFY_REFUSED'
+                            AND l.subject = t.subject);
         RETURN refusal;
     END IF;
     IF orders_may_change_unsent(was, wanted) THEN
@@ -2270,7 +2569,7 @@ COMMENT ON FUNCTION order_modify IS
     'of a refusal. Raises unless at_version is the order''s.';
 
 CREATE FUNCTION order_modify_refusal(was orders, wanted orders) RETURNS text
-LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 DECLARE
     run     record;
     held    numeric;
@@ -3882,7 +4181,7 @@ BEGIN
     SELECT p.quantity INTO held FROM position p
     WHERE p.user_id = NEW.user_id AND p.run_id = NEW.run_id AND p.symbol = NEW.symbol;
     limited := user_is_limited(NEW.user_id);
-    -- Each of the sums reads all open orders: only what the gate will ask for.
+    -- Only the sums that the gate will ask for.
     refusal := orders_gate(
         NEW, run.account_type, limited,
         CASE WHEN run.account_type = 'CASH' AND NEW.side = 'BUY'
@@ -4852,6 +5151,33 @@ $$;
 COMMENT ON FUNCTION orders_to_reroute IS
     'Orders that never reached their account, and the account that takes them over.';
 
+-- Orders that their broker's adapter refused to send, and why, as their connector says.
+CREATE FUNCTION orders_send_refused(of_user uuid)
+RETURNS TABLE (run_id uuid, order_id uuid, account text, error text)
+LANGUAGE sql STABLE ROWS 10 SET search_path = public, pg_temp AS $$
+    SELECT o.run_id, o.order_id, o.account,
+           (SELECT e.payload ->> 'error' FROM broker_event e
+            WHERE e.user_id = of_user AND e.account = o.account
+              AND e.order_ref = o.order_id::text AND e.kind = 'SEND_FAILED'
+              AND e.payload ->> 'command_id' = c.command_id::text
+            ORDER BY e.number DESC LIMIT 1)
+    FROM strategy_run r
+    JOIN orders o ON o.user_id = of_user AND o.run_id = r.run_id
+    JOIN broker_command c ON c.user_id = of_user AND c.account = o.account
+                         AND c.order_id = o.order_id AND c.kind = 'SUBMIT'
+    WHERE r.user_id = of_user AND r.status IN ('RUNNING', 'STOPPING') AND r.broker <> 'paper'
+      AND o.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED') AND o.filled_quantity = 0
+      AND c.outcome = 'REFUSED'
+      -- Whatever a connector says: what the broker speaks of, it has.
+      AND NOT EXISTS (SELECT FROM broker_event e
+                      WHERE e.user_id = of_user AND e.account = o.account
+                        AND e.order_ref = o.order_id::text AND broker_event_shows_order(e))
+    ORDER BY o.order_id
+$$;
+
+COMMENT ON FUNCTION orders_send_refused IS
+    'Open orders that certainly never went out: their broker''s adapter refused to send them.';
+
 -- The next account is sent what the first never had.
 CREATE FUNCTION orders_send_rerouted() RETURNS trigger
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp AS $$
@@ -4917,13 +5243,18 @@ BEGIN
                    WHERE b.user_id = o.user_id AND b.account = o.account
                      AND b.order_ref = o.order_id::text
                      AND broker_event_ends_order(b.kind, b.payload))
+        OR o.reject_code = 'SEND_REFUSED' AND EXISTS (
+                   SELECT FROM broker_command c
+                   WHERE c.user_id = o.user_id AND c.account = o.account
+                     AND c.order_id = o.order_id AND c.kind = 'SUBMIT' AND c.outcome = 'REFUSED')
         OR EXISTS (SELECT FROM execution e
                    WHERE e.user_id = o.user_id AND e.run_id = o.run_id
                      AND e.order_id = o.order_id AND e.reverses IS NOT NULL);
 END $$;
 
 COMMENT ON FUNCTION order_end_is_said IS
-    'Whether an order''s broker has said, by our own reference, that it is over.';
+    'Whether an order''s broker has said, by our own reference, that it is over, or its adapter '
+    'that it can not be sent.';
 
 -- Since when a broker may have an order; NULL where it certainly has not.
 CREATE FUNCTION order_at_broker_since(o orders, OUT since timestamptz, OUT is_heard boolean)
@@ -4948,7 +5279,7 @@ COMMENT ON FUNCTION order_at_broker_since IS
     'Since when a broker may have an order, or NULL, and whether it has spoken of it.';
 
 -- What the broker never spoke of may be on its way while a snapshot is taken: it must have been
--- asked afterwards.
+-- asked afterwards. What never went out is over when we say so, but not in the broker's name.
 CREATE FUNCTION orders_prove_end() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 DECLARE
@@ -4966,7 +5297,7 @@ BEGIN
                        AND w.order_id = n.order_id AND w.status <> n.status
         CROSS JOIN LATERAL order_at_broker_since(n) h
         WHERE n.broker <> 'paper' AND n.status IN ('CANCELED', 'EXPIRED', 'REJECTED')
-          AND h.since IS NOT NULL AND NOT order_end_is_said(n)
+          AND (h.since IS NOT NULL OR n.reject_source = 'BROKER') AND NOT order_end_is_said(n)
     ), shown AS MATERIALIZED (
         SELECT a.user_id, a.account, s.snapshot_id, s.received_at, s.asked_at
         FROM (SELECT DISTINCT user_id, account FROM ended) a
@@ -5003,7 +5334,8 @@ BEGIN
 END $$;
 
 COMMENT ON FUNCTION orders_prove_end IS
-    'Trigger: an order that a broker may have is over when the broker''s words show it.';
+    'Trigger: an order that a broker may have is over when the broker''s words show it, and one is '
+    'rejected by a broker only if it, or its adapter, has said so.';
 
 CREATE TRIGGER orders_m_prove_end AFTER UPDATE ON orders
     REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows
@@ -5162,6 +5494,7 @@ CREATE VIEW audit_orphan AS
         SELECT user_id, run_id, 'engine_state' AS subject FROM engine_state
         UNION ALL SELECT user_id, run_id, 'engine_status' FROM engine_status
         UNION ALL SELECT user_id, run_id, 'orders ' || order_id FROM orders
+        UNION ALL SELECT user_id, run_id, 'open_order_sum ' || bucket FROM open_order_sum
         UNION ALL SELECT user_id, run_id, 'execution ' || execution_id FROM execution
         UNION ALL SELECT user_id, run_id, 'position ' || symbol FROM position
         UNION ALL SELECT user_id, run_id, 'mtm_ledger ' || logical_time FROM mtm_ledger
@@ -5180,6 +5513,59 @@ CREATE VIEW audit_orphan AS
     WHERE r.run_id IS NULL;
 
 COMMENT ON VIEW audit_orphan IS 'Rows that belong to no run.';
+
+CREATE VIEW audit_order AS
+    SELECT o.user_id, o.run_id, 'order ' || o.order_id AS subject,
+           format('says %s filled for %s, its executions say %s for %s', o.filled_quantity,
+                  o.filled_notional, coalesce(e.quantity, 0), coalesce(e.notional, 0)) AS finding
+    FROM orders o
+    LEFT JOIN (SELECT user_id, run_id, order_id, sum(quantity) AS quantity,
+                      sum(quantity * price) AS notional
+               FROM execution GROUP BY user_id, run_id, order_id) e
+        ON e.user_id = o.user_id AND e.run_id = o.run_id AND e.order_id = o.order_id
+    WHERE (o.filled_quantity, o.filled_notional)
+          <> (coalesce(e.quantity, 0), coalesce(e.notional, 0))
+    UNION ALL
+    SELECT user_id, run_id, 'order ' || order_id,
+           format('is %s with %s of %s filled', status, filled_quantity, quantity)
+    FROM orders
+    WHERE CASE WHEN status = 'FILLED' THEN filled_quantity < quantity
+               WHEN status = 'PARTIALLY_FILLED'
+               THEN filled_quantity <= 0 OR filled_quantity >= quantity
+               WHEN status IN ('NEW', 'PENDING', 'PENDING_SUBMIT', 'ROUTED', 'REJECTED')
+               THEN filled_quantity <> 0
+               ELSE filled_quantity >= quantity END
+    UNION ALL
+    SELECT e.user_id, e.run_id, 'execution ' || e.execution_id,
+           format('is %s %s, its order %s %s', e.side, e.symbol, o.side, o.symbol)
+    FROM execution e
+    JOIN orders o ON o.user_id = e.user_id AND o.run_id = e.run_id AND o.order_id = e.order_id
+    WHERE (e.side, e.symbol) <> (o.side, o.symbol)
+    UNION ALL
+    SELECT o.user_id, o.run_id, 'order ' || o.order_id,
+           format('is %s in a run that is %s', o.status, r.status)
+    FROM orders o
+    JOIN strategy_run r ON r.user_id = o.user_id AND r.run_id = o.run_id
+    WHERE r.status IN ('STOPPED', 'ERROR') AND o.broker = 'paper'
+      AND o.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
+    UNION ALL
+    SELECT s.user_id, s.run_id, concat_ws(' ', 'open_order_sum', s.kind, s.symbol, s.bucket),
+           format('is %s, the open orders make it %s', s.amount, coalesce(o.amount, 0))
+    FROM open_order_sum s
+    LEFT JOIN (SELECT n.user_id, n.run_id, h.kind, h.symbol, order_bucket(n.order_id) AS bucket,
+                      sum(h.amount) AS amount
+               FROM orders n
+               CROSS JOIN LATERAL (VALUES ('CASH', '', n.reserved_cash),
+                                          (n.side, n.symbol, n.quantity - n.filled_quantity))
+                    h (kind, symbol, amount)
+               WHERE n.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
+               GROUP BY n.user_id, n.run_id, h.kind, h.symbol, order_bucket(n.order_id)) o
+        ON o.user_id = s.user_id AND o.run_id = s.run_id AND o.kind = s.kind
+       AND o.symbol = s.symbol AND o.bucket = s.bucket
+    WHERE s.amount <> coalesce(o.amount, 0);
+
+COMMENT ON VIEW audit_order IS
+    'Orders that contradict their executions, their run or what they are summed to.';
 
 CREATE VIEW audit_cash AS
     SELECT r.user_id, r.run_id, 'cash' AS subject,
@@ -5209,6 +5595,26 @@ CREATE VIEW audit_cash AS
     WHERE r.books_seq <> coalesce(l.seq, 0);
 
 COMMENT ON VIEW audit_cash IS 'Runs whose cash is not their initial cash and their executions.';
+
+-- Positions as the ledger alone tells them, symbol by symbol, event by event.
+CREATE OR REPLACE FUNCTION position_from_ledger(of_user uuid, of_run uuid)
+RETURNS TABLE (symbol text, quantity numeric, cost_basis numeric, realized_pnl numeric)
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+DECLARE
+    event event_ledger;
+    p     public.position;
+BEGIN
+    FOR event IN SELECT (s.event).* FROM ledger_standing(of_user, of_run) s LOOP
+        IF p.symbol <> event.payload ->> 'symbol' THEN
+            RETURN QUERY SELECT p.symbol, p.quantity, p.cost_basis, p.realized_pnl;
+            p := NULL;
+        END IF;
+        p := position_after_event(p, event);
+    END LOOP;
+    -- A split of what was never held makes no position.
+    RETURN QUERY SELECT p.symbol, p.quantity, p.cost_basis, p.realized_pnl
+                 WHERE p.symbol IS NOT NULL;
+END $$;
 
 CREATE VIEW audit_mark AS
     SELECT user_id, run_id, 'mtm_ledger ' || logical_time AS subject,
@@ -5252,7 +5658,7 @@ LANGUAGE sql STABLE SET search_path = public, pg_temp AS $$
         'reconciliation_difference', 'risk_limit', 'run_route',
         'run_status', 'run_transition', 'sip_plan', 'split_applied', 'strategy_run',
         'breaker_kind', 'circuit_breaker', 'equity_peak', 'flatten_request', 'limit_kind',
-        'order_refusal', 'system_halt', 'trading_halt',
+        'open_order_sum', 'order_refusal', 'system_halt', 'trading_halt',
         'paper_order', 'paper_trade', 'paper_position', 'paper_equity_curve',
         'audit_broker', 'audit_cash', 'audit_chain', 'audit_duplicate', 'audit_event',
         'audit_guard', 'audit_mark', 'audit_order', 'audit_orphan', 'audit_position',
@@ -5406,36 +5812,51 @@ COMMENT ON FUNCTION broker_event_is_booked IS
     'Whether an execution, bust or commission that a broker told is in a run''s books.';
 
 -- Inbox and outbox are kept, so that they still bear out what is in the books. A run that was made
--- anew from an export has neither: they are its account's.
+-- anew from an export has neither: they are its account's. Written for a planner without statistics
+-- (docs/decisions/0014): whatever it joins in which order, each row is proven once, since that is
+-- done in what it must materialize, and each other row is found by its key.
 CREATE VIEW audit_broker AS
-    WITH traded AS (
+    WITH named AS MATERIALIZED (
+        SELECT DISTINCT b.user_id, b.account, b.order_ref FROM broker_event b
+        WHERE b.order_ref IS NOT NULL
+    ), traded AS MATERIALIZED (
         SELECT c.user_id, c.run_id FROM broker_command c WHERE c.run_id IS NOT NULL
         UNION
         SELECT o.user_id, o.run_id FROM orders o
-        JOIN broker_event b ON b.user_id = o.user_id AND b.account = o.account
-                           AND b.order_ref = o.order_id::text
+        JOIN named n ON n.user_id = o.user_id AND n.account = o.account
+                    AND n.order_ref = o.order_id::text
         WHERE o.recovered
+    ), executed AS MATERIALIZED (
+        SELECT e, execution_said_by_broker(e) AS is_said
+        FROM traded t
+        JOIN strategy_run r ON r.user_id = t.user_id AND r.run_id = t.run_id
+        JOIN execution e ON e.user_id = t.user_id AND e.run_id = t.run_id
+        WHERE r.broker <> 'paper'
+    ), charged AS MATERIALIZED (
+        SELECT c, execution_commission_is_said(c) AS is_said
+        FROM traded t
+        JOIN execution_commission c ON c.user_id = t.user_id AND c.run_id = t.run_id
     )
-    SELECT e.user_id, e.run_id, 'execution ' || e.execution_id AS subject,
-           CASE WHEN e.reverses IS NULL THEN format('no broker said %s of %s at %s', e.side,
-                                                    e.quantity, e.price)
-                ELSE format('no broker took back %s', e.reverses) END AS finding
-    FROM orders o
-    JOIN execution e ON e.user_id = o.user_id AND e.run_id = o.run_id AND e.order_id = o.order_id
-    JOIN traded t ON t.user_id = o.user_id AND t.run_id = o.run_id
-    WHERE o.broker <> 'paper' AND NOT coalesce(execution_said_by_broker(e), false)
+    SELECT (x.e).user_id, (x.e).run_id, 'execution ' || (x.e).execution_id AS subject,
+           CASE WHEN (x.e).reverses IS NULL
+                THEN format('no broker said %s of %s at %s', (x.e).side, (x.e).quantity,
+                            (x.e).price)
+                ELSE format('no broker took back %s', (x.e).reverses) END AS finding
+    FROM executed x
+    WHERE x.is_said IS NOT TRUE
     UNION ALL
-    SELECT c.user_id, c.run_id, 'commission of ' || c.execution_id,
-           format('no broker said %s %s', c.amount, c.currency)
-    FROM execution_commission c
-    JOIN traded t ON t.user_id = c.user_id AND t.run_id = c.run_id
-    WHERE NOT coalesce(execution_commission_is_said(c), false)
+    SELECT (x.c).user_id, (x.c).run_id, 'commission of ' || (x.c).execution_id,
+           format('no broker said %s %s', (x.c).amount, (x.c).currency)
+    FROM charged x
+    WHERE x.is_said IS NOT TRUE
     UNION ALL
     SELECT c.user_id, c.run_id, 'broker_command ' || c.command_id,
            format('is a %s that its order, %s at %s, does not bear out', c.kind, o.status,
                   o.account)
     FROM broker_command c
-    JOIN orders o ON o.user_id = c.user_id AND o.run_id = c.run_id AND o.order_id = c.order_id
+    CROSS JOIN LATERAL (SELECT * FROM orders w
+                        WHERE w.user_id = c.user_id AND w.run_id = c.run_id
+                          AND w.order_id = c.order_id ORDER BY w.order_id LIMIT 1) o
     WHERE c.kind IN ('SUBMIT', 'MODIFY', 'CANCEL')
       AND (c.payload ->> 'order_ref', c.payload ->> 'symbol', c.payload ->> 'side',
            c.payload ->> 'order_type', c.payload ->> 'time_in_force')
@@ -5444,7 +5865,7 @@ CREATE VIEW audit_broker AS
        OR c.kind = 'SUBMIT' AND c.claimed_by IS NULL AND c.done_at IS NULL
           AND (o.status IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
                OR c.account <> o.account
-               OR c.payload <> orders_command_payload(o))
+               OR c.payload <> orders_command_payload(o::orders))
     UNION ALL
     SELECT o.user_id, o.run_id, 'order ' || o.order_id,
            format('is %s at %s and no command sent it there', o.status, o.account)
@@ -5452,18 +5873,18 @@ CREATE VIEW audit_broker AS
     JOIN traded t ON t.user_id = o.user_id AND t.run_id = o.run_id
     WHERE o.broker <> 'paper' AND NOT o.recovered
       AND (o.status <> 'REJECTED' OR o.reject_source = 'BROKER')
-      AND NOT EXISTS (SELECT FROM broker_command c
-                      WHERE c.user_id = o.user_id AND c.account = o.account
-                        AND c.order_id = o.order_id AND c.kind = 'SUBMIT')
+      AND (SELECT true FROM broker_command c
+           WHERE c.user_id = o.user_id AND c.account = o.account AND c.order_id = o.order_id
+             AND c.kind = 'SUBMIT' ORDER BY c.order_id LIMIT 1) IS NULL
     UNION ALL
     SELECT o.user_id, o.run_id, 'order ' || o.order_id,
            format('is %s and no command asks for it', o.status)
     FROM orders o
     JOIN traded t ON t.user_id = o.user_id AND t.run_id = o.run_id
     WHERE o.broker <> 'paper' AND o.status IN ('PENDING_CANCEL', 'PENDING_MODIFY')
-      AND NOT EXISTS (SELECT FROM broker_command c
-                      WHERE c.user_id = o.user_id AND c.run_id = o.run_id
-                        AND c.order_id = o.order_id AND 'PENDING_' || c.kind = o.status)
+      AND (SELECT true FROM broker_command c
+           WHERE c.user_id = o.user_id AND c.run_id = o.run_id AND c.order_id = o.order_id
+             AND 'PENDING_' || c.kind = o.status ORDER BY c.order_id LIMIT 1) IS NULL
     UNION ALL
     SELECT o.user_id, o.run_id, 'order ' || o.order_id,
            format('of a run at %s is at %s, which is at %s', o.broker, a.account, a.broker)
@@ -5475,14 +5896,14 @@ CREATE VIEW audit_broker AS
            format('has the ids %s and %s, under which no broker knows it', o.broker_order_id,
                   o.perm_id)
     FROM orders o
-    WHERE (o.broker_order_id IS NOT NULL AND NOT EXISTS (
-               SELECT FROM order_broker_id m
+    WHERE (o.broker_order_id IS NOT NULL AND (
+               SELECT true FROM order_broker_id m
                WHERE m.user_id = o.user_id AND m.run_id = o.run_id AND m.order_id = o.order_id
-                 AND m.broker_order_id = o.broker_order_id))
-       OR (o.perm_id IS NOT NULL AND NOT EXISTS (
-               SELECT FROM order_broker_id m
+                 AND m.broker_order_id = o.broker_order_id ORDER BY m.order_id LIMIT 1) IS NULL)
+       OR (o.perm_id IS NOT NULL AND (
+               SELECT true FROM order_broker_id m
                WHERE m.user_id = o.user_id AND m.run_id = o.run_id AND m.order_id = o.order_id
-                 AND m.perm_id = o.perm_id))
+                 AND m.perm_id = o.perm_id ORDER BY m.order_id LIMIT 1) IS NULL)
     UNION ALL
     SELECT b.user_id, NULL, format('broker_event %s of %s', b.number, b.account),
            format('is a %s that was found %s, and no book has it', b.kind, b.finding)
@@ -5796,7 +6217,7 @@ BEGIN
             ORDER BY l.seq
         LOOP
             IF event.event_type <> 'TICK' THEN
-                p := position_after_event(p, event);
+                p := position_after_told(p, event);
             ELSIF p.quantity <> 0 THEN
                 p.mark_price := (event.payload #>> ARRAY['prices', part.symbol])::numeric;
                 p.marked_at := coalesce(
@@ -5951,7 +6372,7 @@ LANGUAGE sql IMMUTABLE SET search_path = public, pg_temp AS $$
         ('oms_engine', 'UPDATE (status, start_on) ON sip_plan'),
         ('oms_engine', 'EXECUTE ON FUNCTION ticks_write, reconcile_analyze'),
         ('oms_engine', 'EXECUTE ON FUNCTION halt_place, halt_lift, halt_enforce, system_halt_place,
-            system_halt_lift, run_equity_peak'),
+            system_halt_lift, run_equity_peak, open_orders_sum'),
         ('oms_engine', 'INSERT (user_id, flatten_id, scope, run_id, account, reason, asked_by,
             asked_at), UPDATE (status, checked_at, finished_at, summary) ON flatten_request'),
         ('oms_engine', 'INSERT, UPDATE (currency, opening_cash, calendar, time_zone, opens_at,
@@ -6014,7 +6435,7 @@ REVOKE EXECUTE ON FUNCTION lease_take, lease_renew, lease_release, commands_clai
     commands_throttled, commands_done, connector_alert, executions_unheard FROM PUBLIC;
 
 REVOKE EXECUTE ON FUNCTION halt_place, halt_lift, halt_enforce, system_halt_place,
-    system_halt_lift, run_equity_peak, reconcile_analyze FROM PUBLIC;
+    system_halt_lift, run_equity_peak, open_orders_sum, reconcile_analyze FROM PUBLIC;
 
 DO $$
 BEGIN
