@@ -714,6 +714,15 @@ BEGIN
     wanted.limit_price := coalesce(new_limit, was.limit_price);
     wanted.stop_price := coalesce(new_stop, was.stop_price);
     refusal := order_modify_refusal(was, wanted);
+    IF refusal IS NULL AND was.status IN ('NEW', 'PENDING', 'PENDING_SUBMIT') THEN
+        IF orders_may_change_unsent(was, wanted) THEN
+            UPDATE orders SET quantity = wanted.quantity, limit_price = wanted.limit_price,
+                              stop_price = wanted.stop_price
+            WHERE user_id = of_user AND run_id = of_run AND order_id = of_order;
+            RETURN 'MODIFIED';
+        END IF;
+        refusal := 'SUBMIT_UNANSWERED: its broker has not confirmed it yet; ask again then';
+    END IF;
     IF refusal IS NOT NULL THEN
         -- Told once, as a cancel of nothing is, however often it is asked for.
         INSERT INTO event_ledger (user_id, run_id, logical_time, event_type, subject, payload)
@@ -726,12 +735,6 @@ BEGIN
                             AND l.logical_time = t.at AND l.event_type = 'MODIFY_REFUSED'
                             AND l.subject = t.subject);
         RETURN refusal;
-    END IF;
-    IF orders_may_change_unsent(was, wanted) THEN
-        UPDATE orders SET quantity = wanted.quantity, limit_price = wanted.limit_price,
-                          stop_price = wanted.stop_price
-        WHERE user_id = of_user AND run_id = of_run AND order_id = of_order;
-        RETURN 'MODIFIED';
     END IF;
     INSERT INTO broker_command (user_id, account, kind, run_id, order_id, order_version, payload)
     VALUES (of_user, was.account, 'MODIFY', of_run, of_order, was.version + 1,

@@ -2539,6 +2539,15 @@ BEGIN
     wanted.limit_price := coalesce(new_limit, was.limit_price);
     wanted.stop_price := coalesce(new_stop, was.stop_price);
     refusal := order_modify_refusal(was, wanted);
+    IF refusal IS NULL AND was.status IN ('NEW', 'PENDING', 'PENDING_SUBMIT') THEN
+        IF orders_may_change_unsent(was, wanted) THEN
+            UPDATE orders SET quantity = wanted.quantity, limit_price = wanted.limit_price,
+                              stop_price = wanted.stop_price
+            WHERE user_id = of_user AND run_id = of_run AND order_id = of_order;
+            RETURN 'MODIFIED';
+        END IF;
+        refusal := 'SUBMIT_UNANSWERED: its broker has not confirmed it yet; ask again then';
+    END IF;
     IF refusal IS NOT NULL THEN
         -- Told once, as a cancel of nothing is, however often it is asked for.
         INSERT INTO event_ledger (user_id, run_id, logical_time, event_type, subject, payload)
@@ -2551,12 +2560,6 @@ BEGIN
                             AND l.logical_time = t.at AND l.event_type = 'MODIFY_REFUSED'
                             AND l.subject = t.subject);
         RETURN refusal;
-    END IF;
-    IF orders_may_change_unsent(was, wanted) THEN
-        UPDATE orders SET quantity = wanted.quantity, limit_price = wanted.limit_price,
-                          stop_price = wanted.stop_price
-        WHERE user_id = of_user AND run_id = of_run AND order_id = of_order;
-        RETURN 'MODIFIED';
     END IF;
     INSERT INTO broker_command (user_id, account, kind, run_id, order_id, order_version, payload)
     VALUES (of_user, was.account, 'MODIFY', of_run, of_order, was.version + 1,
@@ -5851,21 +5854,22 @@ CREATE VIEW audit_broker AS
     WHERE x.is_said IS NOT TRUE
     UNION ALL
     SELECT c.user_id, c.run_id, 'broker_command ' || c.command_id,
-           format('is a %s that its order, %s at %s, does not bear out', c.kind, o.status,
-                  o.account)
+           format('is a %s that its order, %s at %s, does not bear out', c.kind, (x.o).status,
+                  (x.o).account)
     FROM broker_command c
-    CROSS JOIN LATERAL (SELECT * FROM orders w
-                        WHERE w.user_id = c.user_id AND w.run_id = c.run_id
-                          AND w.order_id = c.order_id ORDER BY w.order_id LIMIT 1) o
+    CROSS JOIN LATERAL (SELECT o FROM orders o
+                        WHERE o.user_id = c.user_id AND o.run_id = c.run_id
+                          AND o.order_id = c.order_id ORDER BY o.order_id LIMIT 1) x
     WHERE c.kind IN ('SUBMIT', 'MODIFY', 'CANCEL')
       AND (c.payload ->> 'order_ref', c.payload ->> 'symbol', c.payload ->> 'side',
            c.payload ->> 'order_type', c.payload ->> 'time_in_force')
           IS DISTINCT FROM
-          (o.order_id::text, o.symbol, o.side, o.order_type, o.time_in_force)
+          ((x.o).order_id::text, (x.o).symbol, (x.o).side, (x.o).order_type,
+           (x.o).time_in_force)
        OR c.kind = 'SUBMIT' AND c.claimed_by IS NULL AND c.done_at IS NULL
-          AND (o.status IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
-               OR c.account <> o.account
-               OR c.payload <> orders_command_payload(o::orders))
+          AND ((x.o).status IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
+               OR c.account <> (x.o).account
+               OR c.payload <> orders_command_payload(x.o))
     UNION ALL
     SELECT o.user_id, o.run_id, 'order ' || o.order_id,
            format('is %s at %s and no command sent it there', o.status, o.account)

@@ -346,6 +346,28 @@ def test_reduce_quantity_preserves_filled_qty_and_updates_remaining(wire: Wire) 
     assert_books(wire, "6", "600")
 
 
+@pytest.mark.parametrize("heard", [None, "PENDING_SUBMIT"])
+def test_an_order_without_an_answer_is_not_modified_until_it_has_one(
+    wire: Wire, heard: str | None
+) -> None:
+    order_id = wire.place(limit_price="100")
+    wire.sent(order_id)
+    if heard is not None:
+        wire.status(order_id, heard)
+        wire.apply()
+    assert wire.modify(order_id, limit_price="101").startswith("SUBMIT_UNANSWERED")
+    assert wire.modify(order_id, limit_price="102").startswith("SUBMIT_UNANSWERED")
+    wire.status(order_id, "ROUTED")
+    wire.apply()
+    assert wire.order(order_id)["limit_price"] == 100
+    assert wire.modify(order_id, limit_price="101") == "PENDING_MODIFY"
+    assert wire.kinds(order_id) == ["SUBMIT", "MODIFY"]
+    told = wire.conn.execute(
+        "SELECT count(*) FROM event_ledger WHERE event_type = 'MODIFY_REFUSED'"
+    ).fetchone()
+    assert told == (1,)
+
+
 def test_the_audit_sees_what_these_tests_rely_on(conn: Connection) -> None:
     wire = Wire(conn, a_broker_run(conn, user="ben"))
     order_id = wire.working()
