@@ -37,13 +37,18 @@ _SETTINGS = {
     "synchronous_commit": "off",
     "full_page_writes": "off",
     "max_connections": "60",
+    # A clone is written to the log whole; a gigabyte of it would be kept.
+    "max_wal_size": "128MB",
     "shared_buffers": "32MB",
     # What plpgsql would let pass in silence fails a test.
     "plpgsql.extra_errors": "all",
     # A time zone far from UTC, so that a slip shows.
     "timezone": "America/New_York",
 }
-_server = pytest.StashKey[tuple[Server, Path]]()
+_server = pytest.StashKey[tuple[Server, Path, Path]]()
+# A file system in memory, used if it has so much room.
+_MEMORY = Path("/dev/shm")
+_ROOM_BYTES = 4 * 2**30
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -72,20 +77,22 @@ def pytest_xdist_auto_num_workers() -> int:
 
 def pytest_configure(config: pytest.Config) -> None:
     """Start the worker's server and tell pytest-postgresql where it is."""
-    if config.option.collectonly or config.option.help:
+    # Who only hands out tests to workers needs none.
+    hands_out = getattr(config.option, "dist", "no") != "no"
+    if config.option.collectonly or config.option.help or hands_out:
         return
-    base = Path(tempfile.mkdtemp(prefix="oms-tests-"))
-    base.chmod(0o755)
+    base = _folder()
     # Programs that tests start log there, not in the user's own folder.
     os.environ["OMS_LOG"] = str(base / "log")
     wanted = str(config.option.server)
-    folder = (base / "server").resolve()
+    data = _folder(_memory())
+    folder = (data / "server").resolve()
     programs = (
         reachable_programs(base / "programs", int(wanted)) if wanted.isdigit() else Path(wanted)
     )
     server = Server(folder, bin_dir=programs, settings=_SETTINGS)
     server.start()
-    config.stash[_server] = (server, base)
+    config.stash[_server] = (server, base, data)
     with psycopg.connect(server.dsn()) as admin:
         admin.execute(f"CREATE ROLE {OWNER_ROLE} LOGIN CREATEROLE")
         host, port = admin.info.host, admin.info.port
@@ -103,9 +110,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_unconfigure(config: pytest.Config) -> None:
     if _server in config.stash:
-        server, base = config.stash[_server]
+        server, *folders = config.stash[_server]
         server.stop("immediate")
-        shutil.rmtree(base)
+        for folder in folders:
+            shutil.rmtree(folder)
+
+
+def _folder(inside: Path | None = None) -> Path:
+    """A new folder that the account which runs Postgres can reach."""
+    folder = Path(tempfile.mkdtemp(prefix="oms-tests-", dir=inside))
+    folder.chmod(0o755)
+    return folder
+
+
+def _memory() -> Path | None:
+    """Where a database is cloned in a third of the time; programs may not be run from there."""
+    if not os.access(_MEMORY, os.W_OK) or shutil.disk_usage(_MEMORY).free < _ROOM_BYTES:
+        return None
+    return _MEMORY
 
 
 def _install(*, host: str, port: int, user: str, dbname: str, **_: object) -> None:
