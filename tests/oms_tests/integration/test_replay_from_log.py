@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from decimal import Decimal
 
 import psycopg
 import pytest
@@ -137,7 +136,7 @@ def test_a_run_with_many_open_orders_is_rebuilt_too(
     owner_conn: Connection, empty: Connection
 ) -> None:
     """What they come to in sum is no part of an export; the database makes it again."""
-    run = a_run(owner_conn, initial_cash=Decimal(10_000))
+    run = a_run(owner_conn, cash="10000")
     place = """INSERT INTO orders (user_id, run_id, symbol, side, quantity, order_type,
                                    limit_price, time_in_force)
                SELECT %s, %s, 'AAPL', 'BUY', 1, 'LIMIT', 10, 'GTC' FROM generate_series(1, %s)
