@@ -142,7 +142,7 @@ def test_a_run_with_many_open_orders_is_rebuilt_too(
                SELECT %s, %s, 'AAPL', 'BUY', 1, 'LIMIT', 10, 'GTC' FROM generate_series(1, %s)
                RETURNING reject_code"""
     key = [run.user_id, run.run_id]
-    owner_conn.execute(place, [*key, 400])
+    owner_conn.execute(place, [*key, 600])
     before = contents(owner_conn, run)
     assert len(before.pop("open_order_sum")) == 128
     rebuild_run(empty, read_export(lines_of(owner_conn, run)))
@@ -150,8 +150,8 @@ def test_a_run_with_many_open_orders_is_rebuilt_too(
     assert after.pop("open_order_sum") == []
     assert after == before
     for conn in (owner_conn, empty):
-        codes = [code for (code,) in conn.execute(place, [*key, 601])]
-        assert codes == [None] * 600 + ["INSUFFICIENT_CASH"]
+        codes = [code for (code,) in conn.execute(place, [*key, 401])]
+        assert codes == [None] * 400 + ["INSUFFICIENT_CASH"]
         assert_sound(conn)
 
 
