@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from decimal import Decimal
 
 import psycopg
 import pytest
@@ -137,13 +136,13 @@ def test_a_run_with_many_open_orders_is_rebuilt_too(
     owner_conn: Connection, empty: Connection
 ) -> None:
     """What they come to in sum is no part of an export; the database makes it again."""
-    run = a_run(owner_conn, initial_cash=Decimal(10_000))
+    run = a_run(owner_conn, cash="10000")
     place = """INSERT INTO orders (user_id, run_id, symbol, side, quantity, order_type,
                                    limit_price, time_in_force)
                SELECT %s, %s, 'AAPL', 'BUY', 1, 'LIMIT', 10, 'GTC' FROM generate_series(1, %s)
                RETURNING reject_code"""
     key = [run.user_id, run.run_id]
-    owner_conn.execute(place, [*key, 400])
+    owner_conn.execute(place, [*key, 600])
     before = contents(owner_conn, run)
     assert len(before.pop("open_order_sum")) == 128
     rebuild_run(empty, read_export(lines_of(owner_conn, run)))
@@ -151,8 +150,8 @@ def test_a_run_with_many_open_orders_is_rebuilt_too(
     assert after.pop("open_order_sum") == []
     assert after == before
     for conn in (owner_conn, empty):
-        codes = [code for (code,) in conn.execute(place, [*key, 601])]
-        assert codes == [None] * 600 + ["INSUFFICIENT_CASH"]
+        codes = [code for (code,) in conn.execute(place, [*key, 401])]
+        assert codes == [None] * 400 + ["INSUFFICIENT_CASH"]
         assert_sound(conn)
 
 
