@@ -680,7 +680,7 @@ RETURNS numeric LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_t
 SET enable_seqscan = off AS $$
 DECLARE
     buckets CONSTANT integer := 128;
-    many    CONSTANT integer := 256;  -- orders
+    many    CONSTANT integer := 512;  -- orders
     sums    record;
     rest    record;
 BEGIN
