@@ -147,6 +147,22 @@ COMMENT ON FUNCTION event_refuse IS
     'Raises what is wrong with an event: SEQ, HASH, TIME, CASH, words of the gate, or no row '
     'behind it.';
 
+-- A planner that has never seen these tables takes any index of a run for as good as another, and
+-- reads the whole run where one row was asked for. Autovacuum looks once a minute at most; a replay
+-- or a broker has written hundreds of thousands of rows by then. So a run that grows long before
+-- anybody has looked has them looked at, once.
+CREATE FUNCTION ledger_analyze() RETURNS void
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
+    IF (SELECT reltuples FROM pg_class WHERE oid = 'event_ledger'::regclass) < 500 THEN
+        ANALYZE event_ledger, orders, execution, mtm_ledger, position, strategy_run,
+            broker_command, broker_event;
+    END IF;
+END $$;
+
+COMMENT ON FUNCTION ledger_analyze IS
+    'Gives the planner its first statistics of the tables that grow with every tick or fill.';
+
 -- Events are not taken on anybody's word: each must follow from the one before it, and what it
 -- tells must be so, row by row. Positions and cash follow these events, so forging one would forge
 -- money. The loop reads every row once and knows cash and holdings as they were at each event.
@@ -374,6 +390,9 @@ BEGIN
     END LOOP;
     IF moved THEN
         UPDATE strategy_run SET cash = NULL WHERE user_id = of_user AND run_id = of_run;
+    END IF;
+    IF first_seq <= 1000 AND next_seq > 1000 THEN
+        PERFORM ledger_analyze();
     END IF;
     RETURN next_seq - first_seq;
 END $$;

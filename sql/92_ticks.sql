@@ -1,21 +1,6 @@
 -- Ticks as the engine writes them: everything that one tick or many told, in one statement, which
 -- the triggers of the tables then prove as a whole. Nothing here is taken on the engine's word.
 
--- A planner that has never seen these tables takes any index of a run for as good as another, and
--- reads the whole run where one row was asked for. Autovacuum looks once a minute at most; a replay
--- has written hundreds of thousands of rows by then. So a run that grows long before anybody has
--- looked has them looked at, once.
-CREATE FUNCTION ledger_analyze() RETURNS void
-LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
-BEGIN
-    IF (SELECT reltuples FROM pg_class WHERE oid = 'event_ledger'::regclass) < 500 THEN
-        ANALYZE event_ledger, orders, execution, mtm_ledger, position, strategy_run;
-    END IF;
-END $$;
-
-COMMENT ON FUNCTION ledger_analyze IS
-    'Gives the planner its first statistics of the tables that grow with every tick.';
-
 CREATE FUNCTION plans_are_active(of_user uuid, of_run uuid, event_types text[],
                                  event_subject text[]) RETURNS boolean
 LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
@@ -101,9 +86,6 @@ BEGIN
                OVER (ROWS UNBOUNDED PRECEDING)
     FROM generate_series(1, cardinality(told_type)) i;
 
-    IF after_seq < 1000 AND after_seq + cardinality(told_type) >= 1000 THEN
-        PERFORM ledger_analyze();
-    END IF;
     IF cardinality(tick_time) > 0 THEN
         UPDATE engine_state
         SET last_logical_time = tick_time[cardinality(tick_time)],

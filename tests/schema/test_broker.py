@@ -532,11 +532,6 @@ _CALLS = [
         TERMS,
     ),
     _attack(
-        "a change of what never arrived",
-        _call("order_modify", "dan", "deals", "o_lost", ", 1, 11"),
-        AGREES,
-    ),
-    _attack(
         "a run that calls itself stopped",
         "UPDATE strategy_run SET status = 'STOPPED' WHERE run_id = :'deals'",
         "strategy_run_orders_settled",
@@ -791,6 +786,7 @@ def test_what_a_broker_has_is_changed_when_the_broker_says_so(market: Connection
         ("o_waits", "1, 1000", "INSUFFICIENT_CASH"),
         ("o_partly", "2, 4", "QUANTITY_BELOW_FILLED"),
         ("o_routed", "2, -1", "QUANTITY_BELOW_FILLED"),
+        ("o_lost", "1, 11", "SUBMIT_UNANSWERED"),
         ("o_routed", "2, NULL, NULL, 5", "STOP_PRICE_NOT_ALLOWED"),
     ],
 )

@@ -401,8 +401,8 @@ def test_few_functions_have_the_owners_rights(conn: Connection) -> None:
     ]
 
 
-# One loop over the ledger that every proof is a part of; one statement with every row of a tick.
-LONG = {"books_follow", "ticks_write"}
+# One loop over the ledger that every proof is a part of.
+LONG = {"books_follow"}
 
 
 def test_functions_stay_short(conn: Connection) -> None:
