@@ -5812,8 +5812,9 @@ CREATE VIEW audit_event AS
                       WHERE l.user_id = o.user_id AND l.run_id = o.run_id
                         AND l.logical_time = o.status_at
                         AND l.event_type = 'ORDER_' || o.status
-                        AND (l.subject = o.order_id::text
-                             OR o.broker <> 'paper' AND event_order_id(l.subject) = o.order_id))
+                        -- An equation first: orders of one moment are not compared each with each.
+                        AND event_order_id(l.subject) = o.order_id
+                        AND (o.broker <> 'paper' OR l.subject = o.order_id::text))
       -- Back at work, its only fills taken back: the reversal's own event tells that.
       AND NOT (o.status = 'ROUTED'
                AND EXISTS (SELECT FROM execution e

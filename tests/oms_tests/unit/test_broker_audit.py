@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 from broker_cases import Wire, a_broker_run
 
@@ -76,3 +78,29 @@ def test_the_audit_of_brokers_reads_so_much_an_order(filled: Connection) -> None
     assert _pages(filled) / (ORDERS + RECOVERED) < PAGES_PER_ORDER_MAX
     filled.execute("ANALYZE")
     assert _pages(filled) / (ORDERS + RECOVERED) < PAGES_PER_ORDER_MAX
+
+
+def _joined_in_vain(plan: dict[str, Any]) -> int:
+    """Pairs of rows that a plan looked at and threw away."""
+    own = int(plan.get("Rows Removed by Join Filter", 0)) * int(plan.get("Actual Loops", 1))
+    return own + sum(_joined_in_vain(each) for each in plan.get("Plans", ()))
+
+
+def test_orders_that_ended_at_one_moment_are_not_compared_each_with_each(
+    owner_conn: Connection,
+) -> None:
+    wire = Wire(owner_conn, a_broker_run(owner_conn, account_type="MARGIN"))
+    whose = {"user": wire.run.user_id, "run": wire.run.run_id, "count": ORDERS}
+    owner_conn.execute(_PLACE, whose)
+    owner_conn.execute(
+        "SELECT order_cancel(user_id, run_id, order_id, 'USER') FROM orders WHERE user_id = %s",
+        [wire.run.user_id],
+    )
+    for _ in range(2):
+        row = owner_conn.execute(
+            "EXPLAIN (ANALYZE, TIMING OFF, FORMAT JSON) SELECT * FROM audit_event"
+        ).fetchone()
+        assert row is not None
+        assert row[0][0]["Plan"]["Actual Rows"] == 0
+        assert _joined_in_vain(row[0][0]["Plan"]) <= ORDERS
+        owner_conn.execute("ANALYZE")
