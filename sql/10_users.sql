@@ -3,12 +3,13 @@
 
 -- What CHECKs ask, here and in other files, is short in the catalog: every statement that writes a
 -- row reads the CHECKs of its table anew. A rule of some length is therefore a function in plpgsql,
--- which is read once a session; NULL asks nothing, as in any CHECK. And a pattern leaves lengths to
--- length(): {0,31} has the matcher count, which costs more than all the rest.
+-- which is read once a session; NULL asks nothing, as in any CHECK, and STRICT does not even call
+-- it. And a pattern leaves lengths to length(): {0,31} has the matcher count, which costs more than
+-- all the rest.
 
 -- Infinity and years that no program's calendar has would stop whoever reads the row next.
 CREATE FUNCTION time_in_range(moment timestamptz) RETURNS boolean
-LANGUAGE plpgsql IMMUTABLE SET search_path = public, pg_temp AS $$
+LANGUAGE plpgsql IMMUTABLE STRICT SET search_path = public, pg_temp AS $$
 BEGIN
     RETURN moment BETWEEN '0001-01-02 00:00Z' AND '9999-12-30 00:00Z';
 END $$;
@@ -17,7 +18,7 @@ COMMENT ON FUNCTION time_in_range IS 'Whether a time is of the years 1 to 9999.'
 
 -- NaN and infinity are above every limit, and what has no end has too many decimals.
 CREATE FUNCTION decimal_in_range(number numeric, below numeric, decimals integer) RETURNS boolean
-LANGUAGE plpgsql IMMUTABLE SET search_path = public, pg_temp AS $$
+LANGUAGE plpgsql IMMUTABLE STRICT SET search_path = public, pg_temp AS $$
 BEGIN
     RETURN abs(number) < below AND min_scale(number) <= decimals;
 END $$;
@@ -26,7 +27,7 @@ COMMENT ON FUNCTION decimal_in_range IS
     'Whether a number is nearer to zero than a limit and has no more than so many decimals.';
 
 CREATE FUNCTION amount_in_range(amount numeric) RETURNS boolean
-LANGUAGE plpgsql IMMUTABLE SET search_path = public, pg_temp AS $$
+LANGUAGE plpgsql IMMUTABLE STRICT SET search_path = public, pg_temp AS $$
 BEGIN
     RETURN abs(amount) < 1e15 AND min_scale(amount) <= 8;
 END $$;

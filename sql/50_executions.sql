@@ -185,25 +185,22 @@ DECLARE
     untold   execution[];
     unfilled boolean;
 BEGIN
-    SELECT array_agg(n) FILTER (
-               WHERE (SELECT CASE WHEN o.broker = 'paper'
-                                  THEN (SELECT true FROM event_ledger l
-                                        WHERE l.user_id = n.user_id AND l.run_id = n.run_id
-                                          AND l.logical_time = n.logical_time
-                                          AND l.event_type = 'EXECUTION'
-                                          AND l.subject = n.order_id || '/' || n.execution_id) END
-                      FROM orders o
-                      WHERE o.user_id = n.user_id AND o.run_id = n.run_id
-                        AND o.order_id = n.order_id) IS NULL)
-    INTO untold FROM new_rows n;
-    SELECT bool_or((SELECT (o.filled_quantity, o.filled_notional)
-                           = (SELECT sum(e.quantity), sum(e.quantity * e.price) FROM execution e
-                              WHERE e.user_id = n.user_id AND e.run_id = n.run_id
-                                AND e.order_id = n.order_id)
-                    FROM orders o
-                    WHERE o.user_id = n.user_id AND o.run_id = n.run_id
-                      AND o.order_id = n.order_id) IS NOT TRUE)
-    INTO unfilled FROM (SELECT DISTINCT user_id, run_id, order_id FROM new_rows) n;
+    SELECT array_agg(n) FILTER (WHERE o.told IS NULL), bool_or(o.filled IS NOT TRUE)
+    INTO untold, unfilled
+    FROM new_rows n
+    LEFT JOIN LATERAL (
+        SELECT CASE WHEN o.broker = 'paper'
+                    THEN (SELECT true FROM event_ledger l
+                          WHERE l.user_id = n.user_id AND l.run_id = n.run_id
+                            AND l.logical_time = n.logical_time AND l.event_type = 'EXECUTION'
+                            AND l.subject = n.order_id || '/' || n.execution_id) END AS told,
+               (o.filled_quantity, o.filled_notional)
+               = (SELECT sum(e.quantity), sum(e.quantity * e.price) FROM execution e
+                  WHERE e.user_id = n.user_id AND e.run_id = n.run_id
+                    AND e.order_id = n.order_id) AS filled
+        FROM orders o
+        WHERE o.user_id = n.user_id AND o.run_id = n.run_id AND o.order_id = n.order_id
+        OFFSET 0) o ON true;  -- OFFSET: each order by its key, whatever the planner knows
     -- A statement that writes nothing would cost as much as one that does.
     IF untold IS NOT NULL THEN
         INSERT INTO event_ledger (user_id, run_id, logical_time, event_type, subject, payload)

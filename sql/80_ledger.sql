@@ -18,7 +18,9 @@ CREATE TABLE event_ledger (
     CONSTRAINT event_ledger_once_per_logical_time
         UNIQUE (user_id, run_id, logical_time, event_type, subject),
     CONSTRAINT event_ledger_seq_positive CHECK (seq > 0),
-    CONSTRAINT event_ledger_logical_time_in_range CHECK (time_in_range(logical_time)),
+    -- What time_in_range says, without the call: a tick has three of these rows.
+    CONSTRAINT event_ledger_logical_time_in_range
+        CHECK (logical_time BETWEEN '0001-01-02 00:00Z' AND '9999-12-30 00:00Z'),
     CONSTRAINT event_ledger_subject_short CHECK (length(subject) <= 200),
     CONSTRAINT event_ledger_tick_has_no_subject CHECK (event_type <> 'TICK' OR subject = ''),
     CONSTRAINT event_ledger_event_type_format
