@@ -101,10 +101,14 @@ def desk(conn: Connection) -> Desk:
 
 @pytest.fixture
 def busy(desk: Desk) -> Desk:
-    """With many open orders, all of whose sums are known."""
+    """With many open orders, all of whose sums are known; those that are attacked differ."""
     desk.place(MANY)
     desk.held_back()
-    while desk.known() < 128:
+    while desk.known() < 128 or not desk.one(
+        """SELECT max(amount) FILTER (WHERE bucket = 7)
+                  NOT IN (0, 1, max(amount) FILTER (WHERE bucket = 8))
+           FROM open_order_sum WHERE {key} AND kind = 'CASH'"""
+    ):
         desk.place(20)
         desk.know()
     return desk
