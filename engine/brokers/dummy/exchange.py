@@ -833,8 +833,14 @@ class Exchange:
         number = self._by_ref.get((account, str(named)))
         if number is not None:
             return self.orders.get(number)
+        # A number names only what no reference does: numbers restart, and who asks for an order
+        # that is forgotten must not get another one.
         wanted = request.get("broker_order_id")
-        found = [o for o in self.open_orders(account) if wanted and o.broker_order_id == wanted]
+        found = [
+            o
+            for o in self.open_orders(account)
+            if wanted and o.broker_order_id == wanted and not (named and o.order_ref)
+        ]
         return found[-1] if found else None
 
     def _know(self, order: Order) -> None:

@@ -269,6 +269,19 @@ def test_forget(make: Make) -> None:
     assert [each["order_ref"] for each in floor.books()["orders"]] == [kept.order_ref]
 
 
+def test_who_asks_for_a_forgotten_order_does_not_get_another_with_its_number(make: Make) -> None:
+    floor = make({"do": "RESTART_ORDER_IDS", "nth": 2}, {"do": "FORGET", "nth": 2})
+    kept = floor.submit(order(limit_price="90"))
+    lost = floor.submit(order(limit_price="80"))
+    assert floor.order(kept)["broker_order_id"] == 1
+    floor.ask("MODIFY", lost, broker_order_id=1)
+    floor.ask("CANCEL", order_ref=lost.order_ref, broker_order_id=1)
+    for kind in ("MODIFY_REJECTED", "CANCEL_REJECTED"):
+        assert floor.payloads(kind)[0]["code"] == "UNKNOWN_ORDER"
+    assert floor.order(kept)["limit_price"] == "90"
+    assert floor.statuses(kept) == ["PENDING_SUBMIT", "ROUTED"]
+
+
 @pytest.mark.parametrize("says", ["INACTIVE", "ALREADY_CANCELED"])
 def test_inactive_at_a_cancel(make: Make, says: str) -> None:
     floor = make({"do": "INACTIVE", "nth": 1, "says": says})
