@@ -203,9 +203,12 @@ def open_many(conn: Connection, keys: Sequence[tuple[UUID, UUID, datetime]]) -> 
     Unknown runs are left out.
     """
     users, runs, times = zip(*keys, strict=True) if keys else ((), (), ())
-    rows = conn.execute(
-        _READ_MANY, {"users": [*users], "runs": [*runs], "ats": [*times]}, prepare=True
-    ).fetchall()
+    with conn.transaction():
+        # A plan that was made while a table was empty reads all of it for as long as it is kept.
+        conn.execute("SET LOCAL enable_seqscan = off")
+        rows = conn.execute(
+            _READ_MANY, {"users": [*users], "runs": [*runs], "ats": [*times]}, prepare=True
+        ).fetchall()
     opened = (_opened(conn, row) for row in rows)
     return {each.run.run_id: each for each in opened}
 

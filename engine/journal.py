@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from datetime import UTC, datetime
+from datetime import datetime
 from decimal import Decimal
 from select import POLLIN, poll
 from typing import Any
@@ -27,10 +27,9 @@ from engine.orders.model import Fill, Order
 _CALL = """SELECT ticks_write(
     {}::uuid, {}::uuid, {}::bigint, {}::jsonb,
     {}::timestamptz[], {}::text[], {}::text[], {}::jsonb[],
-    {}::timestamptz[], {}::uuid[], {}::text[], {}::text[], {}::numeric[], {}::text[], {}::text[],
-    {}::numeric[], {}::timestamptz[], {}::numeric[], {}::text[], {}::numeric[], {}::numeric[],
-    {}::timestamptz[],
-    {}::timestamptz[], {}::numeric[], {}::numeric[],
+    {}::uuid[], {}::text[], {}::text[], {}::numeric[], {}::text[], {}::text[], {}::numeric[],
+    {}::timestamptz[], {}::numeric[], {}::text[], {}::numeric[], {}::numeric[], {}::timestamptz[],
+    {}::numeric[], {}::numeric[],
     {}::timestamptz, {}::numeric)"""
 _PARAMETERS = _CALL.count("{}")
 _TICKS_WRITE = _CALL.format(*["%s"] * _PARAMETERS)
@@ -76,59 +75,30 @@ class Journal:
         del self._told[told:], self._trades[trades:], self._ticks[ticks:]
 
     def trade(
-        self,
-        order: Order,
-        reference: Decimal,
-        client_order_id: str | None,
-        fill: Fill,
-        currency: str,
+        self, order: Order, reference: Decimal, client_order_id: str | None, fill: Fill
     ) -> None:
         """An order placed, and filled whole by ``fill``, its first execution.
 
-        The payloads are those of orders_event_payload and execution_event_payload, which the
-        database compares them with.
+        What its two events say follows from the trade, and is worded by the database.
         """
-        at, order_id = str(order.logical_time), str(order.order_id)
-        side, quantity, price = order.side.value, str(order.quantity), str(fill.price)
-        commission = str(fill.commission)
-        kind, in_force = order.order_type.value, order.time_in_force.value
-        common = f'\\"symbol\\":\\"{order.symbol}\\",\\"side\\":\\"{side}\\"'
-        terms = (
-            f'{common},\\"quantity\\":{quantity},\\"order_type\\":\\"{kind}\\",'
-            f'\\"time_in_force\\":\\"{in_force}\\",\\"reference_price\\":{reference}'
-        )
-        limit = expire = client = "NULL"
-        if order.limit_price is not None:
-            limit = str(order.limit_price)
-            terms += f',\\"limit_price\\":{limit}'
-        if order.expire_at is not None:
-            expire = str(order.expire_at)
-            terms += f',\\"expire_at\\":\\"{_moment(order.expire_at)}\\"'
-        if client_order_id is not None:
-            client = _quoted(client_order_id)
-            terms += f',\\"client_order_id\\":{_escaped(json.dumps(client_order_id))}'
-        facts = (
-            f'{common},\\"quantity\\":{quantity},\\"price\\":{price},'
-            f'\\"commission\\":{commission},\\"commission_currency\\":\\"{currency}\\",'
-            f'\\"event_at\\":\\"{_moment(fill.event_at)}\\"'
-        )
-        self._told.append((at, "ORDER_PLACED", order_id, f'"{{{terms}}}"'))
-        self._told.append((at, "EXECUTION", f"{order_id}/{fill.execution_id}", f'"{{{facts}}}"'))
+        at = str(order.logical_time)
+        self._told.append((at, "ORDER_PLACED", "NULL", "NULL"))
+        self._told.append((at, "EXECUTION", "NULL", "NULL"))
+        limit, expire = order.limit_price, order.expire_at
         self._trades.append(
             (
-                at,
-                order_id,
+                str(order.order_id),
                 f'"{order.symbol}"',
-                side,
-                quantity,
-                kind,
-                in_force,
-                limit,
-                expire,
+                order.side.value,
+                str(order.quantity),
+                order.order_type.value,
+                order.time_in_force.value,
+                "NULL" if limit is None else str(limit),
+                "NULL" if expire is None else str(expire),
                 str(reference),
-                client,
-                price,
-                commission,
+                "NULL" if client_order_id is None else _quoted(client_order_id),
+                str(fill.price),
+                str(fill.commission),
                 str(fill.event_at),
             )
         )
@@ -152,18 +122,16 @@ class Journal:
         ``marks`` are the prices that holdings were marked with, ``marked`` the times of those
         that are older than the tick.
         """
-        time, cash, value = str(at), str(told.cash), str(told.market_value)
         prices = ",".join([f'\\"{symbol}\\":\\"{price}\\"' for symbol, price in marks.items()])
         facts = (
             f'\\"orders\\":{told.orders},\\"executions\\":{told.executions},'
-            f'\\"prices\\":{{{prices}}},\\"cash\\":{cash},\\"market_value\\":{value},'
-            f'\\"equity\\":{told.equity}'
+            f'\\"prices\\":{{{prices}}}'
         )
         if marked:
             times = ",".join([f'\\"{symbol}\\":\\"{when}\\"' for symbol, when in marked.items()])
             facts += f',\\"priced_at\\":{{{times}}}'
-        self._told.append((time, "TICK", '""', f'"{{{facts}}}"'))
-        self._ticks.append((time, cash, value))
+        self._told.append((str(at), "TICK", '""', f'"{{{facts}}}"'))
+        self._ticks.append((str(told.cash), str(told.market_value)))
 
     def take(
         self,
@@ -185,8 +153,8 @@ class Journal:
             str(self.head),
             None if state is None else json.dumps(dict(state)),
             *_columns(self._told, 4),
-            *_columns(self._trades, 14),
-            *_columns(self._ticks, 3),
+            *_columns(self._trades, 13),
+            *_columns(self._ticks, 2),
             None if now is None else str(now),
             None if lag_seconds is None else str(lag_seconds),
         ]
@@ -304,17 +272,5 @@ def _columns(rows: Sequence[tuple[str, ...]], width: int) -> list[str]:
     return ["{" + ",".join(column) + "}" for column in zip(*rows, strict=True)]
 
 
-def _moment(moment: datetime) -> str:
-    """A time as the ledger's payloads state it: event_moment of the schema."""
-    text = moment.astimezone(UTC).isoformat()
-    if moment.microsecond:
-        text = text[:-6].rstrip("0") + text[-6:]
-    return text
-
-
-def _escaped(text: str) -> str:
-    return text.replace("\\", "\\\\").replace('"', '\\"')
-
-
 def _quoted(text: str) -> str:
-    return f'"{_escaped(text)}"'
+    return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'

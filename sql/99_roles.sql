@@ -1,11 +1,17 @@
 -- Who may do what. Roles belong to the server, not to the database: they are made where the
 -- migrating user may make them; where not, a warning says what an administrator must run.
 
+CREATE FUNCTION our_roles() RETURNS text[]
+LANGUAGE sql IMMUTABLE
+RETURN ARRAY['oms_engine', 'oms_connector', 'oms_auditor', 'oms_keeper'];
+
+COMMENT ON FUNCTION our_roles IS 'Our roles. Nobody acts as oms_keeper but ticks_write.';
+
 DO $$
 DECLARE
     wanted text;
 BEGIN
-    FOREACH wanted IN ARRAY ARRAY['oms_engine', 'oms_connector', 'oms_auditor'] LOOP
+    FOREACH wanted IN ARRAY our_roles() LOOP
         IF NOT EXISTS (SELECT FROM pg_roles WHERE rolname = wanted) THEN
             BEGIN
                 EXECUTE format('CREATE ROLE %I NOLOGIN', wanted);
@@ -21,8 +27,8 @@ END $$;
 
 -- The rights of each role: all that it needs and no more. The engine inserts what happens and
 -- moves what moves; it has no right to a number that follows from something else. Those are
--- written by ticks_write and, behind the tables' triggers, by execution_apply, books_follow and
--- split_applied_apply, which have the owner's rights.
+-- written, behind the tables' triggers, by execution_apply, books_follow and split_applied_apply,
+-- which have the owner's rights, and by ticks_write, which has the keeper's.
 CREATE FUNCTION role_rights() RETURNS TABLE (role text, rights text)
 LANGUAGE sql IMMUTABLE SET search_path = public, pg_temp AS $$
     VALUES
@@ -53,7 +59,7 @@ LANGUAGE sql IMMUTABLE SET search_path = public, pg_temp AS $$
         ('oms_engine', 'INSERT (user_id, run_id, logical_time, event_type, subject, payload)
             ON event_ledger'),
         ('oms_engine', 'UPDATE (status, start_on) ON sip_plan'),
-        ('oms_engine', 'EXECUTE ON FUNCTION ticks_write, reconcile_analyze'),
+        ('oms_engine', 'EXECUTE ON FUNCTION reconcile_analyze'),
         ('oms_engine', 'EXECUTE ON FUNCTION halt_place, halt_lift, halt_enforce, system_halt_place,
             system_halt_lift, run_equity_peak, open_orders_sum'),
         ('oms_engine', 'INSERT (user_id, flatten_id, scope, run_id, account, reason, asked_by,
@@ -79,21 +85,75 @@ LANGUAGE sql IMMUTABLE SET search_path = public, pg_temp AS $$
         ('oms_connector', 'EXECUTE ON FUNCTION lease_take, lease_renew, lease_release,
             commands_claim, commands_throttled, commands_done, connector_alert,
             executions_unheard'),
-        ('oms_auditor', 'USAGE ON SCHEMA public')
+        ('oms_auditor', 'USAGE ON SCHEMA public'),
+        ('oms_keeper', 'USAGE ON SCHEMA public'),
+        ('oms_keeper', 'INSERT ON orders, execution, mtm_ledger, event_ledger, position,
+            engine_state, engine_status'),
+        ('oms_keeper', 'UPDATE (cash, books_seq) ON strategy_run'),
+        ('oms_keeper', 'UPDATE (quantity, cost_basis, realized_pnl, mark_price, marked_at)
+            ON position'),
+        ('oms_keeper', 'UPDATE (last_logical_time, state, recorded_at) ON engine_state'),
+        ('oms_keeper', 'UPDATE (heartbeat_at, lag_seconds) ON engine_status'),
+        ('oms_keeper', 'EXECUTE ON FUNCTION open_orders_sum, run_equity_peak, ledger_analyze')
 $$;
 
 COMMENT ON FUNCTION role_rights IS 'The rights of each role, besides reading.';
 
+-- Makes ticks_write the keeper's. Who migrates acts as the keeper for that moment and no longer,
+-- since what the keeper writes is proven by nobody else. Until then it is the owner's, and proven.
+CREATE FUNCTION ticks_write_hand_over() RETURNS SETOF text
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+DECLARE
+    acts     text := CASE WHEN current_setting('server_version_num')::integer >= 160000
+                          THEN 'SET' ELSE 'MEMBER' END;
+    function oid := (SELECT p.oid FROM pg_proc p
+                     WHERE p.pronamespace = 'public'::regnamespace AND p.proname = 'ticks_write');
+BEGIN
+    IF (SELECT proowner FROM pg_proc WHERE oid = function) <> 'oms_keeper'::regrole THEN
+        GRANT EXECUTE ON FUNCTION ticks_write TO oms_engine;
+        IF NOT has_schema_privilege('public', 'CREATE WITH GRANT OPTION') THEN
+            RETURN NEXT format('GRANT CREATE ON SCHEMA public TO %I WITH GRANT OPTION;',
+                               current_user);
+            RETURN;
+        END IF;
+        BEGIN
+            IF NOT pg_has_role('oms_keeper', acts) THEN
+                EXECUTE format('GRANT oms_keeper TO %I', current_user);
+            END IF;
+        EXCEPTION WHEN insufficient_privilege THEN
+            RETURN NEXT format('GRANT oms_keeper TO %I;', current_user);
+            RETURN;
+        END;
+        GRANT CREATE ON SCHEMA public TO oms_keeper;
+        EXECUTE format('ALTER FUNCTION %s OWNER TO oms_keeper', function::regprocedure);
+        REVOKE CREATE ON SCHEMA public FROM oms_keeper;
+    END IF;
+    IF (SELECT rolsuper FROM pg_roles WHERE rolname = current_user) THEN
+        RETURN;
+    END IF;
+    BEGIN
+        EXECUTE format('REVOKE oms_keeper FROM %I', current_user);
+    EXCEPTION WHEN insufficient_privilege THEN
+        NULL;  -- told below
+    END;
+    IF pg_has_role('oms_keeper', acts) THEN
+        RETURN NEXT format('REVOKE oms_keeper FROM %I;', current_user);
+    END IF;
+END $$;
+
+COMMENT ON FUNCTION ticks_write_hand_over IS
+    'Gives ticks_write to the keeper; returns what an administrator must still run.';
+
 -- Gives each of the roles that exist exactly its rights; it may be called again at any time. The
--- caller becomes a member of them, so that it can act as the engine and the auditor.
+-- caller becomes a member of them, so that it can act as the engine and the auditor, but not of the
+-- keeper.
 CREATE FUNCTION grant_roles() RETURNS SETOF text
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 DECLARE
     item record;
     ours text := array_to_string(our_relations(), ', ');
 BEGIN
-    FOR item IN SELECT rolname FROM pg_roles
-                WHERE rolname IN ('oms_engine', 'oms_connector', 'oms_auditor') LOOP
+    FOR item IN SELECT rolname FROM pg_roles WHERE rolname = ANY (our_roles()) LOOP
         EXECUTE format('REVOKE ALL ON %s FROM %I', ours, item.rolname);
         IF item.rolname <> 'oms_connector' THEN
             EXECUTE format('GRANT SELECT ON %s TO %I', ours, item.rolname);
@@ -104,7 +164,7 @@ BEGIN
         EXECUTE format('GRANT %s TO %I', item.rights, item.role);
     END LOOP;
     FOR item IN SELECT rolname FROM pg_roles
-                WHERE rolname IN ('oms_engine', 'oms_connector', 'oms_auditor')
+                WHERE rolname = ANY (our_roles()) AND rolname <> 'oms_keeper'
                   -- From 16 on, who made a role is its member without being able to act as it.
                   AND NOT pg_has_role(current_user, oid, CASE
                       WHEN current_setting('server_version_num')::integer >= 160000 THEN 'SET'
@@ -116,8 +176,10 @@ BEGIN
         END;
     END LOOP;
     RETURN QUERY SELECT format('CREATE ROLE %I NOLOGIN; GRANT %I TO %I;', w, w, current_user)
-                 FROM unnest(ARRAY['oms_engine', 'oms_connector', 'oms_auditor']) w
-                 WHERE w NOT IN (SELECT rolname FROM pg_roles);
+                 FROM unnest(our_roles()) w WHERE w NOT IN (SELECT rolname FROM pg_roles);
+    IF to_regrole('oms_engine') IS NOT NULL AND to_regrole('oms_keeper') IS NOT NULL THEN
+        RETURN QUERY SELECT * FROM ticks_write_hand_over();
+    END IF;
 END $$;
 
 COMMENT ON FUNCTION grant_roles IS
@@ -139,7 +201,7 @@ BEGIN
     END LOOP;
 END $$;
 
-REVOKE EXECUTE ON FUNCTION grant_roles, ticks_write, books_follow, ledger_analyze, run_rebuild,
+REVOKE EXECUTE ON FUNCTION grant_roles, ticks_write, ticks_write_hand_over, books_follow, ledger_analyze, run_rebuild,
     run_rebuild_books FROM PUBLIC;
 REVOKE EXECUTE ON FUNCTION lease_take, lease_renew, lease_release, commands_claim,
     commands_throttled, commands_done, connector_alert, executions_unheard FROM PUBLIC;

@@ -57,6 +57,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default="18",
         help="which Postgres to test on: 18 or 16 (the wheel's), or a folder of programs",
     )
+    parser.addoption(
+        "--proven",
+        action="store_true",
+        help="leave ticks_write to the owner, so that triggers prove again what it writes",
+    )
 
 
 # How long an example takes, or to think of one, says how busy the machine is, and nothing more; and
@@ -96,6 +101,8 @@ def pytest_configure(config: pytest.Config) -> None:
     with psycopg.connect(server.dsn()) as admin:
         admin.execute(f"CREATE ROLE {OWNER_ROLE} LOGIN CREATEROLE")
         host, port = admin.info.host, admin.info.port
+    # Who may not pass this right on can't make ticks_write the keeper's.
+    os.environ["OMS_TESTS_OWNER_MAY"] = "" if config.option.proven else " WITH GRANT OPTION"
     config.option.postgresql_host = host
     config.option.postgresql_port = port
     config.option.postgresql_user = "postgres"
@@ -134,7 +141,8 @@ def _install(*, host: str, port: int, user: str, dbname: str, **_: object) -> No
     """Load ``sql/`` into the template as the owner, who is no superuser."""
     admin_dsn = psycopg.conninfo.make_conninfo(host=host, port=port, user=user, dbname=dbname)
     with psycopg.connect(admin_dsn) as admin:
-        admin.execute(f"GRANT CREATE ON SCHEMA public TO {OWNER_ROLE}")
+        passing_on = os.environ["OMS_TESTS_OWNER_MAY"]
+        admin.execute(f"GRANT CREATE ON SCHEMA public TO {OWNER_ROLE}{passing_on}".encode())
     with open_connection(psycopg.conninfo.make_conninfo(admin_dsn, user=OWNER_ROLE)) as owner:
         load_schema(owner)
 
