@@ -62,6 +62,16 @@ END $$;
 
 COMMENT ON FUNCTION position_after IS 'A position after a trade of delta units, by average cost.';
 
+CREATE FUNCTION position_refuse_mark(symbol text, stands timestamptz, mark timestamptz)
+RETURNS void LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
+    RAISE EXCEPTION 'the mark of % is from %, not from an earlier %', symbol, stands, mark
+        USING ERRCODE = '23T07', CONSTRAINT = 'position_mark_moves_forward',
+              TABLE = 'position', COLUMN = 'marked_at', HINT = 'Mark with a newer price.';
+END $$;
+
+COMMENT ON FUNCTION position_refuse_mark IS 'Raises that a mark is older than another.';
+
 CREATE FUNCTION position_check_write() RETURNS trigger
 LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
 DECLARE
@@ -83,10 +93,7 @@ BEGIN
                                         'position');
         ELSIF NEW.marked_at < OLD.marked_at
               OR NEW.marked_at IS NULL AND OLD.marked_at IS NOT NULL THEN
-            RAISE EXCEPTION 'the mark of % is from %, not from an earlier %', NEW.symbol,
-                OLD.marked_at, NEW.marked_at
-                USING ERRCODE = '23T07', CONSTRAINT = 'position_mark_moves_forward',
-                      TABLE = 'position', COLUMN = 'marked_at', HINT = 'Mark with a newer price.';
+            PERFORM position_refuse_mark(NEW.symbol, OLD.marked_at, NEW.marked_at);
         ELSIF (NEW.symbol, NEW.quantity, NEW.cost_basis, NEW.realized_pnl)
               IS NOT DISTINCT FROM (OLD.symbol, OLD.quantity, OLD.cost_basis, OLD.realized_pnl) THEN
             RETURN NEW;

@@ -107,6 +107,7 @@ DECLARE
     changed  boolean[];
     value    numeric;
     price    numeric;
+    at       timestamptz;
     previous bytea;
     newest   timestamptz;
     last_mark timestamptz;         -- in mtm_ledger
@@ -179,10 +180,13 @@ BEGIN
                     CONTINUE WHEN held[i] = 0;
                     price := e.payload #>> ARRAY['prices', symbols[i]];
                     IF price IS NOT NULL THEN
+                        at := coalesce((e.payload #>> ARRAY['priced_at', symbols[i]])::timestamptz,
+                                       e.logical_time);
+                        IF at < marked[i] THEN
+                            PERFORM position_refuse_mark(symbols[i], marked[i], at);
+                        END IF;
                         marks[i] := price;
-                        marked[i] := coalesce(
-                            (e.payload #>> ARRAY['priced_at', symbols[i]])::timestamptz,
-                            e.logical_time);
+                        marked[i] := at;
                         changed[i] := true;
                     END IF;
                     value := value + held[i] * marks[i];

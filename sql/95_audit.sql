@@ -262,9 +262,22 @@ CREATE VIEW audit_guard AS
     UNION ALL
     SELECT NULL, NULL, format('table %s', i.inhrelid::regclass),
            format('puts rows into %s past its triggers', o.relname)
-    FROM pg_inherits i JOIN ours o ON o.oid = i.inhparent;
+    FROM pg_inherits i JOIN ours o ON o.oid = i.inhparent
+    UNION ALL
+    SELECT NULL, NULL, format('role %s', r.rolname), 'may write what nobody proves'
+    FROM pg_roles r
+    WHERE NOT r.rolsuper AND r.rolname <> 'oms_keeper'
+      AND pg_has_role(r.oid, to_regrole('oms_keeper'), CASE
+          WHEN current_setting('server_version_num')::integer >= 160000 THEN 'SET'
+          ELSE 'MEMBER' END)
+    UNION ALL
+    SELECT NULL, NULL, format('function %s', p.oid::regprocedure), 'writes what nobody proves'
+    FROM pg_proc p
+    WHERE p.proowner = to_regrole('oms_keeper')
+      AND (p.proname <> 'ticks_write' OR p.pronamespace <> 'public'::regnamespace);
 
-COMMENT ON VIEW audit_guard IS 'Triggers and constraints that the owner has switched off.';
+COMMENT ON VIEW audit_guard IS
+    'Triggers and constraints that are switched off, and who else writes what nobody proves.';
 
 -- What the ledger tells of each order, from its placing or its last restatement.
 CREATE VIEW audit_event AS

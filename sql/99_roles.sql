@@ -201,8 +201,8 @@ BEGIN
     END LOOP;
 END $$;
 
-REVOKE EXECUTE ON FUNCTION grant_roles, ticks_write, ticks_write_hand_over, books_follow, ledger_analyze, run_rebuild,
-    run_rebuild_books FROM PUBLIC;
+REVOKE EXECUTE ON FUNCTION grant_roles, ticks_write, ticks_write_hand_over, books_follow,
+    ledger_analyze, run_rebuild, run_rebuild_books FROM PUBLIC;
 REVOKE EXECUTE ON FUNCTION lease_take, lease_renew, lease_release, commands_claim,
     commands_throttled, commands_done, connector_alert, executions_unheard FROM PUBLIC;
 REVOKE EXECUTE ON FUNCTION halt_place, halt_lift, halt_enforce, system_halt_place,

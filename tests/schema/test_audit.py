@@ -902,6 +902,20 @@ GUARDS = tuple(
             "table behind",
             "puts rows into orders past its triggers",
         ),
+        (
+            "somebody is the keeper",
+            "GRANT oms_keeper TO oms_auditor;",
+            "role oms_auditor",
+            "may write what nobody proves",
+        ),
+        (
+            "the keeper has another function",
+            """CREATE FUNCTION public.more() RETURNS void LANGUAGE sql AS '';
+            GRANT oms_keeper TO oms_owner; GRANT CREATE ON SCHEMA public TO oms_keeper;
+            ALTER FUNCTION public.more OWNER TO oms_keeper; REVOKE oms_keeper FROM oms_owner;""",
+            "function more()",
+            "writes what nobody proves",
+        ),
     )
 )
 

@@ -1092,21 +1092,14 @@ def test_ids_of_a_snapshot_are_the_broker_s_too(market: Connection) -> None:
 
 def test_ticks_of_a_run_at_a_broker_fill_nothing(market: Connection) -> None:
     """Orders born FILLED are the paper book's alone, also from the function that writes ticks."""
-    told = (
-        "ARRAY['ORDER_PLACED', 'EXECUTION'], ARRAY[:'new_order', :'new_order' || '/X']",
-        "'{}'::text[], '{}'::text[]",
-    )
-    for types in told:
-        times = "ARRAY[:'t1', :'t1']::timestamptz[]" if "ARRAY" in types else "'{}'"
-        payloads = "ARRAY['{}', '{}']::jsonb[]" if "ARRAY" in types else "'{}'"
-        call = f"""SELECT ticks_write(:'dan', :'deals',
-            (SELECT max(seq) FROM event_ledger WHERE run_id = :'deals'), NULL, {times}, {types},
-            {payloads}, ARRAY[:'t1']::timestamptz[], ARRAY[:'new_order']::uuid[], '{{AAPL}}',
-            '{{BUY}}', '{{2}}', '{{MARKET}}', '{{DAY}}', '{{NULL}}', '{{NULL}}', '{{20}}',
-            '{{NULL}}', '{{20}}', '{{0}}', ARRAY[:'t1']::timestamptz[], '{{}}', '{{}}', '{{}}',
-            NULL, NULL)"""
-        for role in ROLES:
-            assert_refused(market, call, role, "orders_account_unless_paper")
+    call = """SELECT ticks_write(:'dan', :'deals',
+        (SELECT max(seq) FROM event_ledger WHERE run_id = :'deals'), NULL,
+        ARRAY[:'t1', :'t1']::timestamptz[], '{ORDER_PLACED,EXECUTION}', '{NULL,NULL}',
+        '{NULL,NULL}', ARRAY[:'new_order']::uuid[], '{AAPL}', '{BUY}', '{2}', '{MARKET}', '{DAY}',
+        '{NULL}', '{NULL}', '{20}', '{NULL}', '{20}', '{0}', ARRAY[:'t1']::timestamptz[], '{}',
+        '{}', NULL, NULL)"""
+    for role in ROLES:
+        assert_refused(market, call, role, "orders_gate_decides")
 
 
 # --- What a connector may not --------------------------------------------------------------------

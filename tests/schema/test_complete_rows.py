@@ -1,7 +1,7 @@
 """Rows that claim to be complete (numbered, chained, filled, marked) are proven, whoever writes.
 
-The story of one tick with one trade is told by the owner in one statement, as ``ticks_write`` tells
-it, and then with one lie in it at a time.
+The story of one tick with one trade is told by the owner in one statement, with all its rows, and
+then with one lie in it at a time.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from engine.db.connect import Connection
 from engine.errors import RuleViolation, typed
 
 EMPTY = "'{}'"
-_NO_TICK = f"SELECT ticks_write(%s, %s, %s, NULL, {', '.join([EMPTY] * 21)}, NULL, NULL)"
+_NO_TICK = f"SELECT ticks_write(%s, %s, %s, NULL, {', '.join([EMPTY] * 19)}, NULL, NULL)"
 AT = datetime(2024, 1, 10, 21, 0, tzinfo=UTC)
 DAY = timedelta(days=1)
 

@@ -14,6 +14,7 @@ from engine.db.connect import Connection, open_connection
 from engine.db.embedded import Server
 from engine.errors import ConfigurationError
 
+ROLES = ("oms_engine", "oms_connector", "oms_auditor", "oms_keeper")
 # Views that put rows together, so that nobody can write into them.
 COMPUTED = (
     "execution_cost",
@@ -146,6 +147,21 @@ CONNECTOR_FUNCTIONS = [
     "lease_renew",
     "lease_take",
 ]
+# What ticks_write writes, whose role nobody else can act as.
+KEEPER: dict[str, dict[str, str]] = {
+    "orders": {"INSERT": "*"},
+    "execution": {"INSERT": "*"},
+    "mtm_ledger": {"INSERT": "*"},
+    "event_ledger": {"INSERT": "*"},
+    "position": {
+        "INSERT": "*",
+        "UPDATE": "cost_basis mark_price marked_at quantity realized_pnl",
+    },
+    "engine_state": {"INSERT": "*", "UPDATE": "last_logical_time recorded_at state"},
+    "engine_status": {"INSERT": "*", "UPDATE": "heartbeat_at lag_seconds"},
+    "strategy_run": {"UPDATE": "books_seq cash"},
+}
+KEEPER_FUNCTIONS = ["ledger_analyze", "open_orders_sum", "run_equity_peak"]
 ENGINE_FUNCTIONS = [
     "halt_enforce",
     "halt_lift",
@@ -196,6 +212,31 @@ def test_the_connector_has_these_rights_and_no_other(conn: Connection) -> None:
     assert _rights(conn, "oms_connector") == CONNECTOR
 
 
+def test_the_keeper_has_these_rights_and_no_other(conn: Connection) -> None:
+    assert _rights(conn, "oms_keeper") == {
+        table: {"SELECT": "*"} | KEEPER.get(table, {}) for table in ENGINE
+    }
+
+
+def test_the_keeper_owns_the_function_that_writes_ticks_and_nothing_else(
+    conn: Connection, request: pytest.FixtureRequest
+) -> None:
+    owned = conn.execute(
+        """SELECT p.proname FROM pg_proc p WHERE p.proowner = 'oms_keeper'::regrole
+           UNION ALL
+           SELECT c.relname FROM pg_class c WHERE c.relowner = 'oms_keeper'::regrole"""
+    ).fetchall()
+    assert owned == ([] if request.config.option.proven else [("ticks_write",)])
+    assert conn.execute(
+        "SELECT has_schema_privilege('oms_keeper', 'public', 'CREATE')"
+    ).fetchone() == (False,)
+
+
+@pytest.mark.parametrize("role", ["oms_owner", "oms_engine", "oms_connector", "oms_auditor"])
+def test_nobody_can_act_as_the_keeper(world: Connection, role: str) -> None:
+    assert_refused(world, "SET LOCAL ROLE oms_keeper", role, DENIED)
+
+
 def test_nobody_else_has_any_right(conn: Connection) -> None:
     assert _rights(conn, "PUBLIC") == {}
 
@@ -221,25 +262,27 @@ def test_trigger_functions_are_for_their_triggers_alone(conn: Connection) -> Non
                          WHERE x.grantee <> p.proowner)
            ORDER BY p.proname"""
     ).fetchall()
-    assert open_to_all == [(name,) for name in sorted(CONNECTOR_FUNCTIONS + ENGINE_FUNCTIONS)]
+    given = {*CONNECTOR_FUNCTIONS, *ENGINE_FUNCTIONS, *KEEPER_FUNCTIONS}
+    assert open_to_all == [(name,) for name in sorted(given)]
 
 
-def test_each_function_with_the_owners_rights_is_for_one_role(conn: Connection) -> None:
+def test_each_function_with_anothers_rights_is_for_who_needs_it(conn: Connection) -> None:
     callers = conn.execute(
         """SELECT p.proname, x.grantee::regrole::text FROM pg_proc p
            CROSS JOIN LATERAL aclexplode(p.proacl) x
            WHERE p.pronamespace = 'public'::regnamespace AND p.prosecdef
-             AND x.grantee <> p.proowner ORDER BY 1"""
+             AND x.grantee <> p.proowner ORDER BY 1, 2"""
     ).fetchall()
     assert callers == sorted(
         [(name, "oms_connector") for name in CONNECTOR_FUNCTIONS]
         + [(name, "oms_engine") for name in ENGINE_FUNCTIONS]
+        + [(name, "oms_keeper") for name in KEEPER_FUNCTIONS]
     )
 
 
 @pytest.mark.parametrize("role", ["oms_auditor", "oms_connector"])
 def test_ticks_are_the_engines_to_write(world: Connection, role: str) -> None:
-    nothing = ", ".join(["'{}'"] * 21)
+    nothing = ", ".join(["'{}'"] * 19)
     call = f"SELECT ticks_write(:'ann', :'live', 0, '{{}}', {nothing}, NULL, NULL)"
     assert_refused(world, call, role, DENIED)
 
@@ -248,10 +291,9 @@ def test_the_roles_are_nobodys_login_and_have_no_powers(conn: Connection) -> Non
     powers = conn.execute(
         """SELECT rolname, rolsuper OR rolinherit AND false OR rolcreaterole OR rolcreatedb
                   OR rolcanlogin OR rolreplication OR rolbypassrls
-           FROM pg_roles WHERE rolname IN ('oms_engine', 'oms_connector', 'oms_auditor')
-           ORDER BY rolname"""
+           FROM pg_roles WHERE rolname = ANY (our_roles()) ORDER BY rolname"""
     ).fetchall()
-    assert powers == [("oms_auditor", False), ("oms_connector", False), ("oms_engine", False)]
+    assert powers == [(role, False) for role in sorted(ROLES)]
 
 
 def test_the_owner_is_no_superuser_and_can_act_as_the_roles(world: Connection) -> None:
@@ -381,7 +423,7 @@ def humble(other_server: Server) -> Iterator[str]:
         admin.execute("CREATE DATABASE humble OWNER humble")
         yield psycopg.conninfo.make_conninfo(other_server.dsn("humble"), user="humble")
         admin.execute("DROP DATABASE humble WITH (FORCE)")
-        for role in ("humble", "oms_engine", "oms_connector", "oms_auditor"):
+        for role in ("humble", *ROLES):
             admin.execute(f"DROP ROLE IF EXISTS {role}".encode())
 
 
@@ -411,7 +453,7 @@ def test_a_migration_without_the_right_to_make_roles_says_what_is_left_to_do(
     asked = [message for message, _ in told if message.startswith("an administrator must run")]
     assert asked == [
         f"an administrator must run: CREATE ROLE {role} NOLOGIN; GRANT {role} TO humble;"
-        for role in ("oms_engine", "oms_connector", "oms_auditor")
+        for role in ROLES
     ]
     assert all(hint and "grant_roles()" in hint for message, hint in told if message in asked)
     with open_connection(humble) as conn:
@@ -429,11 +471,15 @@ def test_after_the_administrator_came_the_rights_are_given(
     install.migrate(humble)
     with open_connection(humble) as conn:
         todo = install.grant_roles(conn)
-        assert len(todo) == 3
-        with psycopg.connect(other_server.dsn(), autocommit=True) as admin:
-            for statement in todo:
-                admin.execute(statement.encode())
+        assert len(todo) == len(ROLES)
+        _administer(other_server, todo)
+        # As the keeper the owner has acted once, and is not to do so again.
+        last = install.grant_roles(conn)
+        assert last == ["REVOKE oms_keeper FROM humble;"]
+        assert _guard(conn) == [("role humble", "may write what nobody proves")]
+        _administer(other_server, last)
         assert install.grant_roles(conn) == []
+        assert _guard(conn) == []
         assert _rights(conn, "oms_auditor").keys() == {*ENGINE, "alembic_version"}
     with open_connection(humble, role="oms_engine") as conn:
         install.require_schema(conn)
@@ -441,16 +487,43 @@ def test_after_the_administrator_came_the_rights_are_given(
         conn.execute("INSERT INTO app_user DEFAULT VALUES")
 
 
+def _administer(server: Server, statements: list[str]) -> None:
+    with psycopg.connect(server.dsn(), autocommit=True) as admin:
+        for statement in statements:
+            admin.execute(statement.encode())
+
+
+def _guard(conn: Connection) -> list[tuple[str, str]]:
+    return conn.execute("SELECT subject, finding FROM audit_guard").fetchall()
+
+
+def test_who_may_not_pass_on_the_schema_keeps_the_function_and_is_told(
+    humble: str, other_server: Server, told: Notices
+) -> None:
+    """Until then the function is the owner's, and what it writes is proven."""
+    _administer(other_server, ["ALTER ROLE humble CREATEROLE"])
+    with psycopg.connect(other_server.dsn("humble"), autocommit=True) as admin:
+        admin.execute("ALTER SCHEMA public OWNER TO postgres")
+        admin.execute("GRANT CREATE ON SCHEMA public TO humble")
+    install.migrate(humble)
+    wanted = "GRANT CREATE ON SCHEMA public TO humble WITH GRANT OPTION;"
+    with open_connection(humble) as conn:
+        assert install.grant_roles(conn) == [wanted]
+        with psycopg.connect(other_server.dsn("humble"), autocommit=True) as admin:
+            admin.execute(wanted.encode())
+        assert install.grant_roles(conn) == []
+        assert _guard(conn) == []
+
+
 def test_roles_that_are_there_but_not_ours_to_act_as_are_asked_for(
     humble: str, other_server: Server, told: Notices
 ) -> None:
     with psycopg.connect(other_server.dsn(), autocommit=True) as admin:
-        for role in ("oms_engine", "oms_connector", "oms_auditor"):
+        for role in ROLES:
             admin.execute(f"CREATE ROLE {role} NOLOGIN".encode())
     install.migrate(humble)
     assert [message for message, _ in told if "administrator" in message] == [
-        f"an administrator must run: GRANT {role} TO humble;"
-        for role in ("oms_engine", "oms_connector", "oms_auditor")
+        f"an administrator must run: GRANT {role} TO humble;" for role in ROLES
     ]
     with open_connection(humble) as conn:
         assert _rights(conn, "oms_engine")["orders"].keys() == {"SELECT", "INSERT", "UPDATE"}
@@ -460,7 +533,7 @@ def test_granting_again_takes_back_what_was_given_besides(conn: Connection) -> N
     before = {role: _rights(conn, role) for role in ("oms_engine", "oms_auditor")}
     conn.execute("GRANT UPDATE (cash), DELETE ON strategy_run TO oms_engine")
     conn.execute("GRANT ALL ON event_ledger TO oms_auditor")
-    assert install.grant_roles(conn) == []
+    install.grant_roles(conn)
     assert {role: _rights(conn, role) for role in before} == before
 
 

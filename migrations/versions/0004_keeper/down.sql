@@ -8,6 +8,8 @@ BEGIN
     END IF;
 END $$;
 
+DROP VIEW audit_guard;
+
 DROP TRIGGER strategy_run_a_check_update ON strategy_run;
 
 DROP TRIGGER engine_state_a_check_write ON engine_state;
@@ -23,6 +25,68 @@ DROP TRIGGER mtm_ledger_m_prove ON mtm_ledger;
 DROP TRIGGER orders_m_record_insert ON orders;
 
 DROP TRIGGER event_ledger_m_prove ON event_ledger;
+
+CREATE OR REPLACE FUNCTION position_check_write() RETURNS trigger
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+DECLARE
+    run record;
+    due public.position;
+BEGIN
+    -- What a real broker did is so, even if a cash account is short by it.
+    SELECT r.status, CASE WHEN r.broker = 'paper' THEN r.account_type ELSE 'MARGIN' END
+               AS account_type, r.books_seq, r.broker
+    INTO run FROM strategy_run r
+    WHERE r.user_id = NEW.user_id AND r.run_id = NEW.run_id FOR NO KEY UPDATE;
+    IF run.status IS DISTINCT FROM 'RUNNING' THEN
+        PERFORM run_lock(NEW.user_id, NEW.run_id, 'position', 'RUNNING',
+                         CASE WHEN run.broker <> 'paper' THEN 'STOPPING' ELSE 'RUNNING' END);
+    END IF;
+    IF TG_OP = 'UPDATE' THEN
+        IF NEW.user_id <> OLD.user_id OR NEW.run_id <> OLD.run_id THEN
+            PERFORM row_check_keeps_run(OLD.user_id, OLD.run_id, NEW.user_id, NEW.run_id,
+                                        'position');
+        ELSIF NEW.marked_at < OLD.marked_at
+              OR NEW.marked_at IS NULL AND OLD.marked_at IS NOT NULL THEN
+            RAISE EXCEPTION 'the mark of % is from %, not from an earlier %', NEW.symbol,
+                OLD.marked_at, NEW.marked_at
+                USING ERRCODE = '23T07', CONSTRAINT = 'position_mark_moves_forward',
+                      TABLE = 'position', COLUMN = 'marked_at', HINT = 'Mark with a newer price.';
+        ELSIF (NEW.symbol, NEW.quantity, NEW.cost_basis, NEW.realized_pnl)
+              IS NOT DISTINCT FROM (OLD.symbol, OLD.quantity, OLD.cost_basis, OLD.realized_pnl) THEN
+            RETURN NEW;
+        END IF;
+        due := OLD;
+    ELSE
+        SELECT * INTO due FROM position p
+        WHERE p.user_id = NEW.user_id AND p.run_id = NEW.run_id AND p.symbol = NEW.symbol;
+    END IF;
+    IF run.broker = 'paper' THEN
+        due := position_after_events(due, NEW.user_id, NEW.run_id, NEW.symbol, run.books_seq,
+                                     run.account_type);
+    ELSE
+        due := position_after_news(due, NEW.user_id, NEW.run_id, NEW.symbol, run.books_seq);
+    END IF;
+    IF NEW.quantity IS NULL THEN
+        NEW.quantity := coalesce(due.quantity, 0);
+        NEW.cost_basis := coalesce(due.cost_basis, 0);
+        NEW.realized_pnl := coalesce(due.realized_pnl, 0);
+        -- A split restates the mark too, which nobody else gives then.
+        IF NEW.marked_at IS NULL OR NEW.mark_price IS NOT DISTINCT FROM OLD.mark_price THEN
+            NEW.mark_price := due.mark_price;
+            NEW.marked_at := due.marked_at;
+        END IF;
+    END IF;
+    IF (NEW.quantity, NEW.cost_basis, NEW.realized_pnl)
+       IS DISTINCT FROM
+       (coalesce(due.quantity, 0), coalesce(due.cost_basis, 0), coalesce(due.realized_pnl, 0))
+       OR TG_OP = 'UPDATE' AND NEW.symbol <> OLD.symbol THEN
+        RAISE EXCEPTION 'the position in % follows from its executions: %, not %', NEW.symbol,
+            coalesce(due.quantity, 0), NEW.quantity
+            USING ERRCODE = '23T04', CONSTRAINT = 'position_from_executions', TABLE = 'position',
+                  COLUMN = 'quantity', HINT = 'Insert executions; the database computes positions.';
+    END IF;
+    RETURN NEW;
+END $$;
 
 -- A planner that has never seen these tables takes any index of a run for as good as another, and
 -- reads the whole run where one row was asked for. Autovacuum looks once a minute at most; a replay
@@ -147,6 +211,8 @@ DROP FUNCTION engine_keep;
 DROP FUNCTION ticks_append;
 
 DROP FUNCTION ticks_refuse;
+
+DROP FUNCTION position_refuse_mark;
 
 CREATE TRIGGER strategy_run_a_check_update BEFORE UPDATE ON strategy_run
     FOR EACH ROW EXECUTE FUNCTION strategy_run_check_update();
@@ -284,6 +350,28 @@ END $$;
 
 COMMENT ON FUNCTION ticks_write IS
     'Writes what ticks told: trades, events, marks and the engine''s state, in one statement.';
+
+CREATE VIEW audit_guard AS
+    WITH ours AS (
+        SELECT oid, relname FROM pg_class
+        WHERE relnamespace = 'public'::regnamespace AND relname = ANY (our_relations())
+    )
+    SELECT NULL::uuid AS user_id, NULL::uuid AS run_id,
+           format('trigger %s of %s', t.tgname, o.relname) AS subject,
+           'is switched off' AS finding
+    FROM pg_trigger t JOIN ours o ON o.oid = t.tgrelid
+    WHERE t.tgenabled NOT IN ('O', 'A')
+    UNION ALL
+    SELECT NULL, NULL, format('constraint %s of %s', c.conname, o.relname),
+           'was not checked against the rows that were there before it'
+    FROM pg_constraint c JOIN ours o ON o.oid = c.conrelid
+    WHERE NOT c.convalidated
+    UNION ALL
+    SELECT NULL, NULL, format('table %s', i.inhrelid::regclass),
+           format('puts rows into %s past its triggers', o.relname)
+    FROM pg_inherits i JOIN ours o ON o.oid = i.inhparent;
+
+COMMENT ON VIEW audit_guard IS 'Triggers and constraints that the owner has switched off.';
 
 -- A trigger function is called by its trigger, whoever writes; nobody else needs it, and nobody
 -- shall put it on a table of their own and feed it with rows of their own.

@@ -6,6 +6,8 @@
 SET LOCAL lock_timeout = '30s';
 SET LOCAL statement_timeout = '1h';
 
+DROP VIEW audit_guard;
+
 DROP TRIGGER strategy_run_a_check_update ON strategy_run;
 
 DROP TRIGGER engine_state_a_check_write ON engine_state;
@@ -39,6 +41,75 @@ CREATE TRIGGER engine_status_a_guard_write BEFORE INSERT OR UPDATE ON engine_sta
 CREATE TRIGGER execution_m_apply AFTER INSERT ON execution
     REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT WHEN (current_user <> 'oms_keeper')
     EXECUTE FUNCTION execution_apply();
+
+CREATE FUNCTION position_refuse_mark(symbol text, stands timestamptz, mark timestamptz)
+RETURNS void LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+BEGIN
+    RAISE EXCEPTION 'the mark of % is from %, not from an earlier %', symbol, stands, mark
+        USING ERRCODE = '23T07', CONSTRAINT = 'position_mark_moves_forward',
+              TABLE = 'position', COLUMN = 'marked_at', HINT = 'Mark with a newer price.';
+END $$;
+
+COMMENT ON FUNCTION position_refuse_mark IS 'Raises that a mark is older than another.';
+
+CREATE OR REPLACE FUNCTION position_check_write() RETURNS trigger
+LANGUAGE plpgsql SET search_path = public, pg_temp AS $$
+DECLARE
+    run record;
+    due public.position;
+BEGIN
+    -- What a real broker did is so, even if a cash account is short by it.
+    SELECT r.status, CASE WHEN r.broker = 'paper' THEN r.account_type ELSE 'MARGIN' END
+               AS account_type, r.books_seq, r.broker
+    INTO run FROM strategy_run r
+    WHERE r.user_id = NEW.user_id AND r.run_id = NEW.run_id FOR NO KEY UPDATE;
+    IF run.status IS DISTINCT FROM 'RUNNING' THEN
+        PERFORM run_lock(NEW.user_id, NEW.run_id, 'position', 'RUNNING',
+                         CASE WHEN run.broker <> 'paper' THEN 'STOPPING' ELSE 'RUNNING' END);
+    END IF;
+    IF TG_OP = 'UPDATE' THEN
+        IF NEW.user_id <> OLD.user_id OR NEW.run_id <> OLD.run_id THEN
+            PERFORM row_check_keeps_run(OLD.user_id, OLD.run_id, NEW.user_id, NEW.run_id,
+                                        'position');
+        ELSIF NEW.marked_at < OLD.marked_at
+              OR NEW.marked_at IS NULL AND OLD.marked_at IS NOT NULL THEN
+            PERFORM position_refuse_mark(NEW.symbol, OLD.marked_at, NEW.marked_at);
+        ELSIF (NEW.symbol, NEW.quantity, NEW.cost_basis, NEW.realized_pnl)
+              IS NOT DISTINCT FROM (OLD.symbol, OLD.quantity, OLD.cost_basis, OLD.realized_pnl) THEN
+            RETURN NEW;
+        END IF;
+        due := OLD;
+    ELSE
+        SELECT * INTO due FROM position p
+        WHERE p.user_id = NEW.user_id AND p.run_id = NEW.run_id AND p.symbol = NEW.symbol;
+    END IF;
+    IF run.broker = 'paper' THEN
+        due := position_after_events(due, NEW.user_id, NEW.run_id, NEW.symbol, run.books_seq,
+                                     run.account_type);
+    ELSE
+        due := position_after_news(due, NEW.user_id, NEW.run_id, NEW.symbol, run.books_seq);
+    END IF;
+    IF NEW.quantity IS NULL THEN
+        NEW.quantity := coalesce(due.quantity, 0);
+        NEW.cost_basis := coalesce(due.cost_basis, 0);
+        NEW.realized_pnl := coalesce(due.realized_pnl, 0);
+        -- A split restates the mark too, which nobody else gives then.
+        IF NEW.marked_at IS NULL OR NEW.mark_price IS NOT DISTINCT FROM OLD.mark_price THEN
+            NEW.mark_price := due.mark_price;
+            NEW.marked_at := due.marked_at;
+        END IF;
+    END IF;
+    IF (NEW.quantity, NEW.cost_basis, NEW.realized_pnl)
+       IS DISTINCT FROM
+       (coalesce(due.quantity, 0), coalesce(due.cost_basis, 0), coalesce(due.realized_pnl, 0))
+       OR TG_OP = 'UPDATE' AND NEW.symbol <> OLD.symbol THEN
+        RAISE EXCEPTION 'the position in % follows from its executions: %, not %', NEW.symbol,
+            coalesce(due.quantity, 0), NEW.quantity
+            USING ERRCODE = '23T04', CONSTRAINT = 'position_from_executions', TABLE = 'position',
+                  COLUMN = 'quantity', HINT = 'Insert executions; the database computes positions.';
+    END IF;
+    RETURN NEW;
+END $$;
 
 CREATE TRIGGER position_a_check_write BEFORE INSERT OR UPDATE ON position
     FOR EACH ROW WHEN (current_user <> 'oms_keeper') EXECUTE FUNCTION position_check_write();
@@ -177,6 +248,7 @@ DECLARE
     changed  boolean[];
     value    numeric;
     price    numeric;
+    at       timestamptz;
     previous bytea;
     newest   timestamptz;
     last_mark timestamptz;         -- in mtm_ledger
@@ -249,10 +321,13 @@ BEGIN
                     CONTINUE WHEN held[i] = 0;
                     price := e.payload #>> ARRAY['prices', symbols[i]];
                     IF price IS NOT NULL THEN
+                        at := coalesce((e.payload #>> ARRAY['priced_at', symbols[i]])::timestamptz,
+                                       e.logical_time);
+                        IF at < marked[i] THEN
+                            PERFORM position_refuse_mark(symbols[i], marked[i], at);
+                        END IF;
                         marks[i] := price;
-                        marked[i] := coalesce(
-                            (e.payload #>> ARRAY['priced_at', symbols[i]])::timestamptz,
-                            e.logical_time);
+                        marked[i] := at;
                         changed[i] := true;
                     END IF;
                     value := value + held[i] * marks[i];
@@ -394,6 +469,41 @@ END $$;
 
 COMMENT ON FUNCTION ticks_write IS
     'Writes what ticks told, and what follows from it: trades, events, marks, books, state.';
+
+CREATE VIEW audit_guard AS
+    WITH ours AS (
+        SELECT oid, relname FROM pg_class
+        WHERE relnamespace = 'public'::regnamespace AND relname = ANY (our_relations())
+    )
+    SELECT NULL::uuid AS user_id, NULL::uuid AS run_id,
+           format('trigger %s of %s', t.tgname, o.relname) AS subject,
+           'is switched off' AS finding
+    FROM pg_trigger t JOIN ours o ON o.oid = t.tgrelid
+    WHERE t.tgenabled NOT IN ('O', 'A')
+    UNION ALL
+    SELECT NULL, NULL, format('constraint %s of %s', c.conname, o.relname),
+           'was not checked against the rows that were there before it'
+    FROM pg_constraint c JOIN ours o ON o.oid = c.conrelid
+    WHERE NOT c.convalidated
+    UNION ALL
+    SELECT NULL, NULL, format('table %s', i.inhrelid::regclass),
+           format('puts rows into %s past its triggers', o.relname)
+    FROM pg_inherits i JOIN ours o ON o.oid = i.inhparent
+    UNION ALL
+    SELECT NULL, NULL, format('role %s', r.rolname), 'may write what nobody proves'
+    FROM pg_roles r
+    WHERE NOT r.rolsuper AND r.rolname <> 'oms_keeper'
+      AND pg_has_role(r.oid, to_regrole('oms_keeper'), CASE
+          WHEN current_setting('server_version_num')::integer >= 160000 THEN 'SET'
+          ELSE 'MEMBER' END)
+    UNION ALL
+    SELECT NULL, NULL, format('function %s', p.oid::regprocedure), 'writes what nobody proves'
+    FROM pg_proc p
+    WHERE p.proowner = to_regrole('oms_keeper')
+      AND (p.proname <> 'ticks_write' OR p.pronamespace <> 'public'::regnamespace);
+
+COMMENT ON VIEW audit_guard IS
+    'Triggers and constraints that are switched off, and who else writes what nobody proves.';
 
 -- Who may do what. Roles belong to the server, not to the database: they are made where the
 -- migrating user may make them; where not, a warning says what an administrator must run.
@@ -593,8 +703,8 @@ BEGIN
     END LOOP;
 END $$;
 
-REVOKE EXECUTE ON FUNCTION grant_roles, ticks_write, ticks_write_hand_over, books_follow, ledger_analyze, run_rebuild,
-    run_rebuild_books FROM PUBLIC;
+REVOKE EXECUTE ON FUNCTION grant_roles, ticks_write, ticks_write_hand_over, books_follow,
+    ledger_analyze, run_rebuild, run_rebuild_books FROM PUBLIC;
 
 REVOKE EXECUTE ON FUNCTION lease_take, lease_renew, lease_release, commands_claim,
     commands_throttled, commands_done, connector_alert, executions_unheard FROM PUBLIC;
@@ -602,7 +712,14 @@ REVOKE EXECUTE ON FUNCTION lease_take, lease_renew, lease_release, commands_clai
 REVOKE EXECUTE ON FUNCTION halt_place, halt_lift, halt_enforce, system_halt_place,
     system_halt_lift, run_equity_peak, open_orders_sum, reconcile_analyze FROM PUBLIC;
 
+-- The other roles were asked for when they were new.
 DO $$
+DECLARE
+    missing text;
 BEGIN
-    PERFORM grant_roles();
+    FOR missing IN SELECT g FROM grant_roles() g
+                   WHERE g LIKE '%oms_keeper%' OR g LIKE '%ON SCHEMA%' LOOP
+        RAISE WARNING 'an administrator must run: %', missing
+            USING HINT = 'Then `oms db migrate`, or SELECT grant_roles() as the owner.';
+    END LOOP;
 END $$;
