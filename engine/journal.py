@@ -55,7 +55,7 @@ class Journal:
     def _clear(self) -> None:
         self._told: list[tuple[str, str, str, str]] = []
         self._trades: list[tuple[str, ...]] = []
-        self._ticks: list[tuple[str, str, str]] = []
+        self._ticks: list[tuple[str, str]] = []
 
     @property
     def empty(self) -> bool:

@@ -1,4 +1,4 @@
-"""What may be told to ``ticks_write``, and what follows from it: nothing is taken on anybody's word.
+"""What may be told to ``ticks_write``, and what follows: nothing is taken on anybody's word.
 
 Its rows are not proven again by the triggers as long as the function is the keeper's. So everything
 here is told twice: to the keeper's function, and to the same one in its owner's hands, where every
@@ -28,11 +28,13 @@ from engine.errors import typed
 AT = datetime(2024, 1, 10, 15, 0, tzinfo=UTC)
 MINUTE = timedelta(minutes=1)
 CASH = Decimal(1000)
-_TYPES = (
-    "timestamptz[] text[] text[] jsonb[] "
-    "uuid[] text[] text[] numeric[] text[] text[] numeric[] timestamptz[] numeric[] text[] "
-    "numeric[] numeric[] timestamptz[] numeric[] numeric[]"
-).split()
+# After the run, the last event and the state: what is told, the trades, the ticks.
+_TYPES = [
+    *("timestamptz[]", "text[]", "text[]", "jsonb[]"),
+    *("uuid[]", "text[]", "text[]", "numeric[]", "text[]", "text[]", "numeric[]", "timestamptz[]"),
+    *("numeric[]", "text[]", "numeric[]", "numeric[]", "timestamptz[]"),
+    *("numeric[]", "numeric[]"),
+]
 _WRITE = (
     f"SELECT ticks_write(%s, %s, %s, %s::jsonb, {', '.join(f'%s::{kind}' for kind in _TYPES)}, "
     "%s::timestamptz, %s::numeric)"
@@ -52,8 +54,10 @@ class Telling:
     def trade(self, at: datetime, symbol: str, side: str, quantity: Any, price: Any) -> None:
         self.told += [[at, "ORDER_PLACED", None, None], [at, "EXECUTION", None, None]]
         self.trades.append(
-            [uuid4(), symbol, side, quantity, "MARKET", "DAY", None, None, price, None, price]
-            + [Decimal(0), at]
+            [
+                *(uuid4(), symbol, side, quantity, "MARKET", "DAY", None, None),
+                *(price, None, price, Decimal(0), at),
+            ]
         )
 
     def tick(self, at: datetime, prices: dict[str, Any], cash: Any, value: Any) -> None:
@@ -136,7 +140,6 @@ def outcomes(
                 found.append(contents(conn))
         except psycopg.Error as error:
             meaning = typed(error)
-            assert meaning is not None, error
             found.append(getattr(meaning, "constraint", None) or type(meaning).__name__)
         assert contents(conn) == before
     return found
@@ -169,15 +172,16 @@ def test_what_follows_is_the_same_as_what_would_be_proven(
     )
 
 
-def _trade(**changes: Any) -> Callable[[Telling], None]:
-    names = (
-        "order symbol side quantity order_type time_in_force limit expire reference client price "
-        "commission event_at"
-    ).split()
+_TRADE = [
+    *("order", "symbol", "side", "quantity", "order_type", "time_in_force", "limit", "expire"),
+    *("reference", "client", "price", "commission", "event_at"),
+]
 
+
+def _trade(**changes: Any) -> Callable[[Telling], None]:
     def tell(telling: Telling) -> None:
         for name, value in changes.items():
-            telling.trades[0][names.index(name)] = value
+            telling.trades[0][_TRADE.index(name)] = value
 
     return tell
 
