@@ -333,8 +333,10 @@ LANGUAGE sql STABLE ROWS 100 SET search_path = public, pg_temp AS $$
         WHEN z.status = 'EXPIRED' OR z.status = 'REJECTED' AND o.filled_quantity = 0 THEN z.status
         ELSE 'CANCELED' END AS becomes) b
     WHERE t.order_ref IS NULL AND n.order_ref IS NULL
+      -- Of what never arrived nothing is missing, but a cancel that came too late may wait for it.
       AND (o.recovered OR z.status IS NOT NULL OR c.claimed_by IS NOT NULL
-           AND coalesce(c.outcome, 'UNKNOWN') NOT IN ('NEVER_ARRIVED', 'REFUSED'))
+           AND (o.status = 'PENDING_CANCEL' AND c.outcome = 'NEVER_ARRIVED'
+                OR coalesce(c.outcome, 'UNKNOWN') NOT IN ('NEVER_ARRIVED', 'REFUSED')))
 $$;
 
 COMMENT ON FUNCTION reconcile_missing IS

@@ -133,7 +133,8 @@ def _add_words(
         if kind == "MODIFIED" and finding != "CONTRADICTION":
             state.terms_at = max(event_at, state.terms_at or event_at)
     for order_id, state in states.items():
-        if not state.is_open and state.stands != state.status:
+        said_so = state.ended in ("CANCELED", "EXPIRED")
+        if not state.is_open and state.stands != state.status and not said_so:
             # Ended by us or by what a snapshot showed: right until the broker says otherwise.
             state.end, state.closed_at = state.status, heard_at.get(order_id)
 

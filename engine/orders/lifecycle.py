@@ -590,7 +590,10 @@ def _follow_fills(order: OrderState, was: str) -> Sequence[Effect]:
     stands = order.stands
     if stands != order.status:
         reason = "FILL_AFTER_CANCEL" if was in ("CANCELED", "EXPIRED", "REJECTED") else "BUST"
-        return _move(order, stands, reason)
+        # From one end to another it goes by the work in between, which fills that are taken back at
+        # once don't show.
+        between = [Change(order.working)] if (was, stands) == ("CANCELED", "EXPIRED") else []
+        return [*between, *_move(order, stands, reason)]
     if was == "REJECTED":
         # The refusal was a guess: whether the rest still works is the broker's to say.
         order.pending_reconcile = True

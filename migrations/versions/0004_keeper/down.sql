@@ -101,6 +101,55 @@ BEGIN
     END IF;
 END $$;
 
+-- Orders of ours that should be at the broker and that it does not work. Executions that explain it
+-- were applied before. Where the broker says how an order ended, so it did; of what it never said a
+-- word, the submit never arrived.
+CREATE OR REPLACE FUNCTION reconcile_missing(of_user uuid, of_account text, of_snapshot uuid)
+RETURNS SETOF order_difference
+LANGUAGE sql STABLE ROWS 100 SET search_path = public, pg_temp AS $$
+    SELECT d.class, o.run_id, o.order_id, o.order_id::text, b.becomes,
+           CASE WHEN b.becomes IS NOT NULL THEN 'CANCELED'
+                WHEN d.class = 'NEVER_ARRIVED' THEN 'KEPT'
+                ELSE 'ALERTED' END,
+           CASE WHEN z.status IS NOT NULL THEN 'the broker says ' || z.status
+                WHEN d.class = 'MISSING_AT_BROKER'
+                THEN 'the broker does not work it, and no execution explains that'
+                WHEN d.class = 'NEVER_ARRIVED' THEN 'its submit never reached the broker'
+                ELSE 'what was asked may still be on its way' END,
+           order_difference_ours(o),
+           CASE WHEN z.status IS NOT NULL THEN jsonb_strip_nulls(to_jsonb(z)) END, c.command_id,
+           CASE WHEN d.class = 'NEVER_ARRIVED' THEN d.class WHEN z.status IS NOT NULL THEN 'ARRIVED'
+                END, z.broker_order_id, z.perm_id
+    FROM snapshot_facts(of_user, of_account, of_snapshot) s
+    JOIN orders o ON o.user_id = of_user AND o.account = of_account
+                 AND o.status NOT IN ('FILLED', 'CANCELED', 'REJECTED', 'EXPIRED')
+    LEFT JOIN broker_command c ON c.user_id = of_user AND c.account = of_account
+                              AND c.order_id = o.order_id AND c.kind = 'SUBMIT'
+    LEFT JOIN snapshot_orders(of_user, of_account, of_snapshot) t
+           ON t.order_ref = o.order_id::text
+    LEFT JOIN snapshot_closed(of_user, of_account, of_snapshot) z
+           ON z.order_ref = o.order_id::text
+    LEFT JOIN snapshot_overtaken(of_user, of_account, of_snapshot) n
+           ON n.order_ref = o.order_id::text
+    CROSS JOIN LATERAL (SELECT CASE
+        WHEN o.status NOT IN ('NEW', 'PENDING', 'PENDING_CANCEL') OR o.filled_quantity > 0
+             OR num_nonnulls(o.broker_order_id, o.perm_id) > 0 OR z.status IS NOT NULL
+             OR EXISTS (SELECT FROM broker_event e
+                        WHERE e.user_id = of_user AND e.account = of_account
+                          AND e.order_ref = o.order_id::text
+                          AND broker_event_shows_order(e)) THEN 'MISSING_AT_BROKER'
+        WHEN command_is_settled(c, s.asked_at, s.holder, s.first_number) THEN 'NEVER_ARRIVED'
+        ELSE 'UNDECIDED' END AS class) d
+    CROSS JOIN LATERAL (SELECT CASE
+        WHEN d.class = 'UNDECIDED' OR z.status = 'FILLED' OR z.filled > o.filled_quantity THEN NULL
+        WHEN d.class = 'NEVER_ARRIVED' AND o.status <> 'PENDING_CANCEL' THEN NULL
+        WHEN z.status = 'EXPIRED' OR z.status = 'REJECTED' AND o.filled_quantity = 0 THEN z.status
+        ELSE 'CANCELED' END AS becomes) b
+    WHERE t.order_ref IS NULL AND n.order_ref IS NULL
+      AND (o.recovered OR z.status IS NOT NULL OR c.claimed_by IS NOT NULL
+           AND coalesce(c.outcome, 'UNKNOWN') NOT IN ('NEVER_ARRIVED', 'REFUSED'))
+$$;
+
 -- The rights of each role: all that it needs and no more. The engine inserts what happens and
 -- moves what moves; it has no right to a number that follows from something else. Those are
 -- written by ticks_write and, behind the tables' triggers, by execution_apply, books_follow and

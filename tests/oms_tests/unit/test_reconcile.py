@@ -665,6 +665,29 @@ def test_a_cancel_that_finds_no_order_does_not_show_that_the_submit_arrived(
     assert outcome(wire, order_id) == "NEVER_ARRIVED"
 
 
+def test_a_cancel_behind_a_submit_that_was_never_sent_is_settled(wire: Wire, books: Books) -> None:
+    """The cancel was asked for while a connector had the submit, which it then could not write."""
+    order_id = wire.place(limit_price="90")
+    claim(wire, order_id, None)
+    assert wire.cancel(order_id) == "PENDING_CANCEL"
+    ((command_id,),) = wire.conn.execute(
+        "SELECT command_id FROM broker_command WHERE order_id = %s AND kind = 'SUBMIT'", [order_id]
+    ).fetchall()
+    wire.say("SEND_FAILED", order_id, command_id=str(command_id), error="the connection ended")
+    wire.conn.execute(
+        """UPDATE broker_command SET done_at = clock_timestamp(), outcome = 'NEVER_ARRIVED'
+           WHERE command_id = %s""",
+        [command_id],
+    )
+    claim(wire, order_id, "SENT", kind="CANCEL")
+    wire.say("CANCEL_REJECTED", order_id, code="UNKNOWN_ORDER", message="there is no such order")
+    wire.apply()
+    assert wire.order(order_id)["status"] == "PENDING_CANCEL"
+    assert kinds(books.reconcile()) == [("NEVER_ARRIVED", "CANCELED")]
+    assert wire.order(order_id)["status"] == "CANCELED"
+    assert books.reconcile().differences == []
+
+
 def test_a_cancel_that_comes_too_late_shows_that_the_submit_arrived(
     wire: Wire, books: Books
 ) -> None:
