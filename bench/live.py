@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from datetime import datetime
 from decimal import Decimal
+from itertools import chain, islice
 from pathlib import Path
 
 from psycopg import sql
@@ -28,6 +29,7 @@ __all__ = ["LiveRun", "Pgbench", "going_on", "measure", "tps_of"]
 
 MUST = 0.8
 SECONDS_SLACK = 60.0
+TICKS_PER_SECOND_MAX = 2_000
 WARM_UP_TICKS = 20
 _ONE = Decimal(1)
 
@@ -44,7 +46,7 @@ class LiveRun:
     ) -> None:
         self._conn = conn
         self._run = run
-        self._prices = (
+        self._prices: Iterator[tuple[datetime, list[Bar]]] = (
             tick
             for tick in _feed_after(conn, after)
             if every is None or not is_ordering_bar(tick[0], every)
@@ -68,6 +70,7 @@ class LiveRun:
 
     def seconds_per_tick(self, ticks: int) -> float:
         """How long one of so many ticks takes, in seconds."""
+        self._prepare(ticks)
         began = time.perf_counter()
         for _ in range(ticks):
             self.tick()
@@ -75,12 +78,17 @@ class LiveRun:
 
     def ticks_per_second(self, seconds: int) -> float:
         """How many ticks a second, measured for so long."""
+        self._prepare(seconds * TICKS_PER_SECOND_MAX)
         began = time.perf_counter()
         ticks = 0
         while time.perf_counter() - began < seconds:
             self.tick()
             ticks += 1
         return ticks / (time.perf_counter() - began)
+
+    def _prepare(self, ticks: int) -> None:
+        """Have the prices of so many ticks at hand: to make them up is no part of a tick."""
+        self._prices = chain(list(islice(self._prices, ticks)), self._prices)
 
 
 def _feed_after(conn: Connection, after: datetime | None) -> Iterator[tuple[datetime, list[Bar]]]:
