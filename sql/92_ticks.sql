@@ -110,7 +110,7 @@ DECLARE
     at       timestamptz;
     previous bytea;
     newest   timestamptz;
-    last_mark timestamptz;         -- in mtm_ledger
+    latest   timestamptz;          -- mark in mtm_ledger
     ticked   timestamptz;
     seq      bigint;
     written  integer;
@@ -150,7 +150,7 @@ BEGIN
            (SELECT k.logical_time FROM mtm_ledger k
             WHERE k.user_id = of_user AND k.run_id = of_run ORDER BY k.logical_time DESC LIMIT 1)
     INTO cash, seq, previous, newest, symbols, known, held, costs, profits, marks, marked,
-         waiting, limited, last_mark
+         waiting, limited, latest
     FROM (SELECT coalesce(array_agg(h.symbol), '{}') AS symbols, array_agg(h.quantity) AS held,
                  array_agg(h.cost_basis) AS costs, array_agg(h.realized_pnl) AS profits,
                  array_agg(h.mark_price) AS marks, array_agg(h.marked_at) AS marked
@@ -193,8 +193,8 @@ BEGIN
                 END LOOP;
                 IF (tick_cash[m], tick_value[m]) IS DISTINCT FROM (cash, value) THEN
                     PERFORM event_refuse(e, NULL);
-                ELSIF last_mark > e.logical_time THEN
-                    PERFORM mtm_ledger_refuse_time(of_run, last_mark, e.logical_time);
+                ELSIF latest > e.logical_time THEN
+                    PERFORM mtm_ledger_refuse_time(of_run, latest, e.logical_time);
                 END IF;
                 ticked := e.logical_time;
                 e.subject := '';

@@ -409,6 +409,12 @@ BEGIN
             action := 'ALERTED';
             reason := 'the broker works it on terms that nobody asked for';
         END IF;
+    ELSIF o.status = 'FILLED' AND o.filled_quantity < t.quantity AND order_asked_for(asked, t) THEN
+        -- Filled by its old terms, since the answer that gave it the new ones was lost.
+        class := 'TERMS_DIFFER';
+        becomes := 'PARTIALLY_FILLED';
+        action := 'TERMS_TAKEN';
+        reason := 'the modification reached the broker';
     ELSIF o.status <> coalesce(becomes, '') THEN
         reason := format('we say %s, the broker works it', o.status);
     ELSE
@@ -437,6 +443,8 @@ CREATE FUNCTION order_compare(o orders, t snapshot_order, of_account text, asked
                               is_settled boolean)
 RETURNS TABLE (class text, becomes text, action text, reason text)
 LANGUAGE plpgsql STABLE ROWS 2 SET search_path = public, pg_temp AS $$
+DECLARE
+    by_status record;
 BEGIN
     IF o.account <> of_account THEN
         RETURN QUERY SELECT 'ACCOUNT_DIFFERS', NULL, 'ALERTED',
@@ -450,10 +458,13 @@ BEGIN
                             format('%s is %s at the broker', o.symbol, t.symbol);
         RETURN;
     END IF;
-    RETURN QUERY SELECT s.* FROM order_compare_status(o, t, asked, is_settled) s
-                 WHERE s.class IS NOT NULL;
-    IF o.status <> 'PENDING_MODIFY' AND (o.side <> t.side OR NOT order_has_terms(
-        o.order_type, o.quantity, o.limit_price, o.stop_price, t)) THEN
+    by_status := order_compare_status(o, t, asked, is_settled);
+    IF by_status.class IS NOT NULL THEN
+        RETURN QUERY SELECT by_status.class, by_status.becomes, by_status.action, by_status.reason;
+    END IF;
+    IF o.status <> 'PENDING_MODIFY' AND by_status.action IS DISTINCT FROM 'TERMS_TAKEN'
+       AND (o.side <> t.side OR NOT order_has_terms(
+           o.order_type, o.quantity, o.limit_price, o.stop_price, t)) THEN
         RETURN QUERY SELECT 'TERMS_DIFFER', NULL,
             CASE WHEN o.side = t.side AND order_asked_for(asked, t)
                       AND o.status IN ('ROUTED', 'PARTIALLY_FILLED') THEN 'TERMS_TAKEN'

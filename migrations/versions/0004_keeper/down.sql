@@ -150,6 +150,91 @@ LANGUAGE sql STABLE ROWS 100 SET search_path = public, pg_temp AS $$
            AND coalesce(c.outcome, 'UNKNOWN') NOT IN ('NEVER_ARRIVED', 'REFUSED'))
 $$;
 
+-- In what an order differs: its status first, which says what was lost on the way; then the rest.
+CREATE OR REPLACE FUNCTION order_compare_status(o orders, t snapshot_order, asked broker_command,
+                                     is_settled boolean,
+                                     OUT class text, OUT becomes text, OUT action text,
+                                     OUT reason text)
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    becomes := order_status_at_broker(o, t.status);
+    class := 'STATUS_DIFFERS';
+    action := 'MOVED';
+    IF o.status IN ('NEW', 'PENDING') THEN
+        class := 'FOUND';
+        reason := 'its submit reached the broker, which works it';
+    ELSIF o.status IN ('PENDING_CANCEL', 'PENDING_MODIFY') AND NOT is_settled
+          AND NOT coalesce(order_asked_for(asked, t), false) THEN
+        class := 'UNDECIDED';
+        becomes := NULL;
+        reason := 'what was asked may still be on its way';
+    ELSIF o.status = 'PENDING_CANCEL' THEN
+        action := 'CANCEL_SENT';
+        reason := 'the cancel never reached the broker, which works it';
+    ELSIF o.status = 'PENDING_MODIFY' THEN
+        IF order_asked_for(asked, t) THEN
+            class := 'TERMS_DIFFER';
+            action := 'TERMS_TAKEN';
+            reason := 'the modification reached the broker';
+        ELSIF order_has_terms(o.order_type, o.quantity, o.limit_price, o.stop_price, t) THEN
+            reason := 'the modification never reached the broker';
+        ELSE
+            class := 'TERMS_DIFFER';
+            action := 'ALERTED';
+            reason := 'the broker works it on terms that nobody asked for';
+        END IF;
+    ELSIF o.status <> coalesce(becomes, '') THEN
+        reason := format('we say %s, the broker works it', o.status);
+    ELSE
+        class := NULL;
+    END IF;
+    IF class <> 'UNDECIDED' AND NOT EXISTS (SELECT FROM order_transition x
+                                            WHERE x.from_status = o.status
+                                              AND x.to_status = becomes) THEN
+        becomes := NULL;
+        action := 'ALERTED';
+    END IF;
+END $$;
+
+CREATE OR REPLACE FUNCTION order_compare(o orders, t snapshot_order, of_account text, asked broker_command,
+                              is_settled boolean)
+RETURNS TABLE (class text, becomes text, action text, reason text)
+LANGUAGE plpgsql STABLE ROWS 2 SET search_path = public, pg_temp AS $$
+BEGIN
+    IF o.account <> of_account THEN
+        RETURN QUERY SELECT 'ACCOUNT_DIFFERS', NULL, 'ALERTED',
+                            format('it was sent to %s, and %s works it', o.account, of_account);
+        RETURN;
+    ELSIF o.symbol <> t.symbol THEN
+        RETURN QUERY SELECT 'CONTRACT_CHANGED', NULL,
+                            CASE WHEN o.status = ANY ('{PENDING_CANCEL,FILLED,CANCELED,REJECTED,'
+                                                      'EXPIRED}') THEN 'ALERTED'
+                                 ELSE 'CANCEL_SENT' END,
+                            format('%s is %s at the broker', o.symbol, t.symbol);
+        RETURN;
+    END IF;
+    RETURN QUERY SELECT s.* FROM order_compare_status(o, t, asked, is_settled) s
+                 WHERE s.class IS NOT NULL;
+    IF o.status <> 'PENDING_MODIFY' AND (o.side <> t.side OR NOT order_has_terms(
+        o.order_type, o.quantity, o.limit_price, o.stop_price, t)) THEN
+        RETURN QUERY SELECT 'TERMS_DIFFER', NULL,
+            CASE WHEN o.side = t.side AND order_asked_for(asked, t)
+                      AND o.status IN ('ROUTED', 'PARTIALLY_FILLED') THEN 'TERMS_TAKEN'
+                 ELSE 'ALERTED' END,
+            CASE WHEN order_asked_for(asked, t) THEN 'the modification reached the broker'
+                 ELSE 'the broker works it on terms that nobody asked for' END;
+    END IF;
+    IF o.filled_quantity <> t.filled THEN
+        RETURN QUERY SELECT 'FILLED_DIFFERS', NULL, 'ALERTED',
+                            'its executions do not add up to what the broker says is filled';
+    END IF;
+    IF o.status NOT IN ('NEW', 'PENDING')
+       AND (o.broker_order_id, o.perm_id) IS DISTINCT FROM
+           (coalesce(t.broker_order_id, o.broker_order_id), coalesce(t.perm_id, o.perm_id)) THEN
+        RETURN QUERY SELECT 'IDS_DIFFER', NULL, 'RECORDED', 'the broker has other ids for it now';
+    END IF;
+END $$;
+
 -- The rights of each role: all that it needs and no more. The engine inserts what happens and
 -- moves what moves; it has no right to a number that follows from something else. Those are
 -- written by ticks_write and, behind the tables' triggers, by execution_apply, books_follow and

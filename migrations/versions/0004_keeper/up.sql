@@ -251,7 +251,7 @@ DECLARE
     at       timestamptz;
     previous bytea;
     newest   timestamptz;
-    last_mark timestamptz;         -- in mtm_ledger
+    latest   timestamptz;          -- mark in mtm_ledger
     ticked   timestamptz;
     seq      bigint;
     written  integer;
@@ -291,7 +291,7 @@ BEGIN
            (SELECT k.logical_time FROM mtm_ledger k
             WHERE k.user_id = of_user AND k.run_id = of_run ORDER BY k.logical_time DESC LIMIT 1)
     INTO cash, seq, previous, newest, symbols, known, held, costs, profits, marks, marked,
-         waiting, limited, last_mark
+         waiting, limited, latest
     FROM (SELECT coalesce(array_agg(h.symbol), '{}') AS symbols, array_agg(h.quantity) AS held,
                  array_agg(h.cost_basis) AS costs, array_agg(h.realized_pnl) AS profits,
                  array_agg(h.mark_price) AS marks, array_agg(h.marked_at) AS marked
@@ -334,8 +334,8 @@ BEGIN
                 END LOOP;
                 IF (tick_cash[m], tick_value[m]) IS DISTINCT FROM (cash, value) THEN
                     PERFORM event_refuse(e, NULL);
-                ELSIF last_mark > e.logical_time THEN
-                    PERFORM mtm_ledger_refuse_time(of_run, last_mark, e.logical_time);
+                ELSIF latest > e.logical_time THEN
+                    PERFORM mtm_ledger_refuse_time(of_run, latest, e.logical_time);
                 END IF;
                 ticked := e.logical_time;
                 e.subject := '';
@@ -520,6 +520,102 @@ LANGUAGE sql STABLE ROWS 100 SET search_path = public, pg_temp AS $$
            AND (o.status = 'PENDING_CANCEL' AND c.outcome = 'NEVER_ARRIVED'
                 OR coalesce(c.outcome, 'UNKNOWN') NOT IN ('NEVER_ARRIVED', 'REFUSED')))
 $$;
+
+-- In what an order differs: its status first, which says what was lost on the way; then the rest.
+CREATE OR REPLACE FUNCTION order_compare_status(o orders, t snapshot_order, asked broker_command,
+                                     is_settled boolean,
+                                     OUT class text, OUT becomes text, OUT action text,
+                                     OUT reason text)
+LANGUAGE plpgsql STABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    becomes := order_status_at_broker(o, t.status);
+    class := 'STATUS_DIFFERS';
+    action := 'MOVED';
+    IF o.status IN ('NEW', 'PENDING') THEN
+        class := 'FOUND';
+        reason := 'its submit reached the broker, which works it';
+    ELSIF o.status IN ('PENDING_CANCEL', 'PENDING_MODIFY') AND NOT is_settled
+          AND NOT coalesce(order_asked_for(asked, t), false) THEN
+        class := 'UNDECIDED';
+        becomes := NULL;
+        reason := 'what was asked may still be on its way';
+    ELSIF o.status = 'PENDING_CANCEL' THEN
+        action := 'CANCEL_SENT';
+        reason := 'the cancel never reached the broker, which works it';
+    ELSIF o.status = 'PENDING_MODIFY' THEN
+        IF order_asked_for(asked, t) THEN
+            class := 'TERMS_DIFFER';
+            action := 'TERMS_TAKEN';
+            reason := 'the modification reached the broker';
+        ELSIF order_has_terms(o.order_type, o.quantity, o.limit_price, o.stop_price, t) THEN
+            reason := 'the modification never reached the broker';
+        ELSE
+            class := 'TERMS_DIFFER';
+            action := 'ALERTED';
+            reason := 'the broker works it on terms that nobody asked for';
+        END IF;
+    ELSIF o.status = 'FILLED' AND o.filled_quantity < t.quantity AND order_asked_for(asked, t) THEN
+        -- Filled by its old terms, since the answer that gave it the new ones was lost.
+        class := 'TERMS_DIFFER';
+        becomes := 'PARTIALLY_FILLED';
+        action := 'TERMS_TAKEN';
+        reason := 'the modification reached the broker';
+    ELSIF o.status <> coalesce(becomes, '') THEN
+        reason := format('we say %s, the broker works it', o.status);
+    ELSE
+        class := NULL;
+    END IF;
+    IF class <> 'UNDECIDED' AND NOT EXISTS (SELECT FROM order_transition x
+                                            WHERE x.from_status = o.status
+                                              AND x.to_status = becomes) THEN
+        becomes := NULL;
+        action := 'ALERTED';
+    END IF;
+END $$;
+
+CREATE OR REPLACE FUNCTION order_compare(o orders, t snapshot_order, of_account text, asked broker_command,
+                              is_settled boolean)
+RETURNS TABLE (class text, becomes text, action text, reason text)
+LANGUAGE plpgsql STABLE ROWS 2 SET search_path = public, pg_temp AS $$
+DECLARE
+    by_status record;
+BEGIN
+    IF o.account <> of_account THEN
+        RETURN QUERY SELECT 'ACCOUNT_DIFFERS', NULL, 'ALERTED',
+                            format('it was sent to %s, and %s works it', o.account, of_account);
+        RETURN;
+    ELSIF o.symbol <> t.symbol THEN
+        RETURN QUERY SELECT 'CONTRACT_CHANGED', NULL,
+                            CASE WHEN o.status = ANY ('{PENDING_CANCEL,FILLED,CANCELED,REJECTED,'
+                                                      'EXPIRED}') THEN 'ALERTED'
+                                 ELSE 'CANCEL_SENT' END,
+                            format('%s is %s at the broker', o.symbol, t.symbol);
+        RETURN;
+    END IF;
+    by_status := order_compare_status(o, t, asked, is_settled);
+    IF by_status.class IS NOT NULL THEN
+        RETURN QUERY SELECT by_status.class, by_status.becomes, by_status.action, by_status.reason;
+    END IF;
+    IF o.status <> 'PENDING_MODIFY' AND by_status.action IS DISTINCT FROM 'TERMS_TAKEN'
+       AND (o.side <> t.side OR NOT order_has_terms(
+           o.order_type, o.quantity, o.limit_price, o.stop_price, t)) THEN
+        RETURN QUERY SELECT 'TERMS_DIFFER', NULL,
+            CASE WHEN o.side = t.side AND order_asked_for(asked, t)
+                      AND o.status IN ('ROUTED', 'PARTIALLY_FILLED') THEN 'TERMS_TAKEN'
+                 ELSE 'ALERTED' END,
+            CASE WHEN order_asked_for(asked, t) THEN 'the modification reached the broker'
+                 ELSE 'the broker works it on terms that nobody asked for' END;
+    END IF;
+    IF o.filled_quantity <> t.filled THEN
+        RETURN QUERY SELECT 'FILLED_DIFFERS', NULL, 'ALERTED',
+                            'its executions do not add up to what the broker says is filled';
+    END IF;
+    IF o.status NOT IN ('NEW', 'PENDING')
+       AND (o.broker_order_id, o.perm_id) IS DISTINCT FROM
+           (coalesce(t.broker_order_id, o.broker_order_id), coalesce(t.perm_id, o.perm_id)) THEN
+        RETURN QUERY SELECT 'IDS_DIFFER', NULL, 'RECORDED', 'the broker has other ids for it now';
+    END IF;
+END $$;
 
 CREATE VIEW audit_guard AS
     WITH ours AS (

@@ -263,6 +263,32 @@ def test_a_modification_of_a_dead_connector_is_taken_too(wire: Wire, books: Book
     assert wire.order(order_id)["limit_price"] == 98
 
 
+def test_a_modification_whose_answer_was_lost_is_taken_behind_fills_of_it(
+    wire: Wire, books: Books
+) -> None:
+    """Filled by its old terms, and more than that: it works on by the new ones."""
+    order_id = wire.working(limit_price="99")
+    assert wire.modify(order_id, quantity="20", limit_price="99") == "PENDING_MODIFY"
+    wire.sent(order_id)
+    wire.fill(order_id, "12", "99", "E1")
+    wire.apply()
+    assert wire.order(order_id)["status"] == "FILLED"
+    books.works(order_id, quantity="20", limit_price="99", filled="12")
+    books.positions, books.cash = {"AAPL": "12"}, {"USD": "98812"}
+    assert kinds(books.reconcile()) == [("TERMS_DIFFER", "TERMS_TAKEN")]
+    order = wire.order(order_id)
+    assert (order["status"], order["quantity"], order["filled_quantity"]) == (
+        "PARTIALLY_FILLED",
+        20,
+        12,
+    )
+    assert outcome(wire, order_id, "MODIFY") == "ARRIVED"
+    assert books.reconcile().differences == []
+    wire.fill(order_id, "8", "99", "E2")
+    wire.apply()
+    assert wire.order(order_id)["status"] == "FILLED"
+
+
 def test_a_modification_that_never_arrived_changes_nothing(wire: Wire, books: Books) -> None:
     order_id = wire.working(limit_price="99")
     wire.modify(order_id, limit_price="98")
