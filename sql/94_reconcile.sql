@@ -288,6 +288,23 @@ RETURN jsonb_strip_nulls(jsonb_build_object(
 
 COMMENT ON FUNCTION order_difference_ours IS 'An order as we see it, for a difference.';
 
+-- A trailing stop moves at the broker: its price is no term.
+CREATE FUNCTION order_has_terms(order_type text, quantity numeric, limit_price numeric,
+                                stop_price numeric, t snapshot_order) RETURNS boolean
+LANGUAGE sql IMMUTABLE
+RETURN quantity = t.quantity AND limit_price IS NOT DISTINCT FROM t.limit_price
+       AND (order_type = 'TRAIL' OR stop_price IS NOT DISTINCT FROM t.stop_price);
+
+COMMENT ON FUNCTION order_has_terms IS 'Whether these are the terms on which a broker works it.';
+
+CREATE FUNCTION order_asked_for(asked broker_command, t snapshot_order) RETURNS boolean
+LANGUAGE sql IMMUTABLE
+RETURN asked.kind = 'MODIFY' AND order_has_terms(
+    asked.payload ->> 'order_type', (asked.payload ->> 'quantity')::numeric,
+    (asked.payload ->> 'limit_price')::numeric, (asked.payload ->> 'stop_price')::numeric, t);
+
+COMMENT ON FUNCTION order_asked_for IS 'Whether a broker works an order as a command asks.';
+
 -- Orders of ours that should be at the broker and that it does not work. Executions that explain it
 -- were applied before. Where the broker says how an order ended, so it did; of what it never said a
 -- word, the submit never arrived.
@@ -295,7 +312,8 @@ CREATE FUNCTION reconcile_missing(of_user uuid, of_account text, of_snapshot uui
 RETURNS SETOF order_difference
 LANGUAGE sql STABLE ROWS 100 SET search_path = public, pg_temp AS $$
     SELECT d.class, o.run_id, o.order_id, o.order_id::text, b.becomes,
-           CASE WHEN b.becomes IS NOT NULL THEN 'CANCELED'
+           CASE WHEN k.taken THEN 'TERMS_TAKEN'
+                WHEN b.becomes IS NOT NULL THEN 'CANCELED'
                 WHEN d.class = 'NEVER_ARRIVED' THEN 'KEPT'
                 ELSE 'ALERTED' END,
            CASE WHEN z.status IS NOT NULL THEN 'the broker says ' || z.status
@@ -304,7 +322,8 @@ LANGUAGE sql STABLE ROWS 100 SET search_path = public, pg_temp AS $$
                 WHEN d.class = 'NEVER_ARRIVED' THEN 'its submit never reached the broker'
                 ELSE 'what was asked may still be on its way' END,
            order_difference_ours(o),
-           CASE WHEN z.status IS NOT NULL THEN jsonb_strip_nulls(to_jsonb(z)) END, c.command_id,
+           CASE WHEN z.status IS NOT NULL THEN jsonb_strip_nulls(to_jsonb(z)) END,
+           CASE WHEN k.taken THEN (l.a).command_id ELSE c.command_id END,
            CASE WHEN d.class = 'NEVER_ARRIVED' THEN d.class WHEN z.status IS NOT NULL THEN 'ARRIVED'
                 END, z.broker_order_id, z.perm_id
     FROM snapshot_facts(of_user, of_account, of_snapshot) s
@@ -318,7 +337,20 @@ LANGUAGE sql STABLE ROWS 100 SET search_path = public, pg_temp AS $$
            ON z.order_ref = o.order_id::text
     LEFT JOIN snapshot_overtaken(of_user, of_account, of_snapshot) n
            ON n.order_ref = o.order_id::text
+    -- A modification whose answer was lost: it ended on the terms that were asked for.
+    LEFT JOIN LATERAL (
+        SELECT a FROM broker_command a
+        WHERE z.status IS NOT NULL AND a.user_id = of_user AND a.run_id = o.run_id
+          AND a.order_id = o.order_id AND a.account = of_account AND a.kind = 'MODIFY'
+          AND a.claimed_by IS NOT NULL
+        ORDER BY a.order_version DESC LIMIT 1) l (a) ON true
+    CROSS JOIN LATERAL (SELECT coalesce(
+        order_asked_for(l.a, z)
+        AND NOT order_has_terms(o.order_type, o.quantity, o.limit_price, o.stop_price, z)
+        AND (z.filled = o.filled_quantity OR z.filled < o.filled_quantity
+             AND z.status <> 'FILLED'), false) AS taken) k
     CROSS JOIN LATERAL (SELECT CASE
+        WHEN k.taken THEN 'TERMS_DIFFER'
         WHEN o.status NOT IN ('NEW', 'PENDING', 'PENDING_CANCEL') OR o.filled_quantity > 0
              OR num_nonnulls(o.broker_order_id, o.perm_id) > 0 OR z.status IS NOT NULL
              OR EXISTS (SELECT FROM broker_event e
@@ -328,6 +360,7 @@ LANGUAGE sql STABLE ROWS 100 SET search_path = public, pg_temp AS $$
         WHEN command_is_settled(c, s.asked_at, s.holder, s.first_number) THEN 'NEVER_ARRIVED'
         ELSE 'UNDECIDED' END AS class) d
     CROSS JOIN LATERAL (SELECT CASE
+        WHEN k.taken AND z.status = 'FILLED' THEN z.status
         WHEN d.class = 'UNDECIDED' OR z.status = 'FILLED' OR z.filled > o.filled_quantity THEN NULL
         WHEN d.class = 'NEVER_ARRIVED' AND o.status <> 'PENDING_CANCEL' THEN NULL
         WHEN z.status = 'EXPIRED' OR z.status = 'REJECTED' AND o.filled_quantity = 0 THEN z.status
@@ -354,15 +387,6 @@ RETURN CASE WHEN o.filled_quantity >= o.quantity THEN NULL
 
 COMMENT ON FUNCTION order_status_at_broker IS
     'The status of an order that a broker works, or NULL where its fills say that it is over.';
-
--- A trailing stop moves at the broker: its price is no term.
-CREATE FUNCTION order_has_terms(order_type text, quantity numeric, limit_price numeric,
-                                stop_price numeric, t snapshot_order) RETURNS boolean
-LANGUAGE sql IMMUTABLE
-RETURN quantity = t.quantity AND limit_price IS NOT DISTINCT FROM t.limit_price
-       AND (order_type = 'TRAIL' OR stop_price IS NOT DISTINCT FROM t.stop_price);
-
-COMMENT ON FUNCTION order_has_terms IS 'Whether these are the terms on which a broker works it.';
 
 CREATE FUNCTION order_is_alike(o orders, t snapshot_order, of_account text) RETURNS boolean
 LANGUAGE sql IMMUTABLE
@@ -430,14 +454,6 @@ END $$;
 
 COMMENT ON FUNCTION order_compare_status IS
     'How the status of an order that a broker works differs from ours, what it becomes, and why.';
-
-CREATE FUNCTION order_asked_for(asked broker_command, t snapshot_order) RETURNS boolean
-LANGUAGE sql IMMUTABLE
-RETURN asked.kind = 'MODIFY' AND order_has_terms(
-    asked.payload ->> 'order_type', (asked.payload ->> 'quantity')::numeric,
-    (asked.payload ->> 'limit_price')::numeric, (asked.payload ->> 'stop_price')::numeric, t);
-
-COMMENT ON FUNCTION order_asked_for IS 'Whether a broker works an order as a command asks.';
 
 CREATE FUNCTION order_compare(o orders, t snapshot_order, of_account text, asked broker_command,
                               is_settled boolean)

@@ -23,6 +23,7 @@ class Books:
     account: str = ACCOUNT
     orders: dict[UUID, dict[str, Any]] = field(default_factory=dict)
     strangers: list[dict[str, Any]] = field(default_factory=list)
+    closed: list[dict[str, Any]] = field(default_factory=list)
     positions: dict[str, str] = field(default_factory=dict)
     cash: dict[str, str] = field(default_factory=lambda: {"USD": "100000"})
 
@@ -40,6 +41,11 @@ class Books:
             **terms,
             **more,
         }
+
+    def ended(self, order_id: UUID, status: str, **more: Any) -> None:
+        """The broker says of our order how it ended lately."""
+        self.works(order_id, status=status, **more)
+        self.closed.append(self.orders.pop(order_id))
 
     def ask(self, why: str = "DEMAND", *, dry_run: bool = False, claimed: bool = True) -> UUID:
         """Request a snapshot; the connector takes it."""
@@ -77,6 +83,7 @@ class Books:
                 parts=len(chunks),
                 taken_at=taken_at.isoformat(),
                 open_orders=chunk,
+                closed_orders=self.closed if number == 1 else [],
                 positions=positions,
                 cash=self.cash,
             )

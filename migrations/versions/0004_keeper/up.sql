@@ -477,7 +477,8 @@ CREATE OR REPLACE FUNCTION reconcile_missing(of_user uuid, of_account text, of_s
 RETURNS SETOF order_difference
 LANGUAGE sql STABLE ROWS 100 SET search_path = public, pg_temp AS $$
     SELECT d.class, o.run_id, o.order_id, o.order_id::text, b.becomes,
-           CASE WHEN b.becomes IS NOT NULL THEN 'CANCELED'
+           CASE WHEN k.taken THEN 'TERMS_TAKEN'
+                WHEN b.becomes IS NOT NULL THEN 'CANCELED'
                 WHEN d.class = 'NEVER_ARRIVED' THEN 'KEPT'
                 ELSE 'ALERTED' END,
            CASE WHEN z.status IS NOT NULL THEN 'the broker says ' || z.status
@@ -486,7 +487,8 @@ LANGUAGE sql STABLE ROWS 100 SET search_path = public, pg_temp AS $$
                 WHEN d.class = 'NEVER_ARRIVED' THEN 'its submit never reached the broker'
                 ELSE 'what was asked may still be on its way' END,
            order_difference_ours(o),
-           CASE WHEN z.status IS NOT NULL THEN jsonb_strip_nulls(to_jsonb(z)) END, c.command_id,
+           CASE WHEN z.status IS NOT NULL THEN jsonb_strip_nulls(to_jsonb(z)) END,
+           CASE WHEN k.taken THEN (l.a).command_id ELSE c.command_id END,
            CASE WHEN d.class = 'NEVER_ARRIVED' THEN d.class WHEN z.status IS NOT NULL THEN 'ARRIVED'
                 END, z.broker_order_id, z.perm_id
     FROM snapshot_facts(of_user, of_account, of_snapshot) s
@@ -500,7 +502,20 @@ LANGUAGE sql STABLE ROWS 100 SET search_path = public, pg_temp AS $$
            ON z.order_ref = o.order_id::text
     LEFT JOIN snapshot_overtaken(of_user, of_account, of_snapshot) n
            ON n.order_ref = o.order_id::text
+    -- A modification whose answer was lost: it ended on the terms that were asked for.
+    LEFT JOIN LATERAL (
+        SELECT a FROM broker_command a
+        WHERE z.status IS NOT NULL AND a.user_id = of_user AND a.run_id = o.run_id
+          AND a.order_id = o.order_id AND a.account = of_account AND a.kind = 'MODIFY'
+          AND a.claimed_by IS NOT NULL
+        ORDER BY a.order_version DESC LIMIT 1) l (a) ON true
+    CROSS JOIN LATERAL (SELECT coalesce(
+        order_asked_for(l.a, z)
+        AND NOT order_has_terms(o.order_type, o.quantity, o.limit_price, o.stop_price, z)
+        AND (z.filled = o.filled_quantity OR z.filled < o.filled_quantity
+             AND z.status <> 'FILLED'), false) AS taken) k
     CROSS JOIN LATERAL (SELECT CASE
+        WHEN k.taken THEN 'TERMS_DIFFER'
         WHEN o.status NOT IN ('NEW', 'PENDING', 'PENDING_CANCEL') OR o.filled_quantity > 0
              OR num_nonnulls(o.broker_order_id, o.perm_id) > 0 OR z.status IS NOT NULL
              OR EXISTS (SELECT FROM broker_event e
@@ -510,6 +525,7 @@ LANGUAGE sql STABLE ROWS 100 SET search_path = public, pg_temp AS $$
         WHEN command_is_settled(c, s.asked_at, s.holder, s.first_number) THEN 'NEVER_ARRIVED'
         ELSE 'UNDECIDED' END AS class) d
     CROSS JOIN LATERAL (SELECT CASE
+        WHEN k.taken AND z.status = 'FILLED' THEN z.status
         WHEN d.class = 'UNDECIDED' OR z.status = 'FILLED' OR z.filled > o.filled_quantity THEN NULL
         WHEN d.class = 'NEVER_ARRIVED' AND o.status <> 'PENDING_CANCEL' THEN NULL
         WHEN z.status = 'EXPIRED' OR z.status = 'REJECTED' AND o.filled_quantity = 0 THEN z.status

@@ -289,6 +289,26 @@ def test_a_modification_whose_answer_was_lost_is_taken_behind_fills_of_it(
     assert wire.order(order_id)["status"] == "FILLED"
 
 
+@pytest.mark.parametrize("ended", ["FILLED", "CANCELED"])
+def test_an_order_that_has_ended_on_terms_whose_confirmation_was_lost_takes_them(
+    wire: Wire, books: Books, ended: str
+) -> None:
+    order_id = wire.working(limit_price="99")
+    assert wire.modify(order_id, quantity="7", limit_price="99") == "PENDING_MODIFY"
+    wire.sent(order_id)
+    units = "7" if ended == "FILLED" else "5"
+    wire.fill(order_id, units, "99", "E1")
+    wire.apply()
+    assert wire.order(order_id)["status"] == "PENDING_MODIFY"
+    books.ended(order_id, ended, quantity="7", limit_price="99", filled=units)
+    books.positions, books.cash = {"AAPL": units}, {"USD": str(100_000 - 99 * int(units))}
+    assert kinds(books.reconcile()) == [("TERMS_DIFFER", "TERMS_TAKEN")]
+    order = wire.order(order_id)
+    assert (order["status"], order["quantity"]) == (ended, 7)
+    assert outcome(wire, order_id, "MODIFY") == "ARRIVED"
+    assert books.reconcile().differences == []
+
+
 def test_a_modification_that_never_arrived_changes_nothing(wire: Wire, books: Books) -> None:
     order_id = wire.working(limit_price="99")
     wire.modify(order_id, limit_price="98")
