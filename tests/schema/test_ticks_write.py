@@ -216,9 +216,12 @@ def _add(kind: str, subject: str = "", payload: str = "{}") -> Callable[[Telling
     return tell
 
 
-def _without(number: int) -> Callable[[Telling], None]:
+def _events_alone(*types: str) -> Callable[[Telling], None]:
+    """These events about the trade and no tick, whose value would be another."""
+
     def tell(telling: Telling) -> None:
-        del telling.told[number]
+        telling.told = [[AT, each, None, None] for each in types]
+        telling.ticks.clear()
 
     return tell
 
@@ -271,8 +274,9 @@ LIES: dict[str, tuple[Callable[[Telling], None], str]] = {
         "event_ledger_time_moves_forward",
     ),
     "an execution at another time": (_told(1, 0, AT + MINUTE), TELLS),
-    "an order without its execution": (_without(1), TELLS),
-    "an execution without its order": (_without(0), TELLS),
+    "an order without its execution": (_events_alone("ORDER_PLACED"), TELLS),
+    "an execution without its order": (_events_alone("EXECUTION"), TELLS),
+    "an execution twice": (_events_alone("ORDER_PLACED", "EXECUTION", "EXECUTION"), TELLS),
     "two ticks at once": (_told(1, 1, "TICK"), TELLS),
     "an order's move": (_add("ORDER_CANCELED", str(UUID(int=1))), TELLS),
     "a commission": (_add("COMMISSION", "x", '{"cost": "-100"}'), TELLS),
