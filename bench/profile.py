@@ -1,7 +1,8 @@
 """What a live tick is made of: the client, each function of the database, and the floor.
 
-The floor are the very same rows, written by one call of a function that proves nothing, in copies
-of the database whose tables have lost their triggers: no proof could ever be faster than that.
+The floor are the very same rows, written by one call of a function that works out and checks
+nothing, in copies of the database whose tables have lost their triggers: nothing that knows what it
+writes could ever be faster than that.
 """
 
 from __future__ import annotations
@@ -107,7 +108,7 @@ def measure(on: Ground, sizes: Sizes) -> tuple[list[Row], list[Cost]]:
 
 
 def _note(name: str) -> str:
-    return "the same rows written, nothing proven" if name in FLOORS else "as the engine writes it"
+    return "the same rows written, nothing checked" if name in FLOORS else "as the engine writes it"
 
 
 def record(on: Ground, run: Run, ticks: int) -> list[list[str]]:
@@ -141,7 +142,7 @@ def _after_tick(
 
 
 class Floor:
-    """A copy of the database in which nothing is proven, and the ticks to write into it."""
+    """A copy of the database in which nothing is checked, and the ticks to write into it."""
 
     def __init__(
         self, owner: Connection, changes: Sequence[str], ticks: Sequence[Sequence[str]]

@@ -1,8 +1,9 @@
 """What ticks told and nobody has written yet: columns for one call of ``ticks_write``.
 
-Any number of ticks are written by one statement, which the database proves as a whole. Values are
-put into the text of array literals as they come: a batch holds thousands, and the words, numbers
-and times that go in are known to need no quoting. Whatever people may have written is quoted.
+Any number of ticks are written by one statement: it says what was decided, and the database works
+out what follows, or refuses. Values are put into the text of array literals as they come: a batch
+holds thousands, and the words, numbers and times that go in are known to need no quoting. Whatever
+people may have written is quoted.
 """
 
 from __future__ import annotations
