@@ -142,7 +142,7 @@ def install(server: Server) -> str:
     """Put the schema into a new server; returns the owner's DSN."""
     with psycopg.connect(server.dsn(), autocommit=True) as admin:
         admin.execute(f"CREATE ROLE {OWNER_ROLE} LOGIN CREATEROLE".encode())
-        admin.execute(f"GRANT CREATE ON SCHEMA public TO {OWNER_ROLE}".encode())
+        admin.execute(f"GRANT CREATE ON SCHEMA public TO {OWNER_ROLE} WITH GRANT OPTION".encode())
     dsn = psycopg.conninfo.make_conninfo(server.dsn(), user=OWNER_ROLE)
     with open_connection(dsn) as owner:
         load_schema(owner)

@@ -84,9 +84,12 @@ def _described(conn: Connection) -> set[Row]:
 
 
 @pytest.fixture(scope="module")
-def migrated(server: Server) -> Iterator[set[Row]]:
+def migrated(server: Server, request: pytest.FixtureRequest) -> Iterator[set[Row]]:
     dsn = install.own_database(server.dsn(), "migrated")
     install.migrate(dsn)
+    if request.config.option.proven:  # as in the template
+        with psycopg.connect(server.dsn("migrated")) as admin:
+            admin.execute("ALTER FUNCTION ticks_write OWNER TO oms_owner")
     with open_connection(dsn) as conn:
         yield _described(conn)
 
