@@ -366,6 +366,27 @@ CREATE TRIGGER position_a_check_write BEFORE INSERT OR UPDATE ON position
 CREATE TRIGGER mtm_ledger_m_prove AFTER INSERT ON mtm_ledger
     REFERENCING NEW TABLE AS new_rows FOR EACH STATEMENT EXECUTE FUNCTION mtm_ledger_prove();
 
+-- The chain as an aggregate, so that many events are chained in one statement.
+CREATE FUNCTION event_chain_next(chain bytea, head bytea, of_user uuid, of_run uuid, seq bigint,
+                                 logical_time timestamptz, event_type text, subject text,
+                                 payload jsonb, recorded_at timestamptz)
+RETURNS bytea LANGUAGE plpgsql IMMUTABLE SET search_path = public, pg_temp AS $$
+BEGIN
+    RETURN event_hash(coalesce(chain, head), of_user, of_run, seq, logical_time, event_type,
+                      subject, payload, recorded_at);
+END $$;
+
+COMMENT ON FUNCTION event_chain_next IS 'One step of event_chain.';
+
+CREATE AGGREGATE event_chain(head bytea, of_user uuid, of_run uuid, seq bigint,
+                             logical_time timestamptz, event_type text, subject text,
+                             payload jsonb, recorded_at timestamptz) (
+    SFUNC = event_chain_next, STYPE = bytea);
+
+COMMENT ON AGGREGATE event_chain(bytea, uuid, uuid, bigint, timestamptz, text, text, jsonb,
+                                 timestamptz) IS
+    'The hash of the last of some consecutive events; head is the hash of the one before them.';
+
 CREATE TRIGGER orders_m_record_insert AFTER INSERT ON orders
     REFERENCING NEW TABLE AS new_rows
     FOR EACH STATEMENT EXECUTE FUNCTION orders_record_insert();

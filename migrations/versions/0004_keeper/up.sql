@@ -24,9 +24,13 @@ DROP TRIGGER orders_m_record_insert ON orders;
 
 DROP TRIGGER event_ledger_m_prove ON event_ledger;
 
+DROP AGGREGATE event_chain(head bytea, of_user uuid, of_run uuid, seq bigint, logical_time timestamptz, event_type text, subject text, payload jsonb, recorded_at timestamptz);
+
 DROP FUNCTION ticks_write;
 
 DROP FUNCTION plans_are_active;
+
+DROP FUNCTION event_chain_next;
 
 CREATE TRIGGER strategy_run_a_check_update BEFORE UPDATE ON strategy_run
     FOR EACH ROW WHEN (current_user <> 'oms_keeper') EXECUTE FUNCTION strategy_run_check_update();

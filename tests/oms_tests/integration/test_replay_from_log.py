@@ -217,16 +217,17 @@ def test_events_that_are_chained_and_false_are_refused(
             """UPDATE event_ledger SET payload = payload || '{"cash": 5}'
                WHERE event_type = 'TICK'"""
         )
-        rows = owner_conn.execute(
-            """SELECT encode(event_chain('', user_id, run_id, seq, logical_time, event_type,
-                                         subject, payload, recorded_at)
-                   OVER (ORDER BY seq ROWS UNBOUNDED PRECEDING), 'hex') FROM event_ledger
-               ORDER BY seq"""
-        ).fetchall()
         owner_conn.execute(
-            """UPDATE event_ledger l SET hash = decode(h.hash, 'hex')
-               FROM unnest(%s::text[]) WITH ORDINALITY AS h (hash, seq) WHERE h.seq = l.seq""",
-            [[text for (text,) in rows]],
+            """WITH RECURSIVE chained AS (
+                   SELECT l.seq, event_hash('', l.user_id, l.run_id, l.seq, l.logical_time,
+                       l.event_type, l.subject, l.payload, l.recorded_at) AS hash
+                   FROM event_ledger l WHERE l.seq = 1
+                   UNION ALL
+                   SELECT l.seq, event_hash(c.hash, l.user_id, l.run_id, l.seq, l.logical_time,
+                       l.event_type, l.subject, l.payload, l.recorded_at)
+                   FROM chained c JOIN event_ledger l ON l.seq = c.seq + 1
+               )
+               UPDATE event_ledger l SET hash = c.hash FROM chained c WHERE c.seq = l.seq"""
         )
         forged = export_run(owner_conn, run)
     false = Export(run.user_id, run.run_id, export.terms, forged.events, export.notes)
