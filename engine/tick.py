@@ -12,12 +12,12 @@ Locks are taken in one order: run, orders by id, ledger.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
 from decimal import Decimal
-from typing import Any, NamedTuple
+from typing import NamedTuple
 from uuid import UUID
 from weakref import WeakKeyDictionary
 
@@ -43,7 +43,7 @@ from engine.orders import write
 from engine.outbox import wake
 from engine.reference import Reference
 from engine.runs import PAPER, Run, fail_run, lock_run, require_aware, require_running
-from engine.strategies.base import Intent, PlaceOrder, Strategy
+from engine.strategies.base import Intent, PlaceOrder
 from engine.work import (
     FILL_ROUNDS_MAX,
     Desk,
@@ -53,7 +53,6 @@ from engine.work import (
     Work,
     apply_splits,
     splits_due,
-    strategies_of,
     strategy_of,
 )
 
@@ -149,7 +148,7 @@ def _worked_out(
         return None
     with suppress(*_IN_STEPS), translated():
         desk, view = planned.desk(conn, kept, opened)
-        result = Work(desk, kept.strategy(opened.run), view).tick(planned.intents)
+        result = planned.work_out(desk, view)
         return _WorkedOut(result, desk.take(planned.beat(view)))
     return None
 
@@ -184,20 +183,11 @@ class _Kept:
         self.references: dict[str, Reference] = {}
         self.run: Run | None = None
         self.books: Books | None = None
-        self._made_of: tuple[str, Mapping[str, Any]] | None = None
-        self._strategies: Callable[[], Strategy] | None = None
 
     def reference(self, conn: Connection, run: Run) -> Reference:
         if run.calendar not in self.references:
             self.references[run.calendar] = Reference(conn, run.calendar)
         return self.references[run.calendar]
-
-    def strategy(self, run: Run) -> Strategy:
-        """The run's strategy; parameters like those of the run before it aren't checked again."""
-        if self._strategies is None or self._made_of != (run.strategy, run.parameters):
-            self._strategies = strategies_of(run)
-            self._made_of = run.strategy, run.parameters
-        return self._strategies()
 
     def opened(self, user_id: UUID, run_id: UUID, at: datetime) -> Opened | None:
         """The run and its books as its last tick here left them, if ``at`` is of its session."""
@@ -246,7 +236,7 @@ class Planned:
 
     def _kept_tick(self, conn: Connection, kept: _Kept, opened: Opened) -> TickResult:
         desk, view = self.desk(conn, kept, opened)
-        result = Work(desk, kept.strategy(opened.run), view).tick(self.intents)
+        result = self.work_out(desk, view)
         desk.write_out(self.beat(view))
         if not desk.books.state:
             # A state may be put right by hand, which no event tells.
@@ -274,7 +264,7 @@ class Planned:
             run, reference = opened.run, Reference(conn, opened.run.calendar)
             view = self._look(run, reference)
             desk = Desk(conn, run, opened.books, reference)
-            result = Work(desk, strategy_of(run), view).tick(self.intents)
+            result = self.work_out(desk, view)
             desk.write_out(self.beat(view))
             if run.broker != PAPER:
                 wake(conn)
@@ -286,6 +276,10 @@ class Planned:
         return look(
             reference, self.logical_time, self.prices, now=self.now, market_open=self.market_open
         )
+
+    def work_out(self, desk: Desk, view: View) -> TickResult:
+        """Do the tick's work; its journal is still to be written."""
+        return Work(desk, strategy_of(desk.run), view).tick(self.intents)
 
     def beat(self, view: View) -> View | None:
         """What the heartbeat is made of; only a live tick has one."""
