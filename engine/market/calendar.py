@@ -43,6 +43,9 @@ YEAR_FIRST = 1970
 # one statement. No calendar has fewer than 230 in a year; a few rows put in by hand aren't a year.
 SESSIONS_PER_YEAR_MIN = 200
 
+# The library tells a calendar's bounds by one that it has built, and builds a month in no time.
+_MONTH_KNOWN_TO_ALL = ("2024-01-02", "2024-01-31")
+
 # The library has one calendar for both Indian exchanges, which share their hours and holidays; it
 # takes its dates from the NSE and calls it by the BSE's code.
 _BACKED_BY = {"XNSE": "XBOM"}
@@ -212,7 +215,7 @@ def _schedule(name: str) -> tuple[date, date, Any]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            factory: Any = type(exchange_calendars.get_calendar(name))
+            factory: Any = type(exchange_calendars.get_calendar(name, *_MONTH_KNOWN_TO_ALL))
             first, last = _whole_years(factory)
             return first, last, factory(start=first, end=last).schedule
         except Exception as error:

@@ -231,7 +231,7 @@ def test_a_calendar_that_the_library_cannot_build_is_refused(
 ) -> None:
     import exchange_calendars
 
-    def fail(name: str) -> Any:
+    def fail(*args: str) -> Any:
         raise NotImplementedError("implemented by subclasses")
 
     monkeypatch.setattr(exchange_calendars, "get_calendar", fail)
