@@ -30,6 +30,7 @@ from engine.errors import (
     BadInput,
     HistoryIsFixed,
     InvalidValue,
+    RuleViolation,
     StrategyFailed,
     TimeMovesForward,
     UnknownReference,
@@ -138,11 +139,11 @@ def apply_splits(
 class Mode(Enum):
     """How the ticks of a run are written.
 
-    STEPS: the run is locked in the caller's transaction, and each step is written as it comes.
-    BATCH: as STEPS, but what a tick fills whole is told without asking the gate first; the gate
-    decides when the journal is written. AT_ONCE: as BATCH, but nothing is locked and nothing is
-    written until the journal is; what needs a step raises NeedsSteps, and nothing has been written
-    then.
+    STEPS: the run is locked in the caller's transaction, and each step is written as it comes; so
+    are orders of one side that are filled whole, unless the gate refuses one. BATCH: as STEPS, but
+    those are only told; the gate decides when the journal is written. AT_ONCE: as BATCH, but
+    nothing is locked and nothing is written until the journal is; what needs a step raises
+    NeedsSteps, and nothing has been written then.
     """
 
     STEPS = "STEPS"
@@ -177,6 +178,20 @@ class Desk:
             journals.write(self.conn, self.take(beat))
             self.books.head = self.journal.head
 
+    def write_unless_refused(self) -> bool:
+        """Write what the journal holds; false if a rule is against it, and nothing is written."""
+        try:
+            with translated(), self.conn.transaction():
+                self.write_out()
+        except RuleViolation:
+            self._reread()
+            return False
+        return True
+
+    def _reread(self) -> None:
+        reread(self.conn, self.run, self.books)
+        self.journal.head = self.books.head
+
     def take(self, beat: View | None = None) -> Taken:
         """What writes all that the journal holds; it is empty afterwards."""
         now = lag = None
@@ -197,8 +212,7 @@ class Desk:
             raise NeedsSteps
         self.write_out()
         yield
-        reread(self.conn, self.run, self.books)
-        self.journal.head = self.books.head
+        self._reread()
 
 
 class Work:
@@ -516,12 +530,17 @@ class Work:
             for number, place in enumerate(wanted)
         ]
         self.placed += len(orders)
-        if self.desk.mode is not Mode.STEPS and all(self._is_plain(order) for order in orders):
-            outcomes = self._match_placed(orders)
-            if self._are_trades(outcomes):
-                fills = self._journal_trades(outcomes, wanted)
-                self._record_occasions(wanted, orders, {})
-                return fills
+        fills = self._trade(orders, wanted)
+        rejected: dict[UUID, str] = {}
+        if fills is None:
+            rejected = self._insert(orders, wanted)
+            taken = [order for order in orders if order.order_id not in rejected]
+            fills = self._settle(self._match_placed(taken)) if self.run.broker == PAPER else []
+        self._record_occasions(wanted, orders, rejected | self._unpaid)
+        return fills
+
+    def _insert(self, orders: Sequence[Order], wanted: Sequence[PlaceOrder]) -> dict[UUID, str]:
+        """Insert orders and let the gate decide; returns the reject codes of what it refused."""
         references = [self.view.prices.get(order.symbol) for order in orders]
         keys = [place.client_order_id for place in wanted]
         with self._step():
@@ -529,11 +548,24 @@ class Work:
             if rejected:
                 tell_refusals(self.conn, self.run.user_id, self.run.run_id, list(rejected))
         self.sent = self.run.broker != PAPER
-        taken = [order for order in orders if order.order_id not in rejected]
-        fills = []
-        if self.run.broker == PAPER:
-            fills = self._settle(self._match_placed(taken))
-        self._record_occasions(wanted, orders, rejected | self._unpaid)
+        return rejected
+
+    def _trade(self, orders: Sequence[Order], wanted: Sequence[PlaceOrder]) -> list[Fill] | None:
+        """Put orders that are all filled whole into the journal; ``None`` where they are not.
+
+        In steps they are written now, and the gate may say no. Told in the same way in each mode,
+        one and the same tick has the same events, however it is called.
+        """
+        if self.run.broker != PAPER or not all(self._is_plain(order) for order in orders):
+            return None
+        outcomes = self._match_placed(orders)
+        if not self._are_trades(outcomes):
+            return None
+        fills = self._journal_trades(outcomes, wanted)
+        if self.desk.mode is Mode.STEPS and not self.desk.write_unless_refused():
+            self._context = None
+            return None
+        self.executed += len(fills)
         return fills
 
     def _match_placed(self, orders: Sequence[Order]) -> list[Outcome]:
@@ -541,8 +573,11 @@ class Work:
         outcomes = self._match(orders, self.view.bars)
         return sorted(outcomes, key=lambda outcome: outcome.order.order_id)
 
+    def _are_plain(self, orders: Sequence[Order]) -> bool:
+        """Whether orders may be trades: what they need is there, and nothing else."""
+        return self.run.broker == PAPER and all(self._is_plain(order) for order in orders)
+
     def _is_plain(self, order: Order) -> bool:
-        """Whether an order is one that may be a trade: what it needs is there, and nothing else."""
         needs_limit = order.order_type is OrderType.LIMIT
         return (
             order.order_type in _PLAIN
@@ -594,7 +629,6 @@ class Work:
             self.desk.journal.trade(outcome.order, reference, key, fill)
             self.books.fill(fill, self.view.logical_time)
             fills.append(fill)
-        self.executed += len(fills)
         self._context = None
         return fills
 

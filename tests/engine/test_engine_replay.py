@@ -198,8 +198,14 @@ def test_the_batch_is_one_transaction(conn: Connection, monkeypatch: pytest.Monk
 
 
 def wanted(context: Context) -> list[Intent]:
-    """Orders that rest, fill in part, trail and end, and a state that grows."""
+    """Orders that rest, fill in part, trail and end, and a state that grows.
+
+    Every third tick fills several at once, and lets one rest besides.
+    """
     number = context.state.get("n", 0)
+    if number % 3 == 2:
+        rests = sell("0.5", order_type="LIMIT", limit_price=context.prices["AAPL"] * 2)
+        return [Remember({"n": number + 1}), buy("1"), buy("0.5", "IBM"), buy("0.25"), rests]
     return [
         Remember({"n": number + 1}),
         buy("3.5", time_in_force="GTC"),
