@@ -94,8 +94,17 @@ class Blocking(Strategy):
 BLOCKING = f"{__name__}:{Blocking.__name__}"
 
 
+class ForgetfulParameters(Parameters):
+    """``seen`` is a list that a strategy can change in place."""
+
+    seen: list[str] = Field(default_factory=list)
+
+
 class Forgetful(Strategy):
-    """Keeps a count in itself, which it shouldn't, and buys as many units as it has seen ticks."""
+    """Counts ticks in itself and in its parameters, which it shouldn't, and buys as many units."""
+
+    Parameters = ForgetfulParameters
+    parameters: ForgetfulParameters
 
     def __init__(self, parameters: Any) -> None:
         super().__init__(parameters)
@@ -103,7 +112,9 @@ class Forgetful(Strategy):
 
     def on_tick(self, context: Context) -> Intents:
         self.ticks += 1
-        return [PlaceOrder(symbol, Side.BUY, Decimal(self.ticks)) for symbol in context.prices]
+        self.parameters.seen.append("a tick")
+        units = max(self.ticks, len(self.parameters.seen))
+        return [PlaceOrder(symbol, Side.BUY, Decimal(units)) for symbol in context.prices]
 
 
 FORGETFUL = f"{__name__}:{Forgetful.__name__}"

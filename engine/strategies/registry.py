@@ -4,7 +4,12 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable, Mapping
+from datetime import date, timedelta
+from decimal import Decimal
+from enum import Enum
+from types import NoneType
 from typing import Any
+from uuid import UUID
 
 from pydantic import ValidationError
 
@@ -12,6 +17,9 @@ from engine.errors import BadInput
 from engine.strategies.base import Strategy
 from engine.strategies.rebalance import Rebalance
 from engine.strategies.sip import Sip
+
+# What can't be changed in place, and needs no copy.
+_FIXED = (str, int, float, Decimal, date, timedelta, Enum, UUID, NoneType)
 
 SHIPPED: Mapping[str, type[Strategy]] = {"sip": Sip, "rebalance": Rebalance}
 
@@ -46,6 +54,7 @@ def make(name: str, parameters: Mapping[str, Any]) -> Strategy:
 def maker(name: str, parameters: Mapping[str, Any]) -> Callable[[], Strategy]:
     """Makes the strategy anew at each call; its parameters are checked once, and none is made yet.
 
+    Each has parameters of its own: what one does to a list in them is nothing to the next.
     Raises BadInput, naming the parameter; so does each call, for a constructor that fails.
     """
     kind = find(name)
@@ -56,10 +65,11 @@ def maker(name: str, parameters: Mapping[str, Any]) -> Callable[[], Strategy]:
             f"{'.'.join(map(str, e['loc'])) or 'parameters'}: {e['msg']}" for e in error.errors()
         )
         raise BadInput(f"the parameters of strategy {name!r} don't fit: {problems}") from error
+    is_fixed = all(isinstance(value, _FIXED) for _, value in checked)
 
     def made() -> Strategy:
         try:
-            return kind(checked)
+            return kind(checked if is_fixed else checked.model_copy(deep=True))
         except Exception as error:  # a user's constructor may raise anything
             raise BadInput(f"strategy {name!r} can't be made: {error!r}") from error
 

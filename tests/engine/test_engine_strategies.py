@@ -684,11 +684,20 @@ def test_a_strategy_without_hooks_does_nothing(conn: Connection) -> None:
 
 @pytest.mark.parametrize("batch", [1, 2, 10])
 def test_a_strategy_keeps_nothing_in_itself(conn: Connection, batch: int) -> None:
-    """Neither live nor in a batch of a replay: what it wants to keep it remembers."""
+    """Neither in its parameters: what it wants to keep it remembers."""
     run = a_run(conn, strategy=FORGETFUL)
     feed = [(close_on(day), [a_bar(day, "100")]) for day in (MON, TUE, WED)]
     replay(conn, run.user_id, run.run_id, feed, batch=batch)
     assert rows(conn, "SELECT quantity FROM execution ORDER BY logical_time") == [1, 1, 1]
+
+
+def test_what_one_run_does_to_its_parameters_is_nothing_to_another(engine_conn: Connection) -> None:
+    """Live, by one connection, one tick after the other."""
+    for user in ("ann", "bob"):
+        run = a_run(engine_conn, user=user, strategy=FORGETFUL)
+        for day in (MON, TUE):
+            tick(engine_conn, run, day)
+    assert rows(engine_conn, "SELECT quantity FROM execution") == [1, 1, 1, 1]
 
 
 # Rebalance
