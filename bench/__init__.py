@@ -12,6 +12,7 @@ MEASUREMENTS = (
     "profile",
     "dense",
     "sparse",
+    "limited",
     "sip",
     "broker",
     "growth",

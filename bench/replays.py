@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from decimal import Decimal
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
@@ -20,10 +21,20 @@ from bench.market import feed, is_ordering_bar, sessions_of, write_csv
 from bench.sizes import Sizes
 from engine.db.connect import ENGINE_ROLE, Connection, open_connection
 from engine.errors import ConfigurationError
+from engine.limits import NewLimit, add_limit
 from engine.market.model import Bar
 from engine.replay import replay
+from engine.runs import Run
 
-__all__ = ["DENSE", "SPARSE", "Backtest", "Peer", "measure", "replay_seconds"]
+__all__ = [
+    "DENSE",
+    "SPARSE",
+    "Backtest",
+    "Peer",
+    "measure",
+    "measure_limited",
+    "replay_seconds",
+]
 
 Ticks = Sequence[tuple[datetime, list[Bar]]]
 
@@ -61,6 +72,16 @@ SPARSE = Backtest(
 )
 
 
+LIMITED_MUST = 0.6
+# Far from what the strategy does, so that each order is held against all of them and passes.
+LIMITS = (
+    NewLimit("MAX_POSITION", Decimal(1_000)),
+    NewLimit("MAX_ORDER_NOTIONAL", Decimal(100_000)),
+    NewLimit("GROSS_EXPOSURE_MAX", Decimal(10_000_000)),
+    NewLimit("OPEN_ORDERS_MAX", Decimal(100)),
+)
+
+
 def measure(what: Backtest, on: Ground, sizes: Sizes, peers: Sequence[Peer]) -> list[Row]:
     """The rows of a replay, one a peer."""
     bars = what.bars(sizes)
@@ -88,12 +109,48 @@ def measure(what: Backtest, on: Ground, sizes: Sizes, peers: Sequence[Peer]) -> 
     ]
 
 
-def replay_seconds(conn: Connection, ticks: Ticks, every: int) -> float:
+def measure_limited(on: Ground, sizes: Sizes) -> list[Row]:
+    """The row of a dense replay with limits, against one without."""
+    dsn, bars = on.database("limited_replay"), sizes.dense_bars
+    with open_connection(dsn, role=ENGINE_ROLE) as conn, open_connection(dsn) as owner:
+        ticks = list(feed(sessions_of(conn), bars))
+
+        def limit(run: Run) -> None:
+            for each in LIMITS:
+                add_limit(owner, run.user_id, each)
+
+        seconds = interleave(
+            sizes.replay_rounds,
+            {
+                "with": partial(replay_seconds, conn, ticks, DENSE.every, limit),
+                "without": partial(replay_seconds, conn, ticks, DENSE.every),
+            },
+        )
+    return [
+        Row(
+            "dense replay with limits",
+            bars / seconds["with"],
+            "bars/s",
+            LIMITED_MUST,
+            peer=bars / seconds["without"],
+            peer_name="without",
+            note=f"{len(LIMITS)} limits, at which each of {bars:,} orders is weighed",
+        )
+    ]
+
+
+def replay_seconds(
+    conn: Connection,
+    ticks: Ticks,
+    every: int,
+    prepare: Callable[[Run], None] = lambda run: None,
+) -> float:
     """Replay ticks through a new run and return how long it took, in seconds.
 
-    Raises ConfigurationError unless each order was filled, once.
+    ``prepare`` comes before it. Raises ConfigurationError unless each order was filled, once.
     """
     run = new_run(conn, every=every)
+    prepare(run)
     seconds = seconds_of(lambda: replay(conn, run.user_id, run.run_id, ticks))
     expected = sum(is_ordering_bar(at, every) for at, _ in ticks)
     row = conn.execute(

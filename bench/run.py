@@ -51,6 +51,7 @@ _MEASURES: Mapping[str, Measure] = MappingProxyType(
         "live": lambda on, sizes, _: live.measure(on, sizes),
         "dense": lambda on, sizes, peers: replays.measure(replays.DENSE, on, sizes, peers),
         "sparse": lambda on, sizes, peers: replays.measure(replays.SPARSE, on, sizes, peers),
+        "limited": lambda on, sizes, _: replays.measure_limited(on, sizes),
         "sip": lambda on, sizes, _: sips.measure(on, sizes),
         "broker": lambda on, sizes, _: broker.measure(on, sizes),
         "growth": lambda on, sizes, _: growth.measure(on, sizes),

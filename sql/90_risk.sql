@@ -12,6 +12,7 @@ CREATE TABLE limit_kind (
     unit        text     NOT NULL,
     lets_shrink boolean  NOT NULL,
     why         text     NOT NULL,
+    looks_back  boolean  NOT NULL,
     CONSTRAINT limit_kind_pkey PRIMARY KEY (kind),
     CONSTRAINT limit_kind_place_once UNIQUE (place)
 );
@@ -23,44 +24,48 @@ COMMENT ON COLUMN limit_kind.log_code IS 'The event of the log line and of alert
 COMMENT ON COLUMN limit_kind.unit IS 'What limit_value counts; empty where there is none.';
 COMMENT ON COLUMN limit_kind.lets_shrink IS
     'Whether what only shrinks a position passes although the limit is broken.';
+COMMENT ON COLUMN limit_kind.looks_back IS
+    'Whether it is held against what the run''s last orders and marks have written.';
 
-INSERT INTO limit_kind (kind, place, code, source, log_code, unit, lets_shrink, why) VALUES
+INSERT INTO limit_kind
+    (kind, place, code, source, log_code, unit, lets_shrink, why, looks_back) VALUES
     ('RESTRICTED_SYMBOL', 1, 'RESTRICTED_SYMBOL', 'COMPLIANCE', 'RESTRICTED_SYMBOL', '', false,
-     'Nothing of the symbol is traded from valid_from to valid_to.'),
+     'Nothing of the symbol is traded from valid_from to valid_to.', false),
     ('TRADING_HOURS', 2, 'MARKET_CLOSED', 'COMPLIANCE', 'MARKET_CLOSED', '', false,
-     'Orders only while the exchange, or the account, is open; MARKET_HOLIDAY on a day without.'),
+     'Orders only while the exchange, or the account, is open; MARKET_HOLIDAY on a day without.',
+     false),
     ('WASH_TRADE', 3, 'WASH_TRADE', 'COMPLIANCE', 'WASH_TRADE', '', false,
-     'No order that would trade with an open one of the same user.'),
+     'No order that would trade with an open one of the same user.', false),
     ('FORBIDDEN_SYMBOL', 4, 'FORBIDDEN_SYMBOL', 'RISK', 'FORBIDDEN_SYMBOL', '', false,
-     'Nothing of the symbol is traded.'),
+     'Nothing of the symbol is traded.', false),
     ('ALLOWED_SYMBOL', 5, 'SYMBOL_NOT_ALLOWED', 'RISK', 'SYMBOL_NOT_ALLOWED', '', false,
-     'Only symbols with such a row are traded.'),
+     'Only symbols with such a row are traded.', false),
     ('DUPLICATE_INTENT', 6, 'DUPLICATE_INTENT', 'RISK', 'DUPLICATE_INTENT', 'seconds', false,
-     'Not the same order twice within so many seconds.'),
+     'Not the same order twice within so many seconds.', true),
     ('ORDER_RATE_MAX', 7, 'ORDER_RATE_MAX', 'RISK', 'ORDER_RATE_MAX', 'orders', false,
-     'So many orders in any window of the given seconds.'),
+     'So many orders in any window of the given seconds.', true),
     ('OPEN_ORDERS_MAX', 8, 'OPEN_ORDERS_MAX', 'RISK', 'OPEN_ORDERS_MAX', 'orders', false,
-     'So many orders open at a time.'),
+     'So many orders open at a time.', false),
     ('MAX_ORDER_NOTIONAL', 9, 'MAX_ORDER_NOTIONAL', 'RISK', 'MAX_ORDER_NOTIONAL', 'currency',
-     false, 'So much money in one order.'),
+     false, 'So much money in one order.', false),
     ('MAX_ORDER_QUANTITY', 10, 'MAX_ORDER_QUANTITY', 'RISK', 'MAX_ORDER_QUANTITY', 'units', false,
-     'So many units in one order.'),
+     'So many units in one order.', false),
     ('MAX_POSITION', 11, 'MAX_POSITION', 'RISK', 'POSITION_LIMIT', 'units', true,
-     'So many units held, long or short, if all open orders of the side fill.'),
+     'So many units held, long or short, if all open orders of the side fill.', false),
     ('PRICE_COLLAR', 12, 'PRICE_COLLAR', 'RISK', 'PRICE_COLLAR', 'percent', false,
-     'A limit or stop price at most so far from the last known price.'),
+     'A limit or stop price at most so far from the last known price.', true),
     ('GROSS_EXPOSURE_MAX', 13, 'GROSS_EXPOSURE_MAX', 'RISK', 'GROSS_EXPOSURE_MAX', 'currency',
-     true, 'So much money in positions, long and short added, if open orders fill.'),
+     true, 'So much money in positions, long and short added, if open orders fill.', false),
     ('NET_EXPOSURE_MAX', 14, 'NET_EXPOSURE_MAX', 'RISK', 'NET_EXPOSURE_MAX', 'currency', true,
-     'So much money in positions, long less short, if open orders of a side fill.'),
+     'So much money in positions, long less short, if open orders of a side fill.', false),
     ('CONCENTRATION_MAX', 15, 'CONCENTRATION_MAX', 'RISK', 'CONCENTRATION_MAX', 'percent', true,
-     'So much of the equity in one symbol.'),
+     'So much of the equity in one symbol.', false),
     ('LEVERAGE_MAX', 16, 'LEVERAGE_MAX', 'RISK', 'LEVERAGE_MAX', 'times equity', true,
-     'Gross exposure at most so many times the equity.'),
+     'Gross exposure at most so many times the equity.', false),
     ('DAILY_LOSS_MAX', 17, 'DAILY_LOSS_MAX', 'RISK', 'DAILY_LOSS_MAX', 'currency', true,
-     'Nothing new once so much is lost since the last mark of the previous session.'),
+     'Nothing new once so much is lost since the last mark of the previous session.', true),
     ('DRAWDOWN_MAX', 18, 'DRAWDOWN_MAX', 'RISK', 'DRAWDOWN_MAX', 'percent', true,
-     'Nothing new once equity is so far below its highest mark.');
+     'Nothing new once equity is so far below its highest mark.', true);
 
 CREATE TABLE risk_limit (
     user_id     uuid        NOT NULL,

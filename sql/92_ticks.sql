@@ -94,6 +94,7 @@ SET enable_seqscan = off AS $$
 DECLARE
     run      record;
     limited  boolean;              -- has limits
+    looking  boolean := false;     -- one of them at what the run has just written
     waiting  boolean;              -- has open orders
     cash     numeric;
     reserved numeric;              -- by open orders; NULL: not asked for yet
@@ -160,6 +161,10 @@ BEGIN
                        ORDER BY w.seq DESC LIMIT 1) l ON true;
     IF seq <> after_seq THEN
         PERFORM ticks_refuse(of_run);
+    END IF;
+    IF limited THEN
+        looking := EXISTS (SELECT FROM risk_limit k JOIN limit_kind d ON d.kind = k.kind
+                           WHERE k.user_id = of_user AND d.looks_back);
     END IF;
 
     WHILE n < cardinality(told_type) LOOP
@@ -285,9 +290,9 @@ BEGIN
                                    e.subject, e.payload, e.recorded_at);
             e.hash := previous;
             told[cardinality(told) + 1] := e;
-            -- Limits count what is in the tables: all that comes before an order has to be there.
+            -- What is looked back at has to be in the tables: all that comes before an order.
             EXIT WHEN n = cardinality(told_type)
-                   OR limited AND told_type[n + 1] = 'ORDER_PLACED';
+                   OR looking AND told_type[n + 1] = 'ORDER_PLACED';
         END LOOP;
 
         -- Assigned, since PERFORM would plan a query.

@@ -57,6 +57,7 @@ def test_each_measurement_works_and_leaves_books_that_hold() -> None:
         settings = on.settings()
         (tick,) = live.measure(on, TINY)
         against_one, against_other = replays.measure(replays.DENSE, on, TINY, peers)
+        (limited,) = replays.measure_limited(on, TINY)
         floors, costs = profile.measure(on, TINY)
         assert_floors_are_the_same_rows(on)
         (day,) = sips.measure(on, TINY)
@@ -78,6 +79,7 @@ def test_each_measurement_works_and_leaves_books_that_hold() -> None:
     assert all(0 <= cost.self_us <= cost.total_us for cost in costs)
     assert (against_one.peer, against_other.peer) == (600.0, 1_200.0)
     assert against_one.ours == against_other.ours > 0
+    assert limited.peer_name == "without"
     assert day.ours > 0
     assert grown.peer_name == "empty database"
     assert taken.ours == pytest.approx(sum(relation.bytes_per_tick for relation in relations))
@@ -85,7 +87,7 @@ def test_each_measurement_works_and_leaves_books_that_hold() -> None:
     assert 10 < peak.ours < 1_000
     assert flat.ratio is not None
     assert flat.ratio >= 1
-    assert len(findings) == 8
+    assert len(findings) == 9
     assert not any(findings.values())
 
 

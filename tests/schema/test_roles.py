@@ -515,6 +515,28 @@ def test_who_may_not_pass_on_the_schema_keeps_the_function_and_is_told(
         assert _guard(conn) == []
 
 
+def test_a_new_function_is_handed_over_again_or_asked_for(
+    humble: str, other_server: Server, told: Notices
+) -> None:
+    """Who may no longer act as the keeper makes the next ticks_write, but can't give it away."""
+    install.migrate(humble, "0004")
+    with open_connection(humble) as conn:
+        _administer(other_server, install.grant_roles(conn))
+        _administer(other_server, install.grant_roles(conn))
+        assert _guard(conn) == []
+    told.clear()
+    install.migrate(humble)
+    asked = [message for message, _ in told if "administrator" in message]
+    assert asked == ["an administrator must run: GRANT oms_keeper TO humble;"]
+    with open_connection(humble) as conn:
+        _administer(other_server, [asked[0].partition(": ")[2]])
+        _administer(other_server, install.grant_roles(conn))
+        assert install.grant_roles(conn) == []
+        assert _guard(conn) == []
+        owner = "SELECT proowner::regrole::text FROM pg_proc WHERE proname = 'ticks_write'"
+        assert conn.execute(owner).fetchone() == ("oms_keeper",)
+
+
 def test_roles_that_are_there_but_not_ours_to_act_as_are_asked_for(
     humble: str, other_server: Server, told: Notices
 ) -> None:

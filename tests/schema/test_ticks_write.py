@@ -342,17 +342,29 @@ def test_open_orders_hold_back_their_cash_and_units(conn: Connection) -> None:
         assert outcomes(conn, key, telling, 5) == ["orders_gate_decides"] * 2
 
 
-@pytest.mark.parametrize(
-    ("kind", "value", "allowed"),
-    [("ORDER_RATE_MAX", 2, 2), ("MAX_POSITION", 4, 2), ("GROSS_EXPOSURE_MAX", 450, 2)],
-)
-def test_limits_count_what_is_told_before_in_the_same_call(
-    conn: Connection, key: tuple[UUID, UUID], kind: str, value: int, allowed: int
-) -> None:
+def _limit(conn: Connection, key: tuple[UUID, UUID], kind: str, value: Any) -> None:
     conn.execute(
         "INSERT INTO risk_limit (user_id, kind, limit_value, seconds) VALUES (%s, %s, %s, %s)",
         [key[0], kind, value, 600 if kind == "ORDER_RATE_MAX" else None],
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "allowed"),
+    [
+        ("ORDER_RATE_MAX", 2, 2),
+        ("DUPLICATE_INTENT", 90, 1),
+        ("MAX_POSITION", 4, 2),
+        ("GROSS_EXPOSURE_MAX", 450, 2),
+        ("NET_EXPOSURE_MAX", 450, 2),
+        ("CONCENTRATION_MAX", 45, 2),
+        ("LEVERAGE_MAX", "0.45", 2),
+    ],
+)
+def test_limits_count_what_is_told_before_in_the_same_call(
+    conn: Connection, key: tuple[UUID, UUID], kind: str, value: Any, allowed: int
+) -> None:
+    _limit(conn, key, kind, value)
     telling = Telling()
     for number in range(allowed):
         at = AT + number * MINUTE
@@ -363,6 +375,40 @@ def test_limits_count_what_is_told_before_in_the_same_call(
     assert isinstance(keepers, dict)
     telling.trade(AT + allowed * MINUTE, "AAPL", "BUY", Decimal(2), Decimal(100))
     assert outcomes(conn, key, telling) == ["orders_gate_decides"] * 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "value", "more"),
+    [("DAILY_LOSS_MAX", 79, 80), ("DRAWDOWN_MAX", 7, 8), ("PRICE_COLLAR", 7, 8)],
+)
+def test_limits_look_at_marks_that_are_told_before_in_the_same_call(
+    conn: Connection, key: tuple[UUID, UUID], kind: str, value: int, more: int
+) -> None:
+    """Today's fall from yesterday's mark, which nothing but this call tells."""
+    tomorrow = AT + timedelta(days=1)
+    telling = Telling()
+    telling.trade(AT, "AAPL", "BUY", Decimal(2), Decimal(100))
+    telling.tick(AT, {"AAPL": 150}, Decimal(800), Decimal(300))
+    telling.tick(tomorrow, {"AAPL": 110}, Decimal(800), Decimal(220))
+    telling.trade(tomorrow + MINUTE, "MSFT", "BUY", Decimal(1), Decimal(100))
+    if kind == "PRICE_COLLAR":
+        telling.trades[-1][1] = "AAPL"
+        telling.trades[-1][4] = "LIMIT"
+        telling.trades[-1][6] = Decimal(102)
+    _limit(conn, key, kind, value)
+    assert outcomes(conn, key, telling) == ["orders_gate_decides"] * 2
+    conn.execute("UPDATE risk_limit SET limit_value = %s", [more])
+    keepers, owners = outcomes(conn, key, telling)
+    assert keepers == owners
+    assert isinstance(keepers, dict)
+
+
+def test_the_kinds_that_look_back_are_those_that_read_what_is_written(conn: Connection) -> None:
+    """Any other is told all that it needs; a kind that is added belongs to one or the other."""
+    back = conn.execute("SELECT kind FROM limit_kind WHERE looks_back ORDER BY 1").fetchall()
+    assert [kind for (kind,) in back] == [
+        *("DAILY_LOSS_MAX", "DRAWDOWN_MAX", "DUPLICATE_INTENT", "ORDER_RATE_MAX", "PRICE_COLLAR")
+    ]
 
 
 _SYMBOLS = st.sampled_from(["AAPL", "MSFT", "IBM"])
