@@ -9,11 +9,12 @@ people may have written is quoted.
 from __future__ import annotations
 
 import json
+from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from decimal import Decimal
 from select import POLLIN, poll
-from typing import Any
+from typing import Any, NamedTuple
 from uuid import UUID
 from weakref import WeakSet
 
@@ -37,9 +38,23 @@ _TICKS_WRITE = _CALL.format(*["%s"] * _PARAMETERS)
 # The same, prepared by us under a name of ours.
 _NAME = b"oms_ticks_write"
 _PREPARED = _CALL.format(*[f"${place}" for place in range(1, _PARAMETERS + 1)]).encode()
+_LOST = "the connection is lost"
 _has_prepared: WeakSet[Connection] = WeakSet()
 
-Taken = list[str | None]
+
+class Taken(NamedTuple):
+    """What was taken from a journal: the parameters that write it, and how many events they tell.
+
+    ``ticks`` is how many events there are up to the end of each tick, in order.
+    """
+
+    parameters: list[str | None]
+    events: int
+    ticks: list[int]
+
+    def whole_ticks(self, written: int) -> int:
+        """How many of the ticks are in so many events."""
+        return bisect_right(self.ticks, written)
 
 
 class Journal:
@@ -57,6 +72,7 @@ class Journal:
         self._told: list[tuple[str, str, str, str]] = []
         self._trades: list[tuple[str, ...]] = []
         self._ticks: list[tuple[str, str]] = []
+        self._ends: list[int] = []
 
     @property
     def empty(self) -> bool:
@@ -73,7 +89,7 @@ class Journal:
     def back_to(self, place: tuple[int, int, int]) -> None:
         """Forget what was told since."""
         told, trades, ticks = place
-        del self._told[told:], self._trades[trades:], self._ticks[ticks:]
+        del self._told[told:], self._trades[trades:], self._ticks[ticks:], self._ends[ticks:]
 
     def trade(
         self, order: Order, reference: Decimal, client_order_id: str | None, fill: Fill
@@ -133,6 +149,7 @@ class Journal:
             facts += f',\\"priced_at\\":{{{times}}}'
         self._told.append((str(at), "TICK", '""', f'"{{{facts}}}"'))
         self._ticks.append((str(told.cash), str(told.market_value)))
+        self._ends.append(len(self._told))
 
     def take(
         self,
@@ -143,12 +160,12 @@ class Journal:
         now: datetime | None,
         lag_seconds: Decimal | None,
     ) -> Taken:
-        """The parameters that write all of it; the journal is empty afterwards.
+        """What writes all of it; the journal is empty afterwards.
 
         ``state`` is the strategy's after the last tick, ``None`` where it stays what it is; ``now``
         the wall clock of a live tick, for the run's heartbeat.
         """
-        taken: Taken = [
+        parameters = [
             str(user_id),
             str(run_id),
             str(self.head),
@@ -159,85 +176,95 @@ class Journal:
             None if now is None else str(now),
             None if lag_seconds is None else str(lag_seconds),
         ]
-        self.head += len(self._told)
+        taken = Taken(parameters, len(self._told), self._ends)
+        self.head += taken.events
         self._clear()
         return taken
 
 
-def write(conn: Connection, taken: Taken) -> None:
-    """Write what was taken from a journal, in one statement.
+def write(conn: Connection, taken: Taken) -> int:
+    """Write what was taken from a journal, in one statement; returns how many events are written.
 
-    Raises Retryable when the run has moved since the journal was begun, and what the database
-    refuses, in which case nothing is written.
+    These are all, or the ticks before the one with an order that the gate refuses. Raises Retryable
+    when the run has moved since the journal was begun, and what else the database refuses, in
+    which case nothing is written.
     """
     if conn.info.transaction_status != TransactionStatus.IDLE:
-        conn.execute(_TICKS_WRITE, taken, prepare=True)
-        return
-    (failure,) = _written(conn, [taken], _write_one)
-    if failure is not None:
-        raise failure
+        row = conn.execute(_TICKS_WRITE, taken.parameters, prepare=True).fetchone()
+        assert row is not None
+        written: int = row[0]
+        return written
+    (answer,) = _written(conn, [taken], _write_one)
+    if isinstance(answer, psycopg.Error):
+        raise answer
+    return answer
 
 
-def write_each(conn: Connection, many: Sequence[Taken]) -> list[psycopg.Error | None]:
+def write_each(conn: Connection, many: Sequence[Taken]) -> list[int | psycopg.Error]:
     """Write what was taken from several runs' journals, each in a transaction of its own.
 
-    Returns for each why it was not written, or ``None``. They are sent together, so that none
-    costs a round trip of its own. The connection must be outside of a transaction.
+    Returns for each how many events are written, as ``write`` does, or why none is. They are sent
+    together, so that none costs a round trip of its own. The connection must be outside of a
+    transaction.
     """
     return _written(conn, many, _write_in_pipeline) if many else []
 
 
 Parameters = list[bytes | None]
-Failures = list[psycopg.Error | None]
+Answers = list[int | psycopg.Error]
 
 
 def _written(
     conn: Connection,
     many: Sequence[Taken],
-    send: Callable[[PGconn, Sequence[Parameters], str], Failures],
-) -> Failures:
+    send: Callable[[PGconn, Sequence[Parameters], str], Answers],
+) -> Answers:
     """Send it through libpq itself: a cursor costs more than all that it would do here."""
     encoding = conn.info.encoding
-    sent = [[None if text is None else text.encode(encoding) for text in taken] for taken in many]
+    sent = [
+        [None if text is None else text.encode(encoding) for text in taken.parameters]
+        for taken in many
+    ]
     with conn.lock:
         if conn not in _has_prepared:
             _prepare(conn, encoding)
-        failures = send(conn.pgconn, sent, encoding)
+        answers = send(conn.pgconn, sent, encoding)
         # psycopg lets the server forget all that is prepared when a transaction is rolled back.
-        if isinstance(failures[0], psycopg.errors.InvalidSqlStatementName):
+        if isinstance(answers[0], psycopg.errors.InvalidSqlStatementName):
             _prepare(conn, encoding)
-            failures = send(conn.pgconn, sent, encoding)
-    return failures
+            answers = send(conn.pgconn, sent, encoding)
+    return answers
 
 
 def _prepare(conn: Connection, encoding: str) -> None:
-    failure = _failure(conn.pgconn.prepare(_NAME, _PREPARED), encoding)
-    if failure is not None:
-        raise failure
+    result = conn.pgconn.prepare(_NAME, _PREPARED)
+    if result.status != ExecStatus.COMMAND_OK:
+        raise psycopg.errors.error_from_result(result, encoding)
     _has_prepared.add(conn)
 
 
-def _write_one(server: PGconn, sent: Sequence[Parameters], encoding: str) -> Failures:
+def _write_one(server: PGconn, sent: Sequence[Parameters], encoding: str) -> Answers:
     (parameters,) = sent
     # psycopg's types forget that a parameter may be NULL.
-    return [_failure(server.exec_prepared(_NAME, parameters), encoding)]  # type: ignore[arg-type]
+    result = server.exec_prepared(_NAME, parameters)  # type: ignore[arg-type]
+    return [_answer_of(result, encoding)]
 
 
-def _write_in_pipeline(server: PGconn, sent: Sequence[Parameters], encoding: str) -> Failures:
+def _write_in_pipeline(server: PGconn, sent: Sequence[Parameters], encoding: str) -> Answers:
     server.enter_pipeline_mode()
     for parameters in sent:
         server.send_query_prepared(_NAME, parameters)
         # Ends the transaction: what was sent before it can't fail what is sent after it.
         server.pipeline_sync()
-    failures = [_answer(server, encoding) for _ in sent]
+    answers = [_next_answer(server, encoding) for _ in sent]
     if server.status == ConnStatus.OK:
         server.exit_pipeline_mode()
-    return failures
+    return answers
 
 
-def _answer(server: PGconn, encoding: str) -> psycopg.Error | None:
+def _next_answer(server: PGconn, encoding: str) -> int | psycopg.Error:
     """The answer to one statement of a pipeline, up to the end of its transaction."""
-    failure = None
+    answer: int | psycopg.Error = psycopg.OperationalError(_LOST)
     try:
         while server.status == ConnStatus.OK:
             # Not left to get_result, which would keep all threads waiting.
@@ -247,11 +274,12 @@ def _answer(server: PGconn, encoding: str) -> psycopg.Error | None:
             if result is None:  # the end of what one statement answers
                 continue
             if result.status == ExecStatus.PIPELINE_SYNC:
-                return failure
-            failure = failure or _failure(result, encoding)
+                return answer
+            # A commit that fails answers after the statement.
+            answer = _answer_of(result, encoding)
     except psycopg.OperationalError as lost:
-        return failure or lost
-    return failure or psycopg.OperationalError("the connection is lost")
+        return lost
+    return answer if isinstance(answer, psycopg.Error) else psycopg.OperationalError(_LOST)
 
 
 def _await_word(server: PGconn) -> None:
@@ -261,10 +289,11 @@ def _await_word(server: PGconn) -> None:
     server.consume_input()
 
 
-def _failure(result: PGresult, encoding: str) -> psycopg.Error | None:
-    if result.status in (ExecStatus.TUPLES_OK, ExecStatus.COMMAND_OK):
-        return None
-    return psycopg.errors.error_from_result(result, encoding)
+def _answer_of(result: PGresult, encoding: str) -> int | psycopg.Error:
+    """How many events a statement has written, or why none."""
+    if result.status != ExecStatus.TUPLES_OK:
+        return psycopg.errors.error_from_result(result, encoding)
+    return int(result.get_value(0, 0) or 0)
 
 
 def _columns(rows: Sequence[tuple[str, ...]], width: int) -> list[str]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import islice
@@ -28,9 +29,9 @@ from engine.journal import Taken
 from engine.market.model import Bar
 from engine.market.view import look
 from engine.reference import Reference
-from engine.runs import PAPER, find_run, lock_run, require_aware, require_running
+from engine.runs import PAPER, Run, find_run, lock_run, require_aware, require_running
 from engine.tick import run_tick
-from engine.work import Desk, Mode, NeedsSteps, Work, strategies_of
+from engine.work import Desk, Mode, NeedsSteps, Work, strategies_of, strategy_of
 
 BATCH_TICKS = 2_000
 FIRST_BATCH_TICKS = 125
@@ -102,7 +103,7 @@ class _Lane:
         # Within a caller's transaction there is nothing to overlap with.
         self._alone = conn.autocommit and conn.info.transaction_status == TransactionStatus.IDLE
         self._at_once: _AtOnce | None = None
-        self._flying: tuple[Ticks, Future[None]] | None = None
+        self._flying: tuple[Ticks, Taken, Future[int]] | None = None
         self._writer = ThreadPoolExecutor(max_workers=1, thread_name_prefix="oms-replay")
 
     def __enter__(self) -> _Lane:
@@ -117,48 +118,49 @@ class _Lane:
     def run(self, ticks: Ticks) -> int:
         """Take up a batch; returns how many new ticks are now written or were before it."""
         worked_out = self._work_out(ticks) if self._alone else 0
-        parameters = self._at_once.take() if self._at_once and worked_out else None
+        taken = self._at_once.take() if self._at_once and worked_out else None
         written = self.land()
-        if self._at_once is None or parameters is None:
+        if self._at_once is None or taken is None:
             worked_out = 0
         else:
-            future = self._writer.submit(journals.write, self._conn, parameters)
-            self._flying = ticks[:worked_out], future
+            future = self._writer.submit(journals.write, self._conn, taken)
+            self._flying = ticks[:worked_out], taken, future
         if worked_out < len(ticks):
             written += self.land()
             self._at_once = None
-            written += self._in_steps(ticks[worked_out:])
+            written += self._locked(ticks[worked_out:])
         return written
 
     def land(self) -> int:
         """Wait for the batch that is being written; returns how many ticks were written."""
         if self._flying is None:
             return 0
-        ticks, future = self._flying
+        ticks, taken, future = self._flying
         self._flying = None
         try:
             with translated():
-                future.result()
+                done = taken.whole_ticks(future.result())
         except (Retryable, RuleViolation, BadInput):
+            done = 0
+        if done < len(ticks):
             self._at_once = None
-            return self._in_steps(ticks)
-        return len(ticks)
+            done += self._locked(ticks[done:])
+        return done
 
     def _work_out(self, ticks: Ticks) -> int:
         """How many of these ticks, from the first on, can be written at once; they are told."""
-        done = 0
         try:
             with translated():
                 if self._at_once is None:
-                    self._at_once = _AtOnce(self._conn, *self._key)
-                for at, bars in ticks:
-                    self._at_once.tick(at, bars)
-                    done += 1
+                    run = find_run(self._conn, self._key[1])
+                    if run.user_id != self._key[0] or run.status != "RUNNING":
+                        return 0
+                    self._at_once = _AtOnce(self._conn, run, Reference(self._conn, run.calendar))
+                return self._at_once.tick_all(ticks)
         except _IN_STEPS:
-            pass
-        return done
+            return 0
 
-    def _in_steps(self, ticks: Ticks) -> int:
+    def _locked(self, ticks: Ticks) -> int:
         try:
             return _tick_batch(self._conn, *self._key, ticks)
         except (StrategyFailed, BadInput, RuleViolation):
@@ -171,16 +173,21 @@ class _Lane:
 class _AtOnce:
     """A run as it was read, and what its ticks have told since."""
 
-    def __init__(self, conn: Connection, user_id: UUID, run_id: UUID) -> None:
-        run = find_run(conn, run_id)
-        if run.user_id != user_id or run.status != "RUNNING":
-            raise NeedsSteps
-        reference, books = Reference(conn, run.calendar), read_books(conn, run)
-        agenda = Agenda(conn, run, ahead=True)
+    def __init__(self, conn: Connection, run: Run, reference: Reference) -> None:
+        books, agenda = read_books(conn, run), Agenda(conn, run, ahead=True)
         self._desk = Desk(conn, run, books, reference, Mode.AT_ONCE, agenda=agenda)
         self._strategy = strategies_of(run)
 
-    def tick(self, at: datetime, bars: list[Bar]) -> None:
+    def tick_all(self, ticks: Ticks) -> int:
+        """Work out ticks; returns how many it could, from the first on."""
+        done = 0
+        with suppress(*_IN_STEPS), translated():
+            for at, bars in ticks:
+                self._tick(at, bars)
+                done += 1
+        return done
+
+    def _tick(self, at: datetime, bars: list[Bar]) -> None:
         """Work out a tick. Raises NeedsSteps, and what a tick raises; it has told nothing then."""
         desk, at = self._desk, require_aware(at, "logical_time")
         if desk.books.last_tick is not None and at <= desk.books.last_tick:
@@ -200,23 +207,46 @@ class _AtOnce:
 
 
 def _tick_batch(conn: Connection, user_id: UUID, run_id: UUID, ticks: Ticks) -> int:
-    """Write a batch in one transaction; returns how many of its ticks were new."""
+    """Write a batch in one transaction, with the run locked; returns how many ticks were new.
+
+    What needs no step is written at once, and the tick at which that ends in steps. Where it ends
+    often, few are worked out ahead.
+    """
     ticks = [(require_aware(at, "logical_time"), bars) for at, bars in ticks]
     with translated(), conn.transaction():
         run = lock_run(conn, user_id, run_id)
-        done = ledger.ticked(conn, user_id, run_id, [at for at, _ in ticks])
-        new = [(at, bars) for at, bars in ticks if at not in done]
-        if not new:
-            return 0
-        require_running(run)
-        reference, books = Reference(conn, run.calendar), read_books(conn, run)
-        agenda = Agenda(conn, run, ahead=True)
-        desk = Desk(conn, run, books, reference, Mode.BATCH, agenda=agenda)
-        strategy = strategies_of(run)
-        for at, bars in new:
-            Work(desk, strategy(), look(reference, at, bars)).tick()
-        desk.write_out()
+        there = ledger.ticked(conn, user_id, run_id, [at for at, _ in ticks])
+        new = [(at, bars) for at, bars in ticks if at not in there]
+        if new:
+            require_running(run)
+        reference = Reference(conn, run.calendar)
+        done, ahead = 0, 1
+        while done < len(new):
+            part = new[done : done + ahead]
+            written = _write_at_once(conn, run, reference, part)
+            if written < len(part):
+                _tick_in_steps(conn, run, reference, *part[written])
+                written, ahead = written + 1, 1
+            done += written
+            ahead *= 2
     return len(new)
+
+
+def _write_at_once(conn: Connection, run: Run, reference: Reference, ticks: Ticks) -> int:
+    """Write the ticks that need no step, from the first on; returns how many they are."""
+    at_once = _AtOnce(conn, run, reference)
+    if not at_once.tick_all(ticks):
+        return 0
+    taken = at_once.take()
+    return taken.whole_ticks(journals.write(conn, taken))
+
+
+def _tick_in_steps(
+    conn: Connection, run: Run, reference: Reference, at: datetime, bars: list[Bar]
+) -> None:
+    desk = Desk(conn, run, read_books(conn, run), reference)
+    Work(desk, strategy_of(run), look(reference, at, bars)).tick()
+    desk.write_out()
 
 
 def _batches(feed: Feed, size: int) -> Iterator[Ticks]:

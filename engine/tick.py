@@ -119,10 +119,10 @@ def run_ticks(
     done = [_worked_out(conn, kept, planned, opened) for planned, opened in ticks]
     taken = [each.taken for each in done if each is not None and each.taken is not None]
     with translated():
-        failures = iter(journals.write_each(conn, taken))
+        answers = iter(journals.write_each(conn, taken))
     results: list[TickResult | Exception] = []
     for (planned, _), each in zip(ticks, done, strict=True):
-        if each is None or (each.taken is not None and next(failures) is not None):
+        if each is None or (each.taken is not None and next(answers) != each.taken.events):
             results.append(_by_itself(conn, planned))
         else:
             results.append(each.result)

@@ -140,14 +140,11 @@ class Mode(Enum):
     """How the ticks of a run are written.
 
     STEPS: the run is locked in the caller's transaction, and each step is written as it comes; so
-    are orders of one side that are filled whole, unless the gate refuses one. BATCH: as STEPS, but
-    those are only told; the gate decides when the journal is written. AT_ONCE: as BATCH, but
-    nothing is locked and nothing is written until the journal is; what needs a step raises
-    NeedsSteps, and nothing has been written then.
+    are orders of one side that are filled whole, unless the gate refuses one. AT_ONCE: those are
+    told, and nothing is written until the journal is; what needs a step raises NeedsSteps.
     """
 
     STEPS = "STEPS"
-    BATCH = "BATCH"
     AT_ONCE = "AT_ONCE"
 
 
@@ -173,20 +170,31 @@ class Desk:
         self.mode = mode
 
     def write_out(self, beat: View | None = None) -> None:
-        """Write what the journal holds, with the heartbeat of a live tick."""
-        if not self.journal.empty:
-            journals.write(self.conn, self.take(beat))
-            self.books.head = self.journal.head
+        """Write what the journal holds, with the heartbeat of a live tick.
 
-    def write_unless_refused(self) -> bool:
-        """Write what the journal holds; false if a rule is against it, and nothing is written."""
+        Raises NeedsSteps where the gate refuses an order: its tick is not written.
+        """
+        if not self.journal.empty and not self._write(beat):
+            raise NeedsSteps
+
+    def _write(self, beat: View | None = None) -> bool:
+        taken = self.take(beat)
+        self.books.head = self.journal.head
+        return journals.write(self.conn, taken) == taken.events
+
+    def write_unless_refused(self, orders: int) -> bool:
+        """Write the so many orders of the journal; false, and none is written, if one can't be."""
         try:
-            with translated(), self.conn.transaction():
-                self.write_out()
+            # A single one is refused before anything is written.
+            with translated(), self.conn.transaction() if orders > 1 else nullcontext():
+                written = self._write()
         except RuleViolation:
+            if orders == 1:
+                raise
+            written = False
+        if not written:
             self._reread()
-            return False
-        return True
+        return written
 
     def _reread(self) -> None:
         reread(self.conn, self.run, self.books)
@@ -207,10 +215,9 @@ class Desk:
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """A step that is written now, after what the journal holds; the books are read anew."""
+        """A step that is written now; the books are read anew."""
         if self.mode is Mode.AT_ONCE:
             raise NeedsSteps
-        self.write_out()
         yield
         self._reread()
 
@@ -445,7 +452,7 @@ class Work:
 
     def _record(self, *events: ledger.Event) -> None:
         at = self.view.logical_time
-        if self.desk.mode is not Mode.STEPS:
+        if self.desk.mode is Mode.AT_ONCE:
             for event in events:
                 self.desk.journal.event(at, *event)
         elif events:
@@ -562,7 +569,7 @@ class Work:
         if not self._are_trades(outcomes):
             return None
         fills = self._journal_trades(outcomes, wanted)
-        if self.desk.mode is Mode.STEPS and not self.desk.write_unless_refused():
+        if self.desk.mode is Mode.STEPS and not self.desk.write_unless_refused(len(fills)):
             self._context = None
             return None
         self.executed += len(fills)
@@ -573,11 +580,8 @@ class Work:
         outcomes = self._match(orders, self.view.bars)
         return sorted(outcomes, key=lambda outcome: outcome.order.order_id)
 
-    def _are_plain(self, orders: Sequence[Order]) -> bool:
-        """Whether orders may be trades: what they need is there, and nothing else."""
-        return self.run.broker == PAPER and all(self._is_plain(order) for order in orders)
-
     def _is_plain(self, order: Order) -> bool:
+        """Whether an order is one that may be a trade: what it needs is there, and nothing else."""
         needs_limit = order.order_type is OrderType.LIMIT
         return (
             order.order_type in _PLAIN

@@ -1,4 +1,4 @@
-"""Limits that are held against the books alone are judged in batches.
+"""Limits in batches: what looks back at nothing is weighed at once, and a refusal undoes nothing.
 
 Its SQL is frozen: a change of the schema is a new migration. It runs as a whole and without
 parameters, since it holds %, colons and function bodies.

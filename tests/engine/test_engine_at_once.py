@@ -46,6 +46,7 @@ from scripted import SCRIPTED, Hooks, hooks
 from waits import wait_until, wait_until_blocked, wait_until_someone_is_blocked
 
 from engine import journal
+from engine import replay as replays
 from engine.db.connect import ENGINE_ROLE, Connection, open_connection
 from engine.errors import (
     AlreadyHappened,
@@ -286,14 +287,30 @@ def test_orders_are_weighed_alike_at_once_and_in_steps(owner_conn: Connection) -
 
 
 @pytest.mark.parametrize("way", ["at once", "in steps", "replayed"])
+@pytest.mark.parametrize(
+    ("kind", "symbol", "value", "became"),
+    [
+        ("FORBIDDEN_SYMBOL", "IBM", None, "FILLED REJECTED FILLED"),
+        # It looks back, so that the first is in the table when the second is refused.
+        ("ORDER_RATE_MAX", None, 1, "FILLED REJECTED REJECTED"),
+    ],
+)
 def test_one_that_the_gate_refuses_leaves_the_others_of_its_side(
-    dsn: str, owner_conn: Connection, hooks: Hooks, way: str
+    dsn: str,
+    owner_conn: Connection,
+    hooks: Hooks,
+    way: str,
+    kind: str,
+    symbol: str | None,
+    value: int | None,
+    became: str,
 ) -> None:
     """Whoever tells them tells them alike: all placed, and then what became of them."""
     run = a_run(owner_conn, strategy=SCRIPTED)
     owner_conn.execute(
-        "INSERT INTO risk_limit (user_id, kind, symbol) VALUES (%s, 'FORBIDDEN_SYMBOL', 'IBM')",
-        [run.user_id],
+        """INSERT INTO risk_limit (user_id, kind, symbol, limit_value, seconds)
+           VALUES (%s, %s, %s, %s, %s)""",
+        [run.user_id, kind, symbol, value, 600 if value else None],
     )
     hooks["on_tick"] = lambda context: [buy("2"), buy("1", "IBM"), buy("3")]
     bars = [Bar.of_price(symbol, price, CLOSE) for symbol, price in BOTH.items()]
@@ -302,11 +319,39 @@ def test_one_that_the_gate_refuses_leaves_the_others_of_its_side(
     else:
         with owner_conn.transaction() if way == "in steps" else nullcontext():
             Tick(CLOSE, bars).run(owner_conn, run)
-    assert statuses(owner_conn, run) == ["FILLED", "REJECTED", "FILLED"]
+    assert statuses(owner_conn, run) == became.split()
     told = rows(owner_conn, "SELECT event_type FROM event_ledger ORDER BY seq")
-    placed, filled = ["ORDER_PLACED", "ORDER_REJECTED", "ORDER_PLACED"], ["EXECUTION"] * 2
-    assert told[-6:] == [*placed, *filled, "TICK"]
-    assert one(owner_conn, "SELECT cash FROM strategy_run") == 9500
+    placed = [
+        "ORDER_REJECTED" if status == "REJECTED" else "ORDER_PLACED" for status in became.split()
+    ]
+    assert told[1:] == [*placed, *["EXECUTION"] * became.count("FILLED"), "TICK"]
+
+
+def test_ticks_between_refusals_are_written_together(
+    owner_conn: Connection, hooks: Hooks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A refusal costs its own tick some steps, and not those of the batch that it is in."""
+    run = a_run(owner_conn, strategy=SCRIPTED)
+    owner_conn.execute(
+        "INSERT INTO risk_limit (user_id, kind, limit_value) VALUES (%s, 'MAX_ORDER_QUANTITY', 2)",
+        [run.user_id],
+    )
+    refused = {on_monday("11:17"), on_monday("12:40")}
+    hooks["on_tick"] = lambda context: [buy("3" if context.logical_time in refused else "0.01")]
+    times = [on_monday("10:00") + timedelta(minutes=minute) for minute in range(300)]
+    steps: list[datetime] = []
+    in_steps = replays._tick_in_steps
+
+    def counted(conn: Connection, *what: Any) -> None:
+        steps.append(what[2])
+        in_steps(conn, *what)
+
+    monkeypatch.setattr(replays, "_tick_in_steps", counted)
+    feed = [(at, [Bar.of_price("AAPL", Decimal(100), at)]) for at in times]
+    assert replay(owner_conn, run.user_id, run.run_id, feed).written == len(times)
+    assert steps == sorted(refused)
+    assert statuses(owner_conn, run).count("REJECTED") == 2
+    assert one(owner_conn, "SELECT quantity FROM position") == Decimal("2.98")
 
 
 # What was kept is not trusted
@@ -466,10 +511,10 @@ def before_the_write(monkeypatch: pytest.MonkeyPatch, work: Callable[[], Any]) -
     """Do ``work`` once, when a tick has been worked out and is about to be written."""
     write, waiting = journal.write, [work]
 
-    def after_work(*what: Any) -> None:
+    def after_work(*what: Any) -> int:
         while waiting:
             waiting.pop()()
-        write(*what)
+        return write(*what)
 
     monkeypatch.setattr(journal, "write", after_work)
 

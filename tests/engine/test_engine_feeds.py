@@ -223,11 +223,11 @@ def test_a_batch_in_flight_that_is_refused_is_done_again(
     with open_connection(dsn) as other:
         write = journal.write
 
-        def after_the_sixth_tick(*what: Any) -> None:
+        def after_the_sixth_tick(*what: Any) -> int:
             calls.append(1)
             if len(calls) == 6 // size + 1:
                 meddling.work(other, run, between)
-            write(*what)
+            return write(*what)
 
         monkeypatch.setattr(journal, "write", after_the_sixth_tick)
         done = replay(owner_conn, run.user_id, run.run_id, feed, batch=size)
@@ -290,11 +290,11 @@ def test_a_run_that_is_stopped_while_a_batch_flies_keeps_whole_ticks(
     with open_connection(dsn) as other:
         write = journal.write
 
-        def stop_at_the_third(*what: Any) -> None:
+        def stop_at_the_third(*what: Any) -> int:
             calls.append(1)
             if len(calls) == 3:
                 stop_run(other, run.user_id, run.run_id)
-            write(*what)
+            return write(*what)
 
         monkeypatch.setattr(journal, "write", stop_at_the_third)
         with pytest.raises(Exception, match="is STOPPED"):

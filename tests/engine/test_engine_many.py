@@ -210,4 +210,4 @@ def test_a_run_that_somebody_holds_is_tried_again_and_then_told(
 def test_what_can_not_be_prepared_is_raised(engine_conn: Connection) -> None:
     engine_conn.execute("SET search_path = pg_catalog")
     with pytest.raises(psycopg.errors.UndefinedFunction):
-        journal.write_each(engine_conn, [[None] * 27])
+        journal.write_each(engine_conn, [journal.Taken([None] * 27, 1, [])])

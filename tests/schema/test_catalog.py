@@ -398,7 +398,7 @@ def test_few_functions_have_the_owners_rights(conn: Connection) -> None:
         ("split_applied_apply", "trigger"),
         ("system_halt_lift", "system_halt"),
         ("system_halt_place", "system_halt"),
-        ("ticks_write", "void"),
+        ("ticks_write", "integer"),
     ]
 
 

@@ -65,15 +65,20 @@ class Telling:
         self.told.append([at, "TICK", "", json.dumps(facts)])
         self.ticks.append([cash, value])
 
-    def write(self, conn: Connection, key: tuple[UUID, UUID], after_seq: int) -> None:
+    def write(self, conn: Connection, key: tuple[UUID, UUID], after_seq: int) -> int:
+        """Returns how many events are written."""
         columns = [
             *_columns(self.told, 4),
             *_columns(self.trades, 13),
             *_columns(self.ticks, 2),
         ]
         lag = None if self.heartbeat is None else 0
-        conn.execute(_WRITE, [*key, after_seq, self.state, *columns, self.heartbeat, lag])
+        parameters = [*key, after_seq, self.state, *columns, self.heartbeat, lag]
+        row = conn.execute(_WRITE, parameters).fetchone()
         conn.execute("SET CONSTRAINTS ALL IMMEDIATE")
+        assert row is not None
+        written: int = row[0]
+        return written
 
 
 def _columns(rows: list[list[Any]], width: int) -> list[list[Any]]:
@@ -126,18 +131,32 @@ def in_the_hands_of(conn: Connection, owner: str) -> Iterator[None]:
 Outcome = dict[str, tuple[int, str]] | str
 
 
+def refused_after(events: int, rows: Outcome) -> str:
+    """The outcome of an order that the gate refuses, after so many events that are written."""
+    assert isinstance(rows, dict)
+    told = f" after {events}: {sorted(rows.items())}" if events else ""
+    return f"orders_gate_decides{told}"
+
+
 def outcomes(
     conn: Connection, key: tuple[UUID, UUID], telling: Telling, after_seq: int = 1
 ) -> list[Outcome]:
-    """What comes of it unproven and proven: all rows, or the rule that refuses."""
+    """What comes of it unproven and proven: all rows, or the rule that refuses.
+
+    The gate's refusal comes with the rows of the ticks that are whole before it, if there are any.
+    """
     found: list[Outcome] = []
     for owner in ("oms_keeper", "oms_owner"):
         before = contents(conn)
         try:
             with conn.transaction(force_rollback=True), in_the_hands_of(conn, owner):
-                telling.write(conn, key, after_seq)
+                written, rows = telling.write(conn, key, after_seq), contents(conn)
                 assert findings(conn) == []
-                found.append(contents(conn))
+                if written == len(telling.told):
+                    found.append(rows)
+                else:
+                    assert (rows == before) == (written == 0)
+                    found.append(refused_after(written, rows))
         except psycopg.Error as error:
             meaning = typed(error)
             found.append(getattr(meaning, "constraint", None) or type(meaning).__name__)
@@ -373,8 +392,10 @@ def test_limits_count_what_is_told_before_in_the_same_call(
     keepers, owners = outcomes(conn, key, telling)
     assert keepers == owners
     assert isinstance(keepers, dict)
+    whole = len(telling.told)
     telling.trade(AT + allowed * MINUTE, "AAPL", "BUY", Decimal(2), Decimal(100))
-    assert outcomes(conn, key, telling) == ["orders_gate_decides"] * 2
+    telling.tick(AT + allowed * MINUTE, {}, Decimal(0), 0)
+    assert outcomes(conn, key, telling) == [refused_after(whole, keepers)] * 2
 
 
 @pytest.mark.parametrize(
@@ -390,17 +411,43 @@ def test_limits_look_at_marks_that_are_told_before_in_the_same_call(
     telling.trade(AT, "AAPL", "BUY", Decimal(2), Decimal(100))
     telling.tick(AT, {"AAPL": 150}, Decimal(800), Decimal(300))
     telling.tick(tomorrow, {"AAPL": 110}, Decimal(800), Decimal(220))
+    _limit(conn, key, kind, value)
+    before, _ = outcomes(conn, key, telling)
     telling.trade(tomorrow + MINUTE, "MSFT", "BUY", Decimal(1), Decimal(100))
     if kind == "PRICE_COLLAR":
         telling.trades[-1][1] = "AAPL"
         telling.trades[-1][4] = "LIMIT"
         telling.trades[-1][6] = Decimal(102)
-    _limit(conn, key, kind, value)
-    assert outcomes(conn, key, telling) == ["orders_gate_decides"] * 2
+    assert outcomes(conn, key, telling) == [refused_after(4, before)] * 2
     conn.execute("UPDATE risk_limit SET limit_value = %s", [more])
     keepers, owners = outcomes(conn, key, telling)
     assert keepers == owners
     assert isinstance(keepers, dict)
+
+
+def test_no_tick_is_written_by_half(conn: Connection, key: tuple[UUID, UUID]) -> None:
+    """Neither its first trades, nor ticks without the state that belongs to them."""
+    telling = Telling()
+    telling.trade(AT, "AAPL", "BUY", Decimal(2), Decimal(100))
+    telling.tick(AT, {}, Decimal(800), Decimal(200))
+    whole, _ = outcomes(conn, key, telling)
+    telling.trade(AT + MINUTE, "AAPL", "BUY", Decimal(3), Decimal(100))
+    telling.trade(AT + MINUTE, "MSFT", "BUY", Decimal(9), Decimal(100))
+    telling.tick(AT + MINUTE, {}, Decimal(-400), Decimal(1400))
+    assert outcomes(conn, key, telling) == [refused_after(3, whole)] * 2
+    telling.state = '{"seen": 2}'
+    assert outcomes(conn, key, telling) == ["orders_gate_decides"] * 2
+
+    # What is looked back at is in the tables before the next order is weighed.
+    _limit(conn, key, "ORDER_RATE_MAX", 9)
+    assert outcomes(conn, key, telling) == ["orders_gate_decides"] * 2
+    telling.state = None
+    assert outcomes(conn, key, telling) == ["orders_gate_decides"] * 2
+    del telling.told[3:5], telling.trades[1]
+    with conn.transaction(force_rollback=True):
+        assert telling.write(conn, key, 1) == 3
+    telling.told.insert(3, [AT + MINUTE, "NOTE", "first", "{}"])
+    assert outcomes(conn, key, telling) == ["orders_gate_decides"] * 2
 
 
 def test_the_kinds_that_look_back_are_those_that_read_what_is_written(conn: Connection) -> None:

@@ -1,4 +1,4 @@
--- Back to writing order by order wherever there is a limit.
+-- Back to writing order by order wherever there is a limit, and to all or nothing.
 DROP FUNCTION ticks_write;
 
 CREATE FUNCTION ticks_write(

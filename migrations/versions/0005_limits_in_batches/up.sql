@@ -1,4 +1,5 @@
--- Limits that are held against the books alone don't make ticks_write write order by order any more.
+-- Limits that are held against the books alone no longer make ticks_write write order by order, and a
+-- refusal by the gate ends it before its tick instead of undoing all of it.
 -- squawk-ignore-file ban-drop-function, adding-not-nullable-field, prefer-robust-stmts
 
 SET LOCAL lock_timeout = '30s';
@@ -30,7 +31,7 @@ CREATE FUNCTION ticks_write(
     trade_price numeric[], trade_commission numeric[], trade_event_at timestamptz[],
     tick_cash numeric[], tick_value numeric[],
     heartbeat timestamptz, lag numeric)
-RETURNS void LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp
+RETURNS integer LANGUAGE plpgsql SECURITY DEFINER SET search_path = public, pg_temp
 -- Arrays of every length would be planned anew each time, which costs more than it ever saves.
 SET plan_cache_mode = force_generic_plan
 -- A plan that was made while a table was empty reads all of it for as long as it is kept.
@@ -59,7 +60,6 @@ DECLARE
     latest   timestamptz;          -- mark in mtm_ledger
     ticked   timestamptz;
     seq      bigint;
-    written  integer;
     moved_at bigint;               -- seq of the last EXECUTION
     placed   orders[] := '{}';
     filled   execution[] := '{}';
@@ -74,6 +74,9 @@ DECLARE
     t        integer := 0;
     m        integer := 0;
     i        integer;
+    whole_n  integer := 0;         -- as many of them are in the ticks before the one under way
+    whole_t  integer := 0;
+    there    integer := 0;         -- events that are in the table
 BEGIN
     SELECT r.status, r.broker, r.currency, r.account_type, r.cash INTO run FROM strategy_run r
     WHERE r.user_id = of_user AND r.run_id = of_run FOR NO KEY UPDATE;
@@ -112,6 +115,7 @@ BEGIN
                            WHERE k.user_id = of_user AND d.looks_back);
     END IF;
 
+    <<writing>>
     WHILE n < cardinality(told_type) LOOP
         LOOP
             n := n + 1;
@@ -152,6 +156,8 @@ BEGIN
                     'cash', cash, 'market_value', value, 'equity', cash + value);
                 marking[cardinality(marking) + 1] := ROW(
                     of_user, of_run, e.logical_time, cash, value, NULL, now())::mtm_ledger;
+                whole_n := n;
+                whole_t := t;
 
             ELSIF e.event_type = 'ORDER_PLACED' THEN
                 t := t + 1;
@@ -173,8 +179,26 @@ BEGIN
                            THEN orders_open_quantity(o) ELSE 0 END,
                     cash, symbols, held, marks);
                 -- A broker fills what was sent to it; nothing is born filled there.
-                IF refusal.code IS NOT NULL OR run.broker <> 'paper' THEN
-                    PERFORM event_refuse(e, coalesce(refusal.code, 'BROKER'));
+                IF run.broker <> 'paper' THEN
+                    PERFORM event_refuse(e, 'BROKER');
+                ELSIF refusal.code IS NOT NULL THEN
+                    IF there > 0 AND (there > whole_n OR new_state IS NOT NULL) THEN
+                        -- Half a tick, or ticks without their state: all of it is taken back.
+                        PERFORM event_refuse(e, refusal.code);
+                    ELSIF there > 0 THEN
+                        n := whole_n;
+                        EXIT writing;
+                    ELSIF whole_n = 0 OR new_state IS NOT NULL THEN
+                        RETURN 0;
+                    END IF;
+                    RETURN ticks_write(
+                        of_user, of_run, after_seq, NULL, told_time[:whole_n],
+                        told_type[:whole_n], told_subject[:whole_n], told_payload[:whole_n],
+                        trade_order[:whole_t], trade_symbol[:whole_t], trade_side[:whole_t],
+                        trade_quantity[:whole_t], trade_type[:whole_t], trade_in_force[:whole_t],
+                        trade_limit[:whole_t], trade_expire[:whole_t], trade_reference[:whole_t],
+                        trade_client[:whole_t], trade_price[:whole_t], trade_commission[:whole_t],
+                        trade_event_at[:whole_t], tick_cash[:m], tick_value[:m], heartbeat, lag);
                 ELSIF coalesce(o.limit_price, o.reference_price) IS NULL
                       OR told_type[n + 1] IS DISTINCT FROM 'EXECUTION' THEN
                     PERFORM event_refuse(e, NULL);
@@ -241,7 +265,7 @@ BEGIN
         END LOOP;
 
         -- Assigned, since PERFORM would plan a query.
-        written := ticks_append(placed, filled, marking, told);
+        there := there + ticks_append(placed, filled, marking, told);
         placed := '{}';
         filled := '{}';
         marking := '{}';
@@ -274,10 +298,12 @@ BEGIN
     IF after_seq < 1000 AND seq >= 1000 THEN
         PERFORM ledger_analyze();
     END IF;
+    RETURN n;
 END $$;
 
 COMMENT ON FUNCTION ticks_write IS
-    'Writes what ticks told, and what follows from it: trades, events, marks, books, state.';
+    'Writes what ticks told, and what follows from it: trades, events, marks, books, state; '
+    'returns how many events it has written.';
 
 REVOKE EXECUTE ON FUNCTION ticks_write FROM PUBLIC;
 
