@@ -129,8 +129,7 @@ DECLARE
     t        integer := 0;
     m        integer := 0;
     i        integer;
-    whole_n  integer := 0;         -- as many of them are in the ticks before the one under way
-    whole_t  integer := 0;
+    whole    integer := 0;         -- so many events are of the ticks before the one under way
     there    integer := 0;         -- events that are in the table
 BEGIN
     SELECT r.status, r.broker, r.currency, r.account_type, r.cash INTO run FROM strategy_run r
@@ -211,8 +210,7 @@ BEGIN
                     'cash', cash, 'market_value', value, 'equity', cash + value);
                 marking[cardinality(marking) + 1] := ROW(
                     of_user, of_run, e.logical_time, cash, value, NULL, now())::mtm_ledger;
-                whole_n := n;
-                whole_t := t;
+                whole := n;
 
             ELSIF e.event_type = 'ORDER_PLACED' THEN
                 t := t + 1;
@@ -237,23 +235,22 @@ BEGIN
                 IF run.broker <> 'paper' THEN
                     PERFORM event_refuse(e, 'BROKER');
                 ELSIF refusal.code IS NOT NULL THEN
-                    IF there > 0 AND (there > whole_n OR new_state IS NOT NULL) THEN
+                    IF there > 0 AND (there > whole OR new_state IS NOT NULL) THEN
                         -- Half a tick, or ticks without their state: all of it is taken back.
                         PERFORM event_refuse(e, refusal.code);
                     ELSIF there > 0 THEN
-                        n := whole_n;
+                        n := whole;
                         EXIT writing;
-                    ELSIF whole_n = 0 OR new_state IS NOT NULL THEN
+                    ELSIF whole = 0 OR new_state IS NOT NULL THEN
                         RETURN 0;
                     END IF;
                     RETURN ticks_write(
-                        of_user, of_run, after_seq, NULL, told_time[:whole_n],
-                        told_type[:whole_n], told_subject[:whole_n], told_payload[:whole_n],
-                        trade_order[:whole_t], trade_symbol[:whole_t], trade_side[:whole_t],
-                        trade_quantity[:whole_t], trade_type[:whole_t], trade_in_force[:whole_t],
-                        trade_limit[:whole_t], trade_expire[:whole_t], trade_reference[:whole_t],
-                        trade_client[:whole_t], trade_price[:whole_t], trade_commission[:whole_t],
-                        trade_event_at[:whole_t], tick_cash[:m], tick_value[:m], heartbeat, lag);
+                        of_user, of_run, after_seq, NULL, told_time[:whole],
+                        told_type[:whole], told_subject[:whole], told_payload[:whole],
+                        trade_order, trade_symbol, trade_side, trade_quantity, trade_type,
+                        trade_in_force, trade_limit, trade_expire, trade_reference,
+                        trade_client, trade_price, trade_commission, trade_event_at,
+                        tick_cash, tick_value, heartbeat, lag);
                 ELSIF coalesce(o.limit_price, o.reference_price) IS NULL
                       OR told_type[n + 1] IS DISTINCT FROM 'EXECUTION' THEN
                     PERFORM event_refuse(e, NULL);

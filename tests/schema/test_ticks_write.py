@@ -446,6 +446,9 @@ def test_no_tick_is_written_by_half(conn: Connection, key: tuple[UUID, UUID]) ->
     del telling.told[3:5], telling.trades[1]
     with conn.transaction(force_rollback=True):
         assert telling.write(conn, key, 1) == 3
+    telling.state = '{"seen": 2}'
+    assert outcomes(conn, key, telling) == ["orders_gate_decides"] * 2
+    telling.state = None
     telling.told.insert(3, [AT + MINUTE, "NOTE", "first", "{}"])
     assert outcomes(conn, key, telling) == ["orders_gate_decides"] * 2
 
