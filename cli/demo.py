@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from decimal import Decimal
 from pathlib import Path
@@ -50,13 +51,19 @@ def demo(
       oms demo
       oms demo --json
     """
-    from engine.demo import run_demo
+    from engine.demo import read_market, run_demo
 
-    where = owner_dsn(dsn)
     clock = _Clock()
-    note("Reading thirteen years of prices ...")
+    with ThreadPoolExecutor(1) as reader:
+        # While a server of our own is set up, which takes as long.
+        reading = reader.submit(read_market)
+        where = owner_dsn(dsn)
+        note("Reading thirteen years of prices ...")
+        market = reading.result()
     with progress() as move:
-        done = run_demo(where, lambda name, ticks, total: clock.see(move, name, ticks, total))
+        done = run_demo(
+            where, market, lambda name, ticks, total: clock.see(move, name, ticks, total)
+        )
     path = report or (None if as_json else _REPORT)
     if path is not None:
         note("Writing the report ...")

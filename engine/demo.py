@@ -14,6 +14,7 @@ from datetime import date, datetime
 from decimal import Decimal
 from itertools import groupby
 from operator import attrgetter
+from typing import NamedTuple
 from uuid import UUID, uuid5
 
 from engine import resources
@@ -27,7 +28,7 @@ from engine.errors import (
 )
 from engine.history import read_history
 from engine.market.imports import read_bars, read_splits
-from engine.market.model import Bar
+from engine.market.model import Bar, Split
 from engine.market.store import import_bars, import_splits
 from engine.replay import Feed, Replayed, replay
 from engine.report.model import RunHistory
@@ -92,19 +93,33 @@ class Demo:
     seconds: float
 
 
-def run_demo(dsn: str, progress: Progress = lambda name, done, total: None) -> Demo:
-    """Import the demo's prices, replay them through both runs and read what they came to.
+class Market(NamedTuple):
+    """What the demo's prices and splits are."""
+
+    bars: list[Bar]
+    splits: list[Split]
+
+
+def read_market() -> Market:
+    """Read the demo's prices; it takes no database, and a second or so."""
+    folder = resources.data_dir()
+    return Market(
+        read_bars(folder / "demo_prices.csv.gz", calendar=CALENDAR),
+        read_splits(folder / "demo_splits.csv", calendar=CALENDAR),
+    )
+
+
+def run_demo(dsn: str, market: Market, progress: Progress = lambda name, done, total: None) -> Demo:
+    """Import the market, replay it through both runs and read what they came to.
 
     ``progress`` is told the run's name, the ticks done and the ticks to do. Raises BadInput when
     the database holds other prices of the same symbols and days.
     """
-    bars = read_bars(resources.data_dir() / "demo_prices.csv.gz", calendar=CALENDAR)
-    splits = read_splits(resources.data_dir() / "demo_splits.csv", calendar=CALENDAR)
     with open_connection(dsn, role=ENGINE_ROLE) as conn:
         with translated(), conn.transaction():
-            import_bars(conn, bars)
-            import_splits(conn, splits)
-        feed = list(_by_time(bars))
+            import_bars(conn, market.bars)
+            import_splits(conn, market.splits)
+        feed = list(_by_time(market.bars))
         began = time.monotonic()
         done = [_run_one(conn, setup, feed, progress) for setup in SETUPS]
         seconds = time.monotonic() - began

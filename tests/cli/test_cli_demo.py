@@ -109,7 +109,7 @@ def _told(written: int, repeated: int) -> Demo:
 
 
 def _pretend(monkeypatch: pytest.MonkeyPatch, demo: Demo) -> None:
-    def run_demo(dsn: str, progress: Callable[[str, int, int], None]) -> Demo:
+    def run_demo(dsn: str, market: object, progress: Callable[[str, int, int], None]) -> Demo:
         progress("demo-sip", 0, 1)
         progress("demo-sip", 1, 1)
         return demo

@@ -12,7 +12,7 @@ import pytest
 
 from engine.audit import audit
 from engine.db.connect import Connection, open_connection
-from engine.demo import Demo, run_demo
+from engine.demo import Demo, read_market, run_demo
 
 DATA = Path(__file__).parents[2] / "data"
 SIX = Decimal("0.000001")
@@ -96,7 +96,8 @@ def _counts(conn: Connection) -> list[tuple[str, int]]:
 
 @pytest.mark.slow
 def test_the_demo_comes_to_what_the_prices_make_it_and_runs_once(dsn: str) -> None:
-    demo = run_demo(dsn)
+    market = read_market()
+    demo = run_demo(dsn, market)
     assert (demo.written, demo.repeated) == (6540, 0)
     for run, expected in zip(demo.runs, (_sip(), _rebalance()), strict=True):
         _agrees(demo, run.name, expected)
@@ -107,7 +108,7 @@ def test_the_demo_comes_to_what_the_prices_make_it_and_runs_once(dsn: str) -> No
     with open_connection(dsn) as conn:
         assert audit(conn) == []
         before = _counts(conn)
-        again = run_demo(dsn)
+        again = run_demo(dsn, market)
         assert (again.written, again.repeated) == (0, 6540)
         assert _counts(conn) == before
     assert again.runs == demo.runs
