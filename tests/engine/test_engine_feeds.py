@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -37,6 +38,7 @@ from engine.errors import StrategyFailed
 from engine.market.calendar import ensure_sessions
 from engine.market.model import Bar, Split
 from engine.market.store import import_splits
+from engine.orders.model import Fill
 from engine.replay import Replayed, replay
 from engine.runs import Run, Terms, add_user, create_run, delete_run, start_run
 from engine.sips import pause_plan
@@ -107,6 +109,91 @@ def test_a_feed_of_everything_makes_the_same_rows_in_every_batch(
     assert_equal(made[1], made[0])
     assert set(statuses(owner_conn, run)) >= {"FILLED", "EXPIRED", "REJECTED", "CANCELED"}
     assert events(owner_conn, run).count("SPLIT_APPLIED") == 1
+
+
+def in_a_transaction(conn: Connection, run: Run, feed: Feed) -> None:
+    """Each tick in one of the caller's."""
+    for at, bars in feed:
+        with conn.transaction():
+            run_tick(conn, run.user_id, run.run_id, at, bars)
+
+
+LIMITS = [
+    *(("MAX_ORDER_QUANTITY", 4), ("MAX_POSITION", 9), ("MAX_ORDER_NOTIONAL", 350)),
+    *(("GROSS_EXPOSURE_MAX", 1_500), ("CONCENTRATION_MAX", 12), ("OPEN_ORDERS_MAX", 3)),
+    *(("ORDER_RATE_MAX", 5), ("DUPLICATE_INTENT", 86_400), ("DAILY_LOSS_MAX", 20)),
+    *(("DRAWDOWN_MAX", 1), ("PRICE_COLLAR", 4), ("WASH_TRADE", None)),
+]
+
+
+def by_lot(seed: int) -> tuple[Hooks, dict[str, Any], list[tuple[str, int | None]]]:
+    """What a strategy does, its run's terms and its user's limits."""
+    lot = random.Random(seed)
+    paper = {
+        **({"max_volume_share": "0.2"} if lot.random() < 0.3 else {}),
+        **({"commission": {"model": "PERCENT", "percent": "0.1"}} if lot.random() < 0.5 else {}),
+    }
+    terms = {"paper": paper, "account_type": lot.choice(["CASH", "MARGIN"])}
+    limits = lot.sample(LIMITS, lot.choice([0, 1, 2]))
+    rests, remembers = lot.random() * 0.3, lot.random() < 0.3
+
+    def order(draw: random.Random, context: Context, symbol: str) -> Intent:
+        side, price = draw.choice([buy, buy, sell]), context.prices[symbol]
+        terms: dict[str, Any] = {"time_in_force": draw.choice(["DAY", "GTC"])}
+        if draw.random() < rests:
+            kind = draw.choice(["LIMIT", "STOP", "TRAIL"])
+            name = {"LIMIT": "limit_price", "STOP": "stop_price", "TRAIL": "trail_amount"}[kind]
+            value = draw.randint(1, 6) if kind == "TRAIL" else price + draw.randint(-6, 6)
+            terms |= {"order_type": kind, name: value}
+        return side(draw.choice(["0.5", "1", "2", "3", "5"]), symbol, **terms)
+
+    def on_tick(context: Context) -> list[Intent]:
+        draw = random.Random(f"{seed} {context.logical_time}")
+        wanted = [
+            order(draw, context, draw.choice(["AAPL", "IBM"]))
+            for _ in range(draw.choice([0, 0, 1, 1, 2, 3]))
+        ]
+        if context.open_orders and draw.random() < 0.2:
+            wanted.insert(0, CancelOrder(context.open_orders[0].order_id))
+        if remembers and draw.random() < 0.5:
+            wanted.append(Remember({"n": context.state.get("n", 0) + 1}))
+        return wanted
+
+    def on_fill(context: Context, fill: Fill) -> list[Intent]:
+        draw = random.Random(f"{seed} {fill.execution_id} {context.logical_time}")
+        return [sell("0.5", fill.symbol)] if fill.quantity == 5 and draw.random() < 0.5 else []
+
+    hooks: Hooks = {"on_tick": on_tick}
+    return hooks | ({"on_fill": on_fill} if lot.random() < 0.3 else {}), terms, limits
+
+
+FIRST_SEED = int(os.environ.get("OMS_FEED_SEED", "1"))
+SEEDS = range(FIRST_SEED, FIRST_SEED + int(os.environ.get("OMS_FEED_RUNS", "12")))
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_whatever_a_strategy_does_each_way_makes_the_same_rows(
+    owner_conn: Connection, hooks: Hooks, seed: int
+) -> None:
+    """Live, in the caller's transactions, and replayed in batches of every size."""
+    drawn, terms, limits = by_lot(seed)
+    hooks |= drawn
+    for kind, value in limits:
+        owner_conn.execute(
+            "INSERT INTO risk_limit (user_id, kind, limit_value, seconds) VALUES (%s, %s, %s, %s)",
+            [
+                add_user(owner_conn, "ann"),
+                kind,
+                value,
+                86_400 if kind == "ORDER_RATE_MAX" else None,
+            ],
+        )
+    made = []
+    for way in (live, in_a_transaction, in_batches(1), in_batches(3), in_batches(500)):
+        run = the_run(owner_conn, strategy=SCRIPTED, **terms)
+        way(owner_conn, run, moves(number=30))
+        made.append(made_by(owner_conn))
+        assert_equal(made[-1], made[0])
 
 
 @pytest.mark.parametrize("size", [1, 3, 500])
