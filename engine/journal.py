@@ -72,7 +72,6 @@ class Journal:
         self._told: list[tuple[str, str, str, str]] = []
         self._trades: list[tuple[str, ...]] = []
         self._ticks: list[tuple[str, str]] = []
-        self._ends: list[int] = []
 
     @property
     def empty(self) -> bool:
@@ -89,7 +88,7 @@ class Journal:
     def back_to(self, place: tuple[int, int, int]) -> None:
         """Forget what was told since."""
         told, trades, ticks = place
-        del self._told[told:], self._trades[trades:], self._ticks[ticks:], self._ends[ticks:]
+        del self._told[told:], self._trades[trades:], self._ticks[ticks:]
 
     def trade(
         self, order: Order, reference: Decimal, client_order_id: str | None, fill: Fill
@@ -149,7 +148,6 @@ class Journal:
             facts += f',\\"priced_at\\":{{{times}}}'
         self._told.append((str(at), "TICK", '""', f'"{{{facts}}}"'))
         self._ticks.append((str(told.cash), str(told.market_value)))
-        self._ends.append(len(self._told))
 
     def take(
         self,
@@ -176,7 +174,8 @@ class Journal:
             None if now is None else str(now),
             None if lag_seconds is None else str(lag_seconds),
         ]
-        taken = Taken(parameters, len(self._told), self._ends)
+        ticks = [number for number, told in enumerate(self._told, 1) if told[1] == "TICK"]
+        taken = Taken(parameters, len(self._told), ticks)
         self.head += taken.events
         self._clear()
         return taken

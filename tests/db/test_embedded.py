@@ -475,6 +475,25 @@ def test_a_copy_of_the_programs_needs_nothing_of_the_wheel(spare: Path) -> None:
         assert str(embedded.programs().parents[2]) not in loaded
 
 
+def test_programs_are_linked_but_for_those_that_are_not_open_to_all(tmp_path: Path) -> None:
+    """Whose mode is opened for the server's user is a copy: the environment's stays as it is."""
+    source, target = tmp_path / "site", tmp_path / "target"
+    install = source / "package" / "install"
+    (install / "bin").mkdir(parents=True)
+    (target / "copies").mkdir(parents=True)
+    modes = {"open": 0o755, "closed": 0o700, "read": 0o644, "hidden": 0o600}
+    for name, mode in modes.items():
+        (install / "bin" / name).write_text(name)
+        (install / "bin" / name).chmod(mode)
+    embedded._copy_tree(source, install, target / "copies" / "18")
+    made = target / "copies" / "18" / "package" / "install" / "bin"
+    for name, mode in modes.items():
+        theirs, ours = (install / "bin" / name).stat(), (made / name).stat()
+        assert ours.st_mode & 0o777 == (0o755 if mode & 0o100 else 0o644)
+        assert theirs.st_mode & 0o777 == mode
+        assert (ours.st_ino == theirs.st_ino) == (name in ("open", "read"))
+
+
 def test_programs_are_copied_once(spare: Path) -> None:
     (spare / "once").mkdir()
     (spare / "once" / ".copy-dead").mkdir()  # of a copy that was killed
